@@ -1,0 +1,228 @@
+"""`config.json` of a `transformers` BltForCausalLM <-> our model arguments.
+
+Reading refuses what our model cannot compute; writing states every field, because the other side's defaults differ
+from what the released models use (`rms_norm_eps`, the encoder's hidden width, the window).
+"""
+
+from typing import Any
+
+from blt_titan.byte_vocab import BOS_ID, EOS_ID, RESERVED_ID, VOCAB_SIZE
+from blt_titan.model.layers import NORM_EPS
+from blt_titan.model.sizes import BLTArgs, EntropyModelArgs
+
+_DEFAULT_THETA = {"patcher_config": 10_000.0}
+
+
+class HFConfigError(ValueError):
+    """A config.json that our model cannot express, or a model that config.json cannot express."""
+
+
+def blt_args_from_hf(config: dict[str, Any]) -> BLTArgs:
+    """Read the shape of a BLT.
+
+    Args:
+        config: the parsed `config.json`.
+
+    Returns:
+        Arguments for `BLT`.
+
+    Raises:
+        HFConfigError: naming the field that is missing or that our model cannot express.
+    """
+    _require(config, "model_type", "blt")
+    _require(config, "vocab_size", VOCAB_SIZE)
+    encoder, decoder, global_ = (_stack(config, name) for name in ("encoder_config", "decoder_config", "global_config"))
+    _same("hidden_size", encoder, decoder)
+    _same("num_attention_heads", encoder, decoder)
+    _same("intermediate_size", encoder, decoder)
+    thetas = {_theta(config, name) for name in ("encoder_config", "decoder_config", "global_config")}
+    if len(thetas) > 1:
+        raise HFConfigError(f"rope_theta differs between the stacks: {sorted(thetas)}; ours share one")
+    k = config.get("cross_attn_k", 2)
+    for name, stack in (("encoder_config", encoder), ("decoder_config", decoder)):
+        if stack.get("cross_attn_k", 2) != k:
+            raise HFConfigError(f"{name}.cross_attn_k = {stack['cross_attn_k']} but cross_attn_k = {k}")
+    if decoder.get("hidden_size_global", global_["hidden_size"]) != global_["hidden_size"]:
+        raise HFConfigError(
+            f"decoder_config.hidden_size_global = {decoder['hidden_size_global']} but "
+            f"global_config.hidden_size = {global_['hidden_size']}"
+        )
+    if encoder.get("cross_attn_all_layers") and encoder["num_hidden_layers"] > 1:
+        raise HFConfigError(
+            "encoder_config.cross_attn_all_layers with more than one encoder layer: transformers pools the "
+            "patches anew at each layer, our model (as the original) keeps their state"
+        )
+    window = config.get("local_attention_window_len")
+    return BLTArgs(
+        local_dim=encoder["hidden_size"],
+        local_heads=encoder["num_attention_heads"],
+        # Without a window, one that no row exceeds.
+        local_window=window if window is not None else encoder.get("max_position_embeddings", 24576),
+        local_ffn_hidden=encoder["intermediate_size"],
+        encoder_layers=encoder["num_hidden_layers"],
+        decoder_layers=decoder["num_hidden_layers"],
+        global_dim=global_["hidden_size"],
+        global_heads=global_["num_attention_heads"],
+        global_layers=global_["num_hidden_layers"],
+        global_ffn_hidden=global_["intermediate_size"],
+        cross_attn_k=k,
+        cross_attn_heads=encoder["num_attention_heads"],
+        decoder_cross_attn_all_layers=bool(decoder.get("cross_attn_all_layers", True)),
+        hash_ngrams=tuple(config.get("encoder_hash_byte_group_size") or (3, 4, 5, 6, 7, 8)),
+        hash_functions=config.get("encoder_hash_byte_group_nb_functions", 1),
+        hash_rows=config.get("encoder_hash_byte_group_vocab", 500_002),
+        rope_theta=thetas.pop(),
+    )
+
+
+def entropy_args_from_hf(config: dict[str, Any]) -> EntropyModelArgs:
+    """Read the shape of the patcher, our entropy model.
+
+    Raises:
+        HFConfigError: naming the field that is missing or that our model cannot express.
+    """
+    patcher = _stack(config, "patcher_config")
+    window = patcher.get("sliding_window")
+    return EntropyModelArgs(
+        dim=patcher["hidden_size"],
+        n_heads=patcher["num_attention_heads"],
+        n_layers=patcher["num_hidden_layers"],
+        ffn_hidden=patcher["intermediate_size"],
+        window=window if window is not None else patcher.get("max_position_embeddings", 8192),
+        rope_theta=_theta(config, "patcher_config"),
+    )
+
+
+def hf_config(args: BLTArgs, entropy_args: EntropyModelArgs | None) -> dict[str, Any]:
+    """Write the shape of a BLT, and of its entropy model if it has one, as `config.json` holds it.
+
+    Raises:
+        HFConfigError: naming what `transformers` cannot express.
+    """
+    if args.encoder_cross_attn_all_layers and args.encoder_layers > 1:
+        raise HFConfigError(
+            "encoder_cross_attn_all_layers with more than one encoder layer: transformers pools the patches anew "
+            "at each layer, our model keeps their state"
+        )
+    if args.cross_attn_heads != args.local_heads:
+        raise HFConfigError(
+            f"cross_attn_heads = {args.cross_attn_heads} but local_heads = {args.local_heads}: transformers has one "
+            "field for both"
+        )
+    local = {
+        **_stack_fields(args.local_dim, args.local_heads, args.local_ffn_hidden, args.rope_theta),
+        "vocab_size": VOCAB_SIZE,
+        "cross_attn_k": args.cross_attn_k,
+        "hidden_size_global": args.global_dim,
+        "max_position_embeddings": 24576,
+        "sliding_window": args.local_window,
+    }
+    config: dict[str, Any] = {
+        "architectures": ["BltForCausalLM"],
+        "model_type": "blt",
+        "dtype": "float32",
+        "torch_dtype": "float32",
+        "vocab_size": VOCAB_SIZE,
+        "tie_word_embeddings": False,
+        "bos_token_id": BOS_ID,
+        "eos_token_id": EOS_ID,
+        "pad_token_id": RESERVED_ID,
+        # With a cache, transformers' generation fails or is silently wrong.
+        "use_cache": False,
+        "max_position_embeddings": 4096,
+        "max_patch_length": None,
+        "local_attention_window_len": args.local_window,
+        "cross_attn_k": args.cross_attn_k,
+        "encoder_hash_byte_group_size": list(args.hash_ngrams),
+        "encoder_hash_byte_group_vocab": args.hash_rows,
+        "encoder_hash_byte_group_nb_functions": args.hash_functions,
+        "patch_in_forward": entropy_args is not None,
+        **_rope_fields(args.rope_theta),
+        "encoder_config": {
+            **local,
+            "model_type": "blt_local_encoder",
+            "num_hidden_layers": args.encoder_layers,
+            "cross_attn_all_layers": args.encoder_cross_attn_all_layers,
+        },
+        "decoder_config": {
+            **local,
+            "model_type": "blt_local_decoder",
+            "num_hidden_layers": args.decoder_layers,
+            "cross_attn_all_layers": args.decoder_cross_attn_all_layers,
+        },
+        "global_config": {
+            **_stack_fields(args.global_dim, args.global_heads, args.global_ffn_hidden, args.rope_theta),
+            "model_type": "blt_global_transformer",
+            "num_hidden_layers": args.global_layers,
+            "max_position_embeddings": 4096,
+        },
+    }
+    if entropy_args is not None:
+        config["patcher_config"] = {
+            **_stack_fields(entropy_args.dim, entropy_args.n_heads, entropy_args.ffn_hidden, entropy_args.rope_theta),
+            "model_type": "blt_patcher",
+            "vocab_size": VOCAB_SIZE,
+            "num_hidden_layers": entropy_args.n_layers,
+            "max_position_embeddings": 8192,
+            "sliding_window": entropy_args.window,
+        }
+    return config
+
+
+def _stack_fields(dim: int, heads: int, hidden: int, theta: float) -> dict[str, Any]:
+    return {
+        "hidden_size": dim,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "intermediate_size": hidden,
+        "rms_norm_eps": NORM_EPS,
+        "hidden_act": "silu",
+        "dropout": 0.0,
+        "tie_word_embeddings": False,
+        **_rope_fields(theta),
+    }
+
+
+def _rope_fields(theta: float) -> dict[str, Any]:
+    return {"rope_theta": theta, "rope_parameters": {"rope_theta": theta, "rope_type": "default"}}
+
+
+def _stack(config: dict[str, Any], name: str) -> dict[str, Any]:
+    stack = config.get(name)
+    if not isinstance(stack, dict):
+        raise HFConfigError(f"{name} is missing")
+    for field in ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size"):
+        if stack.get(field) is None:
+            raise HFConfigError(
+                f"{name}.{field} is missing; the defaults of other libraries differ, so it must be there"
+            )
+    heads = stack["num_attention_heads"]
+    if stack.get("num_key_value_heads") not in (None, heads):
+        raise HFConfigError(
+            f"{name}.num_key_value_heads = {stack['num_key_value_heads']}: grouped-query attention is not supported, "
+            f"it must be {heads}"
+        )
+    _require(stack, "hidden_act", "silu", prefix=f"{name}.")
+    _require(stack, "rms_norm_eps", NORM_EPS, prefix=f"{name}.")
+    return stack
+
+
+def _theta(config: dict[str, Any], name: str) -> float:
+    stack = config[name]
+    rope = stack.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") != "default":
+        raise HFConfigError(f"{name}.rope_parameters.rope_type = {rope['rope_type']!r}: only 'default' is supported")
+    return float(rope.get("rope_theta") or stack.get("rope_theta") or _DEFAULT_THETA.get(name, 500_000.0))
+
+
+def _require(config: dict[str, Any], field: str, value: Any, prefix: str = "") -> None:
+    if config.get(field, value) != value:
+        raise HFConfigError(f"{prefix}{field} = {config[field]!r}, must be {value!r}")
+
+
+def _same(field: str, encoder: dict[str, Any], decoder: dict[str, Any]) -> None:
+    if encoder[field] != decoder[field]:
+        raise HFConfigError(
+            f"encoder_config.{field} = {encoder[field]} but decoder_config.{field} = {decoder[field]}; "
+            "both local stacks share one"
+        )

@@ -1,0 +1,68 @@
+"""The byte-level language model whose next-byte entropy decides where patches begin (paper, section 2.3).
+
+A plain transformer over bytes with a sliding window: the released one attends over 512 bytes, and with full
+attention its entropies give the wrong patch sizes.
+
+Letters: B rows, S byte slots, V vocabulary.
+"""
+
+import torch
+import torch.nn as nn
+
+from blt_titan.byte_vocab import VOCAB_SIZE
+from blt_titan.model.attention import window_mask
+from blt_titan.model.initialization import WriteParameter, initialize, write_whole
+from blt_titan.model.layers import NORM_EPS, block_stack, rotary_angles
+from blt_titan.model.sizes import EntropyModelArgs
+
+
+class EntropyModel(nn.Module):
+    """Byte embedding, windowed blocks, norm, untied output."""
+
+    def __init__(self, args: EntropyModelArgs):
+        super().__init__()
+        args.validate()
+        self.args = args
+        self.tok_embeddings = nn.Embedding(VOCAB_SIZE, args.dim)
+        self.layers = block_stack(args.n_layers, args.dim, args.n_heads, args.ffn_hidden)
+        self.norm = nn.RMSNorm(args.dim, eps=NORM_EPS)
+        self.output = nn.Linear(args.dim, VOCAB_SIZE, bias=False)
+        self.write_parameter: WriteParameter = write_whole
+
+    def forward(
+        self,
+        token_ids_BS: torch.Tensor,
+        *,
+        byte_pos_BS: torch.Tensor,
+        byte_doc_BS: torch.Tensor,
+        **patch_layout: torch.Tensor,
+    ) -> torch.Tensor:
+        """Score the next byte at every slot.
+
+        Args:
+            token_ids_BS: ids, integer [B, S].
+            byte_pos_BS: position of each byte, integer [B, S].
+            byte_doc_BS: document of each byte, integer [B, S].
+            patch_layout: the rest of `batch.PatchLayout`, accepted so that both models train from one loader;
+                this model knows no patches.
+
+        Returns:
+            Logits, fp32 [B, S, V].
+        """
+        args = self.args
+        rotation = rotary_angles(byte_pos_BS, head_dim=args.dim // args.n_heads, theta=args.rope_theta)
+        mask = window_mask(byte_doc_BS, window=args.window, backend=args.attention_backend)
+        h_BSD = self.tok_embeddings(token_ids_BS)
+        for block in self.layers.values():
+            h_BSD = block(h_BSD, rotation, mask)
+        return self.output(self.norm(h_BSD)).float()
+
+    def init_weights(self, buffer_device: torch.device | None = None) -> None:
+        """Draw every parameter from the run's seed and its name. There are no buffers, hence no buffer device."""
+        initialize(
+            self,
+            seed=self.args.init_seed,
+            depth_scaling=self.args.init_depth_scaling,
+            stack_depths={"layers": self.args.n_layers},
+            write=self.write_parameter,
+        )

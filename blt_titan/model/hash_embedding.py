@@ -1,0 +1,92 @@
+"""Hash n-gram embeddings: each byte also looks up its last n bytes, for several n, in tables of V rows.
+
+One stacked table [T * V, d], one block of V rows per (function, n), function outer, n inner (paper, section
+3.2.1). The window restarts at each document, so that training sees what a document alone would give.
+
+    ids 1 76 105 (BOS H e), n = 3, prime p: the window that ends at `e` is (1, 76, 105),
+    hash = 1 + 76 p + 105 p^2 in wrapping int64, row = hash mod V (floor, so never negative)
+
+Letters: B rows, S byte slots, T tables, V rows of one table, d local width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+HASH_PRIMES = (
+    1000000007,
+    5915587277,
+    1500450271,
+    3267000013,
+    5754853343,
+    4093082899,
+    9576890767,
+    3628273133,
+    2860486313,
+    5463458053,
+    3367900313,
+)
+"""One polynomial base per hash function, in the released models' order."""
+
+
+def ngram_hashes(
+    token_ids_BS: torch.Tensor, doc_BS: torch.Tensor, *, ngrams: Sequence[int], n_functions: int, n_rows: int
+) -> torch.Tensor:
+    """Hash the n-gram that ends at each byte.
+
+    `h = sum_j w_j * prime^j` over the window w_0..w_{n-1} that ends at the current id, ids before the document
+    counted as 0; evaluated by Horner's rule over growing windows, so all n share one pass.
+
+    Args:
+        token_ids_BS: ids, integer [B, S].
+        doc_BS: document of each byte, integer [B, S].
+        ngrams: window lengths n, ascending.
+        n_functions: number of hash functions, at most `len(HASH_PRIMES)`.
+        n_rows: V, rows of one table.
+
+    Returns:
+        Row in its own table, int64 [B, S, T], function outer, n inner.
+    """
+    ids_BS = token_ids_BS.long()
+    S = ids_BS.shape[1]
+    previous = [ids_BS]
+    for back in range(1, max(ngrams)):
+        same_document = F.pad(doc_BS, (back, 0), value=-2)[:, :S] == doc_BS
+        previous.append(torch.where(same_document, F.pad(ids_BS, (back, 0))[:, :S], 0))
+    rows = []
+    for prime in HASH_PRIMES[:n_functions]:
+        hash_BS = previous[0]
+        by_length = {1: hash_BS}
+        for back in range(1, max(ngrams)):
+            hash_BS = hash_BS * prime + previous[back]
+            by_length[back + 1] = hash_BS
+        rows += [by_length[n] % n_rows for n in ngrams]
+    return torch.stack(rows, dim=-1)
+
+
+class HashEmbedding(nn.Module):
+    """Sum of T table look-ups per byte. The table holds most parameters of a small BLT and no FLOPs."""
+
+    def __init__(self, dim: int, *, ngrams: Sequence[int], n_functions: int, n_rows: int):
+        super().__init__()
+        if not ngrams or list(ngrams) != sorted(set(ngrams)) or min(ngrams) < 1:
+            raise ValueError(f"hash_ngrams must be ascending lengths from 1 up, got {tuple(ngrams)}")
+        if not 1 <= n_functions <= len(HASH_PRIMES):
+            raise ValueError(f"hash_functions must be 1 to {len(HASH_PRIMES)}, got {n_functions}")
+        self.ngrams = tuple(ngrams)
+        self.n_functions = n_functions
+        self.n_rows = n_rows
+        self.n_tables = n_functions * len(self.ngrams)
+        self.weight = nn.Parameter(torch.empty(self.n_tables * n_rows, dim))
+
+    def forward(self, token_ids_BS: torch.Tensor, doc_BS: torch.Tensor) -> torch.Tensor:
+        """Look up and sum: ids [B, S] -> [B, S, d]."""
+        rows_BST = ngram_hashes(
+            token_ids_BS, doc_BS, ngrams=self.ngrams, n_functions=self.n_functions, n_rows=self.n_rows
+        )
+        first_row_T = torch.arange(self.n_tables, device=rows_BST.device) * self.n_rows
+        # A bag sums as it reads: [B, S, T, d] is never written.
+        summed = F.embedding_bag((rows_BST + first_row_T).flatten(0, 1), self.weight, mode="sum")
+        return summed.view(*token_ids_BS.shape, -1)
