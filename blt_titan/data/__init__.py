@@ -1,0 +1,1 @@
+"""From raw text to rows of bytes: sources, shards, order, streams, packing, loader."""

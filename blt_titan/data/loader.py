@@ -1,0 +1,237 @@
+"""From shards to batches: rows made by worker processes, in an order that no layout changes.
+
+Row n of the run, counted over all ranks and steps, comes from stream n mod S. Data-parallel rank r serves the rows with
+n mod dp = r, so dp must divide S, and worker w of W makes every W-th of the rank's rows. With S = 6, dp = 2, W = 3:
+
+    rank 0   rows 0 2 4 6 8 10 ...   from streams 0 2 4 0 2 4 ...   made by workers 0 1 2 0 1 2 ...
+    rank 1   rows 1 3 5 7 9 11 ...   from streams 1 3 5 1 3 5 ...   made by workers 0 1 2 0 1 2 ...
+
+State rides with the batch: a row carries its stream's position after it, and the loader's state is that of the batches
+it has handed out, so what workers made ahead is neither lost nor repeated. The state is one table of S positions,
+gathered over ranks at a save; it fits any number of ranks and workers.
+"""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from blt_titan.batch import LAYOUT_FIELDS
+from blt_titan.data.errors import DataError
+from blt_titan.data.order import StreamOrder
+from blt_titan.data.packing import MarkPatchStarts, PatchedIds, RowShape, empty_row, patch_documents
+from blt_titan.data.shards import ShardSet
+from blt_titan.data.streams import POSITION_FIELDS, RowStream
+
+Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
+"""Inputs by name ("input" for the ids [B, S], then the fields of `batch.PatchLayout`) and labels [B, S], int32."""
+
+_NO_SNAPSHOTS = 1 << 62
+"""torchdata's own state is not used: it refuses another number of workers."""
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """What makes a row: the data, how it is patched, and the row's shape."""
+
+    shards: ShardSet
+    mark_starts: MarkPatchStarts
+    shape: RowShape
+
+    def read(self, record_batch: int) -> PatchedIds:
+        """Read and patch one record batch."""
+        batch = self.shards.read(record_batch)
+        return patch_documents(batch.text, batch.offsets, self.mark_starts)
+
+
+class RowDataset(IterableDataset):
+    """The rows of one data-parallel rank, or in a worker process that worker's share of them.
+
+    Yields flat rows, int32 [6 S + 2 P + 6]: the row's fields side by side, then its stream's position after it.
+    """
+
+    def __init__(
+        self,
+        source: RowSource,
+        order: StreamOrder,
+        *,
+        dp_rank: int,
+        dp_size: int,
+        positions: np.ndarray,
+        first_row: int,
+    ):
+        self.source = source
+        self.order = order
+        self.dp_rank = dp_rank
+        self.dp_size = dp_size
+        self.positions = positions
+        self.first_row = first_row
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        streams: dict[int, RowStream] = {}
+        for row_of_rank in itertools.count(self.first_row + first, step):
+            number = (row_of_rank * self.dp_size + self.dp_rank) % self.order.streams
+            stream = streams.get(number) or streams.setdefault(number, self._open(number))
+            row = stream.next_row()
+            assert row is not None
+            yield torch.from_numpy(np.concatenate([row.flat(), stream.position().view(np.int32)]))
+
+    def _open(self, number: int) -> RowStream:
+        stream = RowStream(lambda pick: self.source.read(self.order.record_batch(number, pick)), self.source.shape)
+        stream.seek(self.positions[number])
+        return stream
+
+
+class RowLoader:
+    """Batches of one data-parallel rank, endless, with a state that any layout can continue from.
+
+    Args:
+        source: the data and the row shape.
+        order: the streams.
+        dp_rank: this rank among the data-parallel ranks.
+        dp_size: data-parallel ranks; must divide `order.streams`.
+        rows_per_batch: B.
+        num_workers: worker processes; lowered to a divisor of the rank's streams, so that no stream has two makers.
+        prefetch_factor: batches that each worker makes ahead.
+        pin_memory: page-locked batches for faster copies to a GPU.
+        merge_positions: makes the table whole: entries that other ranks own are -1 on entry. None where one rank
+            owns all streams.
+
+    Raises:
+        DataError: if the data has fewer record batches than the run has streams.
+    """
+
+    def __init__(
+        self,
+        source: RowSource,
+        order: StreamOrder,
+        *,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        rows_per_batch: int,
+        num_workers: int = 0,
+        prefetch_factor: int | None = None,
+        pin_memory: bool = False,
+        merge_positions: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ):
+        assert order.streams % dp_size == 0
+        self.source = source
+        self.order = order
+        self.dp_rank = dp_rank
+        self.dp_size = dp_size
+        self.rows_per_batch = rows_per_batch
+        own_streams = order.streams // dp_size
+        self.num_workers = next(
+            w for w in range(min(num_workers, own_streams), -1, -1) if w == 0 or own_streams % w == 0
+        )
+        self._prefetch_factor = prefetch_factor
+        self._pin_memory = pin_memory
+        self._merge_positions = merge_positions
+        self._positions = np.zeros((order.streams, len(POSITION_FIELDS)), dtype=np.int64)
+        self._rows_served = 0  # by all ranks together
+
+    def __iter__(self) -> Iterator[Batch]:
+        dataset = RowDataset(
+            self.source,
+            self.order,
+            dp_rank=self.dp_rank,
+            dp_size=self.dp_size,
+            positions=self._positions.copy(),
+            first_row=self._rows_served // self.dp_size,
+        )
+        rows = iter(
+            StatefulDataLoader(
+                dataset,
+                batch_size=None,
+                num_workers=self.num_workers,
+                prefetch_factor=(self._prefetch_factor or 2) * self.rows_per_batch if self.num_workers else None,
+                snapshot_every_n_steps=_NO_SNAPSHOTS,
+            )
+        )
+        while True:
+            taken = list(itertools.islice(rows, self.rows_per_batch))
+            batch = collate_rows(taken, self.source.shape, pin_memory=self._pin_memory)
+            for row in taken:
+                stream = (self._rows_served + self.dp_rank) % self.order.streams
+                self._positions[stream] = row[-2 * len(POSITION_FIELDS) :].numpy().view(np.int64)
+                self._rows_served += self.dp_size
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state after the last batch handed out; collective over ranks if positions are merged."""
+        own = torch.full(self._positions.shape, -1, dtype=torch.int64)
+        own[self.dp_rank :: self.dp_size] = torch.from_numpy(self._positions)[self.dp_rank :: self.dp_size]
+        return {
+            "positions": self._merge_positions(own) if self._merge_positions else own,
+            "rows_served": self._rows_served,
+            "identity": json.dumps(self._identity()),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue after the batches of a saved state, made by any number of ranks and workers.
+
+        Raises:
+            DataError: if the state belongs to other data or to another order; names what differs.
+        """
+        saved, here = json.loads(state_dict["identity"]), self._identity()
+        for key, value in here.items():
+            if saved[key] != value:
+                raise DataError(
+                    f"the checkpoint's data order cannot be continued: it was written with {key} = {saved[key]!r}, this "
+                    f"run has {value!r}"
+                )
+        rows_served = int(state_dict["rows_served"])
+        if rows_served % self.dp_size:
+            raise DataError(f"{rows_served} rows were served, which {self.dp_size} data-parallel ranks do not divide")
+        self._positions = state_dict["positions"].cpu().numpy().astype(np.int64, copy=True)
+        self._rows_served = rows_served
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "data.streams": self.order.streams,
+            "data.seed": self.order.seed,
+            "training.dataset_path (fingerprint)": self.source.shards.fingerprint,
+        }
+
+
+class HeldOutRows:
+    """The rows of a held-out split: documents in order, each byte exactly once, the same rows in every layout.
+
+    Iterating yields this rank's batches; all ranks yield equally many. Rows that the data does not fill are padding
+    without targets.
+    """
+
+    def __init__(self, source: RowSource, *, dp_rank: int = 0, dp_size: int = 1, rows_per_batch: int):
+        self.source = source
+        self.dp_rank = dp_rank
+        self.dp_size = dp_size
+        self.rows_per_batch = rows_per_batch
+
+    def __iter__(self) -> Iterator[Batch]:
+        n_record_batches = len(self.source.shards)
+        stream = RowStream(lambda pick: self.source.read(pick) if pick < n_record_batches else None, self.source.shape)
+        rows = iter(stream.next_row, None)
+        while together := list(itertools.islice(rows, self.dp_size * self.rows_per_batch)):
+            own = together[self.dp_rank :: self.dp_size]
+            own += [empty_row(self.source.shape)] * (self.rows_per_batch - len(own))
+            yield collate_rows([torch.from_numpy(row.flat()) for row in own], self.source.shape)
+
+
+def collate_rows(rows: list[torch.Tensor], shape: RowShape, *, pin_memory: bool = False) -> Batch:
+    """Stack flat rows (`Row.flat`, more may follow) into a batch of contiguous fields."""
+    flat_BX = torch.stack(rows)
+    S, P = shape.n_bytes, shape.n_patches
+    sizes = [S] * 6 + [P] * 2
+    fields = flat_BX[:, : sum(sizes)].split(sizes, dim=1)
+    token_ids_BS, labels_BS, *layout = (
+        field.contiguous().pin_memory() if pin_memory else field.contiguous() for field in fields
+    )
+    return {"input": token_ids_BS, **dict(zip(LAYOUT_FIELDS, layout, strict=True))}, labels_BS

@@ -1,0 +1,148 @@
+"""`manifest.json`: what a directory of byte shards holds, and which files those are.
+
+In goes a directory, out comes a `Manifest`. The manifest is written last and in one step, so a directory that
+has one is complete. It carries the digest of every shard's index, and each index carries a checksum of every
+record batch: three small steps from one file to every byte, none of which needs to read whole shards at
+start-up.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from blt_titan.data.errors import DataError
+
+FORMAT = "blt_titan.byte_shards"
+VERSION = 1
+MANIFEST_NAME = "manifest.json"
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True, slots=True)
+class ShardEntry:
+    """One shard as the manifest names it; file names are relative to the manifest's directory."""
+
+    file: str
+    index_file: str
+    index_sha256: str
+    file_bytes: int
+    record_batches: int
+    documents: int
+    text_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What was written over all splits, and what was not."""
+
+    documents: int
+    text_bytes: int
+    empty_documents_left_out: int
+    binary_files_left_out: int
+    documents_over_max_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A complete directory of shards.
+
+    `settings` is what the data was made with: sources, seed, validation_fraction, max_bytes, record_batch_bytes,
+    shard_bytes, text_column.
+    """
+
+    settings: Mapping[str, Any]
+    counts: Counts
+    splits: Mapping[str, tuple[ShardEntry, ...]]
+
+    def file_names(self) -> set[str]:
+        """Name every shard and index file of every split."""
+        return {name for shards in self.splits.values() for s in shards for name in (s.file, s.index_file)}
+
+    def to_json(self) -> str:
+        """Give the text of `manifest.json`."""
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "settings": dict(self.settings),
+            "counts": asdict(self.counts),
+            "splits": {split: [asdict(shard) for shard in shards] for split, shards in self.splits.items()},
+        }
+        return json.dumps(content, indent=2) + "\n"
+
+
+def read_manifest(directory: str | os.PathLike[str], name: str = MANIFEST_NAME) -> Manifest:
+    """Read and check the manifest of a directory.
+
+    Raises:
+        DataError: it is missing, is not JSON, is of another format or version, or has a field missing or malformed.
+    """
+    path = Path(directory) / name
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(
+            f"{path}: no such file, so {directory} is not a finished data set; "
+            "make one with `python -m scripts.prepare_data`"
+        ) from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: is not JSON ({error}); prepare the data again") from error
+    found = (content.get("format"), content.get("version")) if isinstance(content, dict) else (None, None)
+    if found != (FORMAT, VERSION):
+        raise DataError(
+            f"{path}: format {found[0]!r} version {found[1]!r} is unknown; this code reads {FORMAT!r} "
+            f"version {VERSION}: use the code that wrote it, or prepare the data again"
+        )
+    try:
+        splits = {split: tuple(_shard_entry(shard) for shard in content["splits"][split]) for split in SPLITS}
+        return Manifest(_mapping(content["settings"]), _counts(content["counts"]), splits)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: malformed ({error!r}); prepare the data again") from error
+
+
+def write_manifest(directory: str | os.PathLike[str], manifest: Manifest, name: str = MANIFEST_NAME) -> None:
+    """Write a manifest in one step: the file is there whole, or not at all."""
+    path = Path(directory) / name
+    temporary = path.with_name(f"{name}.partial")
+    with open(temporary, "wb") as file:
+        file.write(manifest.to_json().encode())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"expected an object, got {value!r}")
+    return value
+
+
+def _counts(value: Any) -> Counts:
+    counts = Counts(**_mapping(value))
+    for field in fields(counts):
+        _whole_number(field.name, getattr(counts, field.name), minimum=0)
+    return counts
+
+
+def _shard_entry(value: Any) -> ShardEntry:
+    shard = ShardEntry(**_mapping(value))
+    for key in ("file", "index_file"):
+        file_name = getattr(shard, key)
+        # A manifest must never lead a reader, or an overwrite, outside its own directory.
+        if not isinstance(file_name, str) or file_name in ("", ".", "..") or Path(file_name).name != file_name:
+            raise ValueError(f"{key} must be a plain file name, got {file_name!r}")
+    if not isinstance(shard.index_sha256, str):
+        raise TypeError(f"index_sha256 must be a string, got {shard.index_sha256!r}")
+    for key in ("file_bytes", "record_batches", "documents"):
+        _whole_number(key, getattr(shard, key), minimum=1)
+    _whole_number("text_bytes", shard.text_bytes, minimum=0)
+    return shard
+
+
+def _whole_number(key: str, value: Any, *, minimum: int) -> None:
+    if type(value) is not int or value < minimum:
+        raise ValueError(f"{key} must be a whole number of at least {minimum}, got {value!r}")

@@ -1,0 +1,80 @@
+"""A stream: an endless walk over its record batches, cut into rows, whose position is three integers.
+
+Documents run on from row to row. When a row begins inside a document, its position says where: the record batch, and
+how many ids of it (BOS and EOS counted) earlier rows took. To resume, the stream reads that record batch again and
+drops those ids; since patches depend on the document alone, the rest is bit-identical.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from blt_titan.data.packing import PatchedIds, Row, RowShape, pack_row
+
+POSITION_FIELDS = ("pick", "ids_taken", "rows")
+"""What a stream's state holds, int64 [3]: the record batch of its walk that the next row begins in, the ids of it that
+earlier rows took, and the rows made so far."""
+
+ReadPick = Callable[[int], PatchedIds | None]
+"""The stream's n-th record batch as ids and patches; None after the last, where there is a last."""
+
+
+@dataclass
+class RowStream:
+    """Rows from consecutive record batches; holds only what is not delivered yet, and one record batch ahead."""
+
+    read_pick: ReadPick
+    shape: RowShape
+
+    def __post_init__(self):
+        self._waiting = PatchedIds(np.empty(0, np.int16), np.zeros(1, np.int64))
+        self._sizes: deque[int] = deque()  # ids of each record batch in `_waiting`, taken ones counted
+        self._pick = self._ids_taken = self._rows = 0
+        self._ended = False
+
+    def position(self) -> np.ndarray:
+        """Return where the next row begins: int64 [3], see POSITION_FIELDS."""
+        return np.array([self._pick, self._ids_taken, self._rows], dtype=np.int64)
+
+    def seek(self, position: np.ndarray) -> None:
+        """Go to a position that `position` returned, of this or of an equal stream."""
+        self._pick, taken, self._rows = (int(x) for x in position)
+        self._ids_taken = 0
+        self._waiting = PatchedIds(np.empty(0, np.int16), np.zeros(1, np.int64))
+        self._sizes.clear()
+        self._ended = False
+        if taken:
+            self._read_ahead()
+            self._take(taken)
+
+    def next_row(self) -> Row | None:
+        """Return the next row; None if the record batches have ended and all their ids are delivered."""
+        while len(self._waiting.ids) <= self.shape.n_bytes and not self._ended:
+            self._read_ahead()
+        if not len(self._waiting.ids):
+            return None
+        row = pack_row(self._waiting, self.shape)
+        self._take(row.n_ids)
+        self._rows += 1
+        return row
+
+    def _read_ahead(self) -> None:
+        more = self.read_pick(self._pick + len(self._sizes))
+        if more is None:
+            self._ended = True
+            return
+        ids, cuts = self._waiting
+        self._waiting = PatchedIds(np.concatenate([ids, more.ids]), np.append(cuts, more.cuts[1:] + len(ids)))
+        self._sizes.append(len(more.ids))
+
+    def _take(self, n_ids: int) -> None:
+        ids, cuts = self._waiting
+        # A row may end where it cut its own first patch; then the rest of that patch begins the next row.
+        rest = cuts[np.searchsorted(cuts, n_ids, side="right") :] - n_ids
+        self._waiting = PatchedIds(ids[n_ids:], np.concatenate([[0], rest]))
+        self._ids_taken += n_ids
+        while self._sizes and self._ids_taken >= self._sizes[0]:
+            self._ids_taken -= self._sizes.popleft()
+            self._pick += 1

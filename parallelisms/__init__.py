@@ -1,0 +1,1 @@
+"""How a model is split over devices: functions beside the model, which itself is single-device code."""

@@ -1,0 +1,124 @@
+r"""Turn text into byte shards for training and validation.
+
+Copy and paste, for 4 MB of Python's own standard library in small record batches:
+
+    python -m scripts.prepare_data --source python-stdlib --out data/stdlib --validation-fraction 0.05 \
+        --seed 0 --max-bytes 4000000 --record-batch-bytes 16384
+
+For a crawl of JSON lines and a tree of source code, with the defaults:
+
+    python -m scripts.prepare_data --source crawl.jsonl --source ~/code --out data/mixed
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from decimal import Decimal
+
+from blt_titan.data.errors import DataError
+from blt_titan.data.prepare import prepare
+from blt_titan.data.shards import RECORD_BATCH_BYTES, SHARD_BYTES
+
+_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def size(text: str) -> int:
+    """Read a number of bytes.
+
+    >>> size("16KiB"), size("4MB"), size("1.5 GiB"), size("300")
+    (16384, 4000000, 1610612736, 300)
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", text.strip().upper())
+    if not match or (match[3] and not match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 16KiB, 4MB, 1GiB, or a number of bytes")
+    return int(Decimal(match[1]) * (1024 if match[3] else 1000) ** _POWERS[match[2]])
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        prog="prepare_data",
+        usage="python -m scripts.prepare_data --source SOURCE [--source SOURCE ...] --out DIR [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Sizes are bytes, or a number with KB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (of 1024).",
+    )
+    add = parser.add_argument
+    add(
+        "--source",
+        action="append",
+        required=True,
+        help="what to read; may be given several times. python-stdlib: the .py files of this Python. A directory: each "
+        "text file in it is a document, each line of its .jsonl files another. A .jsonl file: each line is a document. "
+        "Any other file: one document",
+    )
+    add("--out", required=True, metavar="DIR", help="the directory to write, made if missing")
+    add(
+        "--validation-fraction",
+        type=float,
+        default=0.01,
+        metavar="F",
+        help="the share of documents held out for validation, from 0 to below 1 (default %(default)s)",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="orders the documents and chooses those of validation (default %(default)s)",
+    )
+    add(
+        "--max-bytes",
+        type=size,
+        metavar="SIZE",
+        help="take whole documents up to this much text (default: everything)",
+    )
+    add(
+        "--record-batch-bytes",
+        type=size,
+        default=RECORD_BATCH_BYTES,
+        metavar="SIZE",
+        help="text per record batch, the unit that is read and shuffled; training needs at least as many record "
+        "batches as it has streams (default 256KiB; 16KiB suits a few megabytes)",
+    )
+    add("--shard-bytes", type=size, default=SHARD_BYTES, metavar="SIZE", help="size of a shard file (default 1GiB)")
+    add(
+        "--text-column",
+        default="text",
+        metavar="KEY",
+        help="the key of the text in .jsonl files (default %(default)s)",
+    )
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace the data set in DIR, if it was made with other settings or is damaged; other files in DIR stay",
+    )
+    add("--no-progress", action="store_true", help="show no progress bars")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; give its exit code: 0, or 2 after an error."""
+    args = parse_args(arguments)
+    try:
+        summary = prepare(
+            args.source,
+            args.out,
+            validation_fraction=args.validation_fraction,
+            seed=args.seed,
+            max_bytes=args.max_bytes,
+            record_batch_bytes=args.record_batch_bytes,
+            shard_bytes=args.shard_bytes,
+            text_column=args.text_column,
+            overwrite=args.overwrite,
+            progress=not args.no_progress,
+        )
+    except DataError as error:
+        print(f"prepare_data: error: {error}", file=sys.stderr)
+        return 2
+    print(summary)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
