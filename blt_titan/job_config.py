@@ -44,6 +44,18 @@ class Patching:
 
 
 @dataclass
+class Model:
+    """Defaults that differ from torchtitan's."""
+
+    name: Literal["blt", "blt_entropy"] = "blt"
+    """The Byte Latent Transformer, or the byte-level entropy model that decides its patches."""
+    flavor: str = "debug"
+    """Size: debug, 20M, 100M, 400M, 1B, 2B, 4B, 8B for blt; debug, 100M for blt_entropy."""
+    hf_assets_path: str = "."
+    """Unused: bytes need no tokenizer. (torchtitan warns when its own default does not exist.)"""
+
+
+@dataclass
 class Checkpoint:
     """Defaults that differ from torchtitan's."""
 
@@ -52,9 +64,25 @@ class Checkpoint:
 
 
 @dataclass
+class Validation:
+    """Defaults that differ from torchtitan's. Held-out data is the `validation` split of training.dataset_path."""
+
+    local_batch_size: int = -1
+    """Rows of a validation batch; -1 takes training.local_batch_size."""
+    seq_len: int = -1
+    """Bytes of a validation row; -1 takes training.seq_len."""
+    steps: int = -1
+    """Batches of a validation pass; -1 scores the whole split."""
+    freq: int = 500
+    """Steps between validation passes; the last step is always validated."""
+
+
+@dataclass
 class JobConfig:
     """What is merged into torchtitan's JobConfig."""
 
+    model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     patching: Patching = field(default_factory=Patching)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    validation: Validation = field(default_factory=Validation)

@@ -6,10 +6,16 @@ supported is refused by `unsupported_settings` before any device work.
 
 import torch
 import torch.nn as nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+import blt_titan.titan_device  # noqa: F401
+
+# isort: split
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import device_type
 
 from parallelisms.fsdp import apply_fsdp
 from parallelisms.weights import write_shard
@@ -72,8 +78,6 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
     if compile_model:
         apply_compile(model, backend=job_config.compile.backend)
     if parallel_dims.fsdp_enabled or parallel_dims.dp_replicate_enabled:
-        # "fsdp" is asked for even at size 1: replicas alone are HSDP with one shard, because torchtitan's DDP would
-        # average gradients that must be summed.
         mesh = _data_parallel_mesh(parallel_dims)
         reshard = {"always": True, "default": True, "never": False}[job_config.parallelism.fsdp_reshard_after_forward]
         apply_fsdp(
@@ -99,9 +103,12 @@ def apply_compile(model: nn.Module, *, backend: str) -> None:
             block.compile(backend=backend, fullgraph=True)
 
 
-def _data_parallel_mesh(parallel_dims: ParallelDims):
+def _data_parallel_mesh(parallel_dims: ParallelDims) -> DeviceMesh:
     if not parallel_dims.dp_replicate_enabled:
         return parallel_dims.get_mesh("fsdp")
     if parallel_dims.fsdp_enabled:
         return parallel_dims.get_mesh(["dp_replicate", "fsdp"])
-    return parallel_dims.get_mesh("dp_replicate")
+    # Replicas alone are HSDP with one shard each: torchtitan's DDP would average gradients that must be summed. Its own
+    # mesh has no process group for an axis of one.
+    shape = (parallel_dims.dp_replicate, 1)
+    return init_device_mesh(device_type, shape, mesh_dim_names=("dp_replicate", "fsdp"))

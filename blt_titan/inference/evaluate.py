@@ -1,0 +1,65 @@
+"""Held-out bits per byte over rows: documents in order, each byte scored once, no context across rows."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from blt_titan.batch import IGNORE_LABEL
+from blt_titan.byte_vocab import EOS_ID
+from blt_titan.data.loader import Batch
+from blt_titan.loss import ByteCrossEntropy, bits_per_byte
+
+
+@dataclass(frozen=True)
+class HeldOutScore:
+    """Sums over a held-out split; EOS is a target too, and is kept apart."""
+
+    byte_nats: float
+    eos_nats: float
+    n_bytes: int
+    n_eos: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Nats over bytes / ln 2 / bytes."""
+        return bits_per_byte(self.byte_nats, self.n_bytes)
+
+    @property
+    def loss_nats(self) -> float:
+        """Nats per target, EOS included, as the training loss counts them."""
+        n_targets = self.n_bytes + self.n_eos
+        return (self.byte_nats + self.eos_nats) / n_targets if n_targets else math.nan
+
+
+@torch.no_grad()
+def score_batches(
+    model: Callable[..., torch.Tensor],
+    batches: Iterable[Batch],
+    *,
+    device: torch.device | str = "cpu",
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> HeldOutScore:
+    """Score all targets of `batches`.
+
+    Args:
+        model: called with the ids [B, S] and the layout by name; returns logits [B, S, V].
+        batches: inputs and labels, as the loaders yield them.
+        device: where the model is.
+        reduce: sums a float64 [4] over the ranks that hold other batches; None for one rank.
+    """
+    loss_fn = ByteCrossEntropy()
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    for inputs, labels_BS in batches:
+        tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+        labels = labels_BS.to(device, non_blocking=True)
+        loss_fn.eos_nats = None
+        nats = loss_fn(model(tensors.pop("input"), **tensors), labels)
+        n_targets, n_eos = (labels != IGNORE_LABEL).sum(), (labels == EOS_ID).sum()
+        assert loss_fn.eos_nats is not None
+        sums += torch.stack([nats - loss_fn.eos_nats, loss_fn.eos_nats, n_targets - n_eos, n_eos])
+    if reduce is not None:
+        sums = reduce(sums)
+    byte_nats, eos_nats, n_bytes, n_eos = sums.tolist()
+    return HeldOutScore(byte_nats, eos_nats, round(n_bytes), round(n_eos))

@@ -1,0 +1,175 @@
+"""Metrics of a run: to the console, to TensorBoard, and as one JSON object per line in `<dump_folder>/metrics.jsonl`.
+
+Rates count real bytes that are targets, never slots: a run cannot look fast by padding. Figures are of the whole job
+unless their name says otherwise; `loss_nats` and `bits_per_byte` are of the step they stand at, the rest of the steps
+since the last line.
+"""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import blt_titan.titan_device  # noqa: F401
+
+# isort: split
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.distributed import ParallelDims
+from torchtitan.tools import utils
+from torchtitan.tools.logging import logger
+
+from blt_titan.batch import IGNORE_LABEL
+from blt_titan.byte_vocab import EOS_ID
+from blt_titan.data.loader import Batch
+
+COUNTS = ("byte_targets", "eos_targets", "bytes", "byte_slots", "patches", "patch_slots")
+"""What is counted of each batch, in this order. `bytes` are all real positions, BOS and EOS too."""
+
+_KNOWN_DEVICES = ("A100", "H100", "H200", "H20", "B200", "MI250", "MI300X", "MI325X", "MI355X")
+
+
+def count_batch(batch: Batch) -> torch.Tensor:
+    """Count a batch on the host before it moves to a device: int64 [len(COUNTS)]."""
+    inputs, labels_BS = batch
+    n_targets, n_eos = (labels_BS != IGNORE_LABEL).sum(), (labels_BS == EOS_ID).sum()
+    byte_doc_BS, patch_doc_BP = inputs["byte_doc_BS"], inputs["patch_doc_BP"]
+    n_bytes, n_patches = (byte_doc_BS >= 0).sum(), (patch_doc_BP >= 0).sum()
+    slots = torch.tensor([byte_doc_BS.numel(), patch_doc_BP.numel()])
+    return torch.stack([n_targets - n_eos, n_eos, n_bytes, slots[0], n_patches, slots[1]])
+
+
+class JsonLines:
+    """A file of JSON objects, one per line; a resumed run replaces the lines after its checkpoint."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._keep_to_step = 0
+        self._opened = False
+
+    def resume_at(self, step: int) -> None:
+        """Keep the lines up to `step`; later ones belong to steps that will be made again."""
+        self._keep_to_step = step
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append one object; floats keep their full precision."""
+        if not self._opened:
+            self._open()
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _open(self) -> None:
+        self._opened = True
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.path.exists():
+            return
+        lines = [line for line in self.path.read_text().splitlines() if line]
+        kept = [line for line in lines if json.loads(line)["step"] <= self._keep_to_step]
+        if len(kept) < len(lines):
+            # A new run over an old one, or steps that a crash took back: the old lines stay beside the new file.
+            os.replace(self.path, self.path.with_name(f"{self.path.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
+            self.path.write_text("".join(line + "\n" for line in kept))
+
+
+class BLTMetrics(MetricsProcessor):
+    """torchtitan's metrics processor with our figures; every rank has one, one of them writes."""
+
+    def __init__(self, job_config: Any, parallel_dims: ParallelDims, model_args: Any):
+        super().__init__(job_config, parallel_dims)
+        self.model_args = model_args
+        self.world_size = parallel_dims.world_size
+        self.counts = torch.zeros(len(COUNTS), dtype=torch.int64)
+        is_writer = torch.distributed.get_rank() == 0
+        self.json_lines = JsonLines(Path(job_config.job.dump_folder) / "metrics.jsonl") if is_writer else None
+        device_name = self.device_memory_monitor.device_name
+        self.peak_flops = utils.get_peak_flops(device_name) if _is_known(device_name) else None
+
+    def resume_at(self, step: int) -> None:
+        """Continue after `step`, which a checkpoint holds."""
+        if self.json_lines is not None:
+            self.json_lines.resume_at(step)
+
+    def count(self, batch: Batch, waited_s: float) -> None:
+        """Count a batch that arrived, and the time that training waited for it."""
+        self.counts += count_batch(batch)
+        self.data_loading_times.append(waited_s)
+
+    def take_counts(self) -> torch.Tensor:
+        """Return this rank's counts since the last call, int64 [len(COUNTS)], and begin anew."""
+        counts, self.counts = self.counts, torch.zeros_like(self.counts)
+        return counts
+
+    def log_step(
+        self, step: int, *, loss_nats: float, bits_per_byte: float, grad_norm: float, lr: float, counts: list[float]
+    ) -> None:
+        """Write the figures of a step and of the steps since the last line.
+
+        Args:
+            step: the step just made.
+            loss_nats: nats per target of the global batch.
+            bits_per_byte: of the global batch, EOS left out.
+            grad_norm: before clipping.
+            lr: learning rate of the step.
+            counts: COUNTS since the last line, summed over ranks.
+        """
+        now = time.perf_counter()
+        seconds = now - self.time_last_log
+        count = dict(zip(COUNTS, counts, strict=True))
+        mean_patch_bytes = count["bytes"] / count["patches"] if count["patches"] else math.nan
+        per_device = count["byte_targets"] / seconds / self.world_size
+        metrics = {
+            "loss_nats": loss_nats,
+            "bits_per_byte": bits_per_byte,
+            "bytes_per_second": count["byte_targets"] / seconds,
+            "bytes_per_second_per_device": per_device,
+            "patches_per_second": count["patches"] / seconds,
+            "mean_patch_bytes": mean_patch_bytes,
+            "padded_byte_share": 1 - count["bytes"] / count["byte_slots"],
+            "padded_patch_share": 1 - count["patches"] / count["patch_slots"],
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "data_wait_share": sum(self.data_loading_times) / seconds,
+        }
+        if self.peak_flops is not None:
+            flops = 3 * self.model_args.forward_flops_per_byte(self.job_config.training.seq_len, mean_patch_bytes)
+            metrics["mfu"] = flops * per_device / self.peak_flops
+            metrics["memory_gib"] = self.device_memory_monitor.get_peak_stats().max_reserved_gib
+        self._write(step, metrics)
+        logger.info(
+            f"step {step:>6}  loss {loss_nats:.5f} nats  {bits_per_byte:.4f} bits/byte  "
+            f"grad norm {grad_norm:.4f}  lr {lr:.2e}  {metrics['bytes_per_second']:,.0f} bytes/s  "
+            f"patch {mean_patch_bytes:.2f} bytes  waited {metrics['data_wait_share']:.1%}"
+            + (f"  mfu {metrics['mfu']:.1%}" if "mfu" in metrics else "")
+        )
+        self.restart_clock()
+
+    def log_held_out(self, step: int, *, bits_per_byte: float, loss_nats: float, seconds: float) -> None:
+        """Write the figures of a validation pass; its time does not count as training."""
+        metrics = {
+            "heldout_bits_per_byte": bits_per_byte,
+            "heldout_loss_nats": loss_nats,
+            "heldout_seconds": seconds,
+        }
+        self._write(step, metrics)
+        logger.info(f"step {step:>6}  held-out {bits_per_byte:.4f} bits/byte  {loss_nats:.5f} nats  ({seconds:.1f} s)")
+        self.time_last_log += seconds
+
+    def restart_clock(self) -> None:
+        """Begin the next interval now."""
+        self.data_loading_times.clear()
+        self.time_last_log = time.perf_counter()
+        self.device_memory_monitor.reset_peak_stats()
+
+    def _write(self, step: int, metrics: dict[str, float]) -> None:
+        self.logger.log(metrics, step)
+        if self.json_lines is not None:
+            # JSON has no NaN; a figure that does not exist is null.
+            finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+            self.json_lines.write({"step": step, **finite})
+
+
+def _is_known(device_name: str) -> bool:
+    return any(known in device_name for known in _KNOWN_DEVICES)

@@ -1,0 +1,266 @@
+"""A run's settings: read strictly, and checked as a whole before any device work.
+
+    python -m blt_titan.run_config --job.config_file train_configs/debug.toml
+
+says what is wrong in one sentence, with exit code 2, or nothing. `run_train.sh` calls it before it starts ranks; the
+world size is taken from WORLD_SIZE, or from NGPU and NNODES. Precedence: command line > TOML > default.
+"""
+
+import dataclasses
+import difflib
+import os
+import sys
+import tomllib
+import types
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import blt_titan.titan_device  # noqa: F401
+
+# isort: split
+from torchtitan.config import ConfigManager
+from torchtitan.tools.utils import device_type
+
+from blt_titan.data.errors import DataError
+from blt_titan.data.shards import ShardSet
+from blt_titan.train_spec import TRAIN_SPECS
+from parallelisms.parallelize import unsupported_settings
+
+CONFIG_MODULE = "blt_titan.job_config"
+
+
+class RunConfigError(ValueError):
+    """Settings that cannot be run; the message names the key, what it got and what it may be."""
+
+
+def load_run_config(args: list[str]) -> Any:
+    """Read the TOML that `--job.config_file` names, and overrides, into torchtitan's JobConfig with our sections.
+
+    Args:
+        args: command line without the program's name, `--section.key=value` or `--section.key value`.
+
+    Raises:
+        RunConfigError: for a file that cannot be read, an unknown section or key, or a value of the wrong type.
+        SystemExit: for an unknown or malformed override; the option parser has then said why.
+    """
+    manager = ConfigManager()
+    if path := _config_file(args):
+        merged = manager._maybe_add_custom_config([f"--job.custom_config_module={CONFIG_MODULE}"], None)
+        _check_table(_read_toml(path), merged, path, prefix="")
+    return manager.parse_args([*args, f"--job.custom_config_module={CONFIG_MODULE}"])
+
+
+def check_run(config: Any, *, world_size: int, verify_data: bool) -> None:
+    """Check that the settings fit each other, the data and the number of ranks.
+
+    Args:
+        config: as `load_run_config` returns it.
+        world_size: ranks of the whole job.
+        verify_data: also read small data in full (`data.verify_bytes_at_start`); once per node is enough.
+
+    Raises:
+        RunConfigError: naming the keys, their values and what is allowed.
+        DataError: naming the file.
+    """
+    spec = TRAIN_SPECS.get(config.model.name)
+    if spec is None:
+        raise RunConfigError(f"model.name = {config.model.name!r}: must be one of {', '.join(TRAIN_SPECS)}")
+    if config.model.flavor not in spec.model_args:
+        raise RunConfigError(
+            f"model.flavor = {config.model.flavor!r}: {config.model.name} has {', '.join(spec.model_args)}"
+        )
+    if refused := unsupported_settings(config):
+        raise RunConfigError("; ".join(refused))
+    dp = _check_degrees(config, world_size)
+    _check_batch(config, dp)
+    _check_rows(config)
+    _check_device(config)
+    _check_data(config, dp, verify_data)
+
+
+def _check_degrees(config: Any, world_size: int) -> int:
+    """Check the degrees and return the number of data-parallel ranks."""
+    parallelism = config.parallelism
+    degrees = {
+        key: getattr(parallelism, key)
+        for key in (
+            "data_parallel_replicate_degree",
+            "data_parallel_shard_degree",
+            "context_parallel_degree",
+            "tensor_parallel_degree",
+            "pipeline_parallel_degree",
+        )
+    }
+    said = " x ".join(f"{key} {degree}" for key, degree in degrees.items())
+    for key, degree in degrees.items():
+        if degree < 1 and not (key == "data_parallel_shard_degree" and degree == -1):
+            raise RunConfigError(f"parallelism.{key} = {degree}: must be at least 1")
+    product = 1
+    for degree in degrees.values():
+        product *= degree
+    if product < 0:
+        if world_size % -product:
+            raise RunConfigError(f"parallelism: {said} (-1 takes what is left) does not divide {world_size} ranks")
+        degrees["data_parallel_shard_degree"] = world_size // -product
+    elif product != world_size:
+        raise RunConfigError(f"parallelism: {said} makes {product} ranks, but NGPU x NNODES gives {world_size}")
+    return degrees["data_parallel_replicate_degree"] * degrees["data_parallel_shard_degree"]
+
+
+def _check_batch(config: Any, dp: int) -> None:
+    training = config.training
+    if training.local_batch_size < 1:
+        raise RunConfigError(f"training.local_batch_size = {training.local_batch_size}: must be at least 1")
+    together = training.local_batch_size * dp
+    if training.global_batch_size > 0 and training.global_batch_size % together:
+        raise RunConfigError(
+            f"training.global_batch_size = {training.global_batch_size}: must be a multiple of "
+            f"training.local_batch_size = {training.local_batch_size} x {dp} data-parallel ranks = {together}"
+        )
+    if config.data.streams < 1 or config.data.streams % dp:
+        raise RunConfigError(f"data.streams = {config.data.streams}: must be a multiple of {dp} data-parallel ranks")
+
+
+def _check_rows(config: Any) -> None:
+    data, patching = config.data, config.patching
+    for key, value in (("segment_bytes", data.segment_bytes), ("segment_patches", data.segment_patches)):
+        if value < 2:
+            raise RunConfigError(f"data.{key} = {value}: must be at least 2")
+    lengths = {"training.seq_len": config.training.seq_len}
+    if config.validation.seq_len >= 0:
+        lengths["validation.seq_len"] = config.validation.seq_len
+    for key, seq_len in lengths.items():
+        if seq_len < 1 or seq_len % data.segment_bytes:
+            raise RunConfigError(
+                f"{key} = {seq_len}: a row is a whole number of segments, so it must be a multiple of "
+                f"data.segment_bytes = {data.segment_bytes}"
+            )
+    if not 1 <= patching.max_patch_bytes <= data.segment_bytes:
+        raise RunConfigError(
+            f"patching.max_patch_bytes = {patching.max_patch_bytes}: must be 1 to data.segment_bytes = "
+            f"{data.segment_bytes}, because a patch lies in one segment"
+        )
+    if (patching.rule == "static") != (patching.stride is not None) or (patching.stride or 1) < 1:
+        raise RunConfigError(
+            f"patching.rule = {patching.rule!r} with patching.stride = {patching.stride}: 'static' needs a stride of at "
+            "least 1 byte, the other rules take none"
+        )
+
+
+def _check_device(config: Any) -> None:
+    if device_type != "cpu":
+        return
+    for key, wanted, why in (
+        ("checkpoint.async_mode", "async_with_pinned_mem", "it pins memory for an accelerator; use 'async'"),
+        ("profiling.enable_profiling", True, "torchtitan's profiler needs an accelerator"),
+        ("profiling.enable_memory_snapshot", True, "it records an accelerator's memory"),
+        ("training.enable_cpu_offload", True, "parameters are on the CPU already"),
+    ):
+        section, name = key.split(".")
+        if getattr(getattr(config, section), name) == wanted:
+            raise RunConfigError(f"{key} = {wanted!r} does not work on a CPU: {why}")
+
+
+def _check_data(config: Any, dp: int, verify_data: bool) -> None:
+    path = config.training.dataset_path
+    if path is None:
+        raise RunConfigError("training.dataset_path is not set: name a directory made by scripts.prepare_data")
+    if not Path(path).is_dir():
+        raise RunConfigError(
+            f"training.dataset_path = {path!r}: no such directory; make it with python -m scripts.prepare_data"
+        )
+    train = ShardSet(path, "train")
+    held_out = [ShardSet(path, "validation")] if config.validation.enable else []
+    if len(train) < config.data.streams:
+        raise RunConfigError(
+            f"data.streams = {config.data.streams}: {path} has only {len(train)} record batches, and every stream needs "
+            f"one; set data.streams = {len(train) // dp * dp}, or prepare the data with smaller --record-batch-bytes"
+        )
+    if verify_data:
+        for shards in [train, *held_out]:
+            if shards.text_bytes <= config.data.verify_bytes_at_start:
+                shards.verify_checksums()
+            else:
+                shards.verify_structure()
+
+
+def _config_file(args: list[str]) -> Path | None:
+    for i, arg in enumerate(args):
+        key, _, value = arg.partition("=")
+        if key in ("--job.config_file", "--job.config-file"):
+            return Path(value or args[i + 1])
+    return None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise RunConfigError(f"{path}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise RunConfigError(f"{path} is not valid TOML: {error}") from error
+
+
+def _check_table(table: dict[str, Any], cls: type, path: Path, prefix: str) -> None:
+    hints = get_type_hints(cls)
+    known = [field.name for field in dataclasses.fields(cls)]
+    for key, value in table.items():
+        name = prefix + key
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            meant = f"did you mean {prefix}{close[0]}? " if close else ""
+            raise RunConfigError(f"{path}: unknown key {name}; {meant}Known here: {', '.join(known)}")
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, dict):
+                raise RunConfigError(f"{path}: {name} = {value!r} must be a table, [{name}]")
+            _check_table(value, hint, path, prefix=f"{name}.")  # pyright: ignore[reportArgumentType]
+        elif not _fits(value, hint):
+            raise RunConfigError(f"{path}: {name} = {value!r} is of the wrong type, must be {_describe(hint)}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, options = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin is Literal:
+        return any(value == option and type(value) is type(option) for option in options)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, option) for option in options)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, options[0]) for item in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    origin, options = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, options))
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(option) for option in options if option is not type(None))
+    if origin is list:
+        return f"a list of {_describe(options[0])}"
+    return {"str": "a string", "int": "an integer", "float": "a number", "bool": "true or false"}.get(
+        hint.__name__, hint.__name__
+    )
+
+
+def main() -> None:
+    """Check a run's settings and say what is wrong."""
+    environment = os.environ
+    world_size = int(
+        environment.get("WORLD_SIZE") or int(environment.get("NGPU", "1")) * int(environment.get("NNODES", "1"))
+    )
+    try:
+        check_run(load_run_config(sys.argv[1:]), world_size=world_size, verify_data=True)
+    except (RunConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

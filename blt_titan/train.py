@@ -1,0 +1,51 @@
+"""Entry point of a rank: `torchrun ... -m blt_titan.train --job.config_file FILE [--section.key=value ...]`.
+
+`run_train.sh` calls it; use that.
+"""
+
+import os
+import sys
+
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from blt_titan.data.errors import DataError
+from blt_titan.run_config import RunConfigError, check_run, load_run_config
+from blt_titan.trainer import BLTTrainer, NonFiniteLossError
+
+# isort: split
+from torchtitan.tools.logging import init_logger, logger
+
+
+@record
+def main() -> None:
+    """Train as the settings say. Exit code 2 and one sentence for what a user can mend."""
+    init_logger()
+    trainer: BLTTrainer | None = None
+    try:
+        config = load_run_config(sys.argv[1:])
+        is_first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
+        check_run(config, world_size=int(os.environ.get("WORLD_SIZE", "1")), verify_data=is_first_of_node)
+        trainer = BLTTrainer(config)
+        if config.checkpoint.create_seed_checkpoint:
+            trainer.checkpointer.save(curr_step=0, last_step=True)
+            logger.info("Wrote the seed checkpoint")
+        else:
+            trainer.train()
+    except (RunConfigError, DataError, NonFiniteLossError) as error:
+        # A worker process hands over its traceback as text; its last line is the sentence.
+        logger.error(str(error).strip().splitlines()[-1])
+        sys.stdout.flush()
+        # Other ranks may wait for this one in a collective; torchrun ends them.
+        os._exit(2)
+    finally:
+        if trainer is not None:
+            trainer.close()
+    # All ranks leave together: a process that exits while another still talks to it can abort.
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

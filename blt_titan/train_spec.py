@@ -1,0 +1,130 @@
+"""The registration of our models in torchtitan: `blt` and `blt_entropy`, each as one `TrainSpec`.
+
+Importing this module registers both. Everything a run needs beside the trainer is named here.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import blt_titan.titan_device  # noqa: F401
+
+# isort: split
+from torchtitan.components.lr_scheduler import build_lr_schedulers
+from torchtitan.components.optimizer import build_optimizers
+from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
+from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import device_type
+
+from blt_titan.data.loader import HeldOutRows, RowLoader, RowSource
+from blt_titan.data.order import StreamOrder
+from blt_titan.data.packing import MarkPatchStarts, RowShape
+from blt_titan.data.shards import ShardSet
+from blt_titan.loss import ByteCrossEntropy
+from blt_titan.metrics import BLTMetrics
+from blt_titan.model.blt import BLT
+from blt_titan.model.entropy_model import EntropyModel
+from blt_titan.model.sizes import BLT_FLAVORS, ENTROPY_FLAVORS
+from blt_titan.patching import rule_patch_starts
+from blt_titan.validator import BLTValidator
+from parallelisms.parallelize import parallelize
+
+
+def patching_rule(job_config: Any, *, include_next: bool = False) -> MarkPatchStarts:
+    """Return the run's rule as a function of ids; with `include_next` it also marks the position after the last."""
+    patching = job_config.patching
+    return partial(
+        rule_patch_starts,
+        rule=patching.rule,
+        stride=patching.stride,
+        max_patch_bytes=patching.max_patch_bytes,
+        include_next=include_next,
+    )
+
+
+def row_source(job_config: Any, split: str, seq_len: int) -> RowSource:
+    """Return what makes the rows of one split.
+
+    Raises:
+        DataError: if the data is missing or damaged.
+    """
+    data = job_config.data
+    shape = RowShape(seq_len // data.segment_bytes, data.segment_bytes, data.segment_patches)
+    return RowSource(ShardSet(job_config.training.dataset_path, split), patching_rule(job_config), shape)
+
+
+def build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: None, job_config: Any) -> RowLoader:
+    """Build the training loader of one data-parallel rank (torchtitan's `build_dataloader_fn`)."""
+    source = row_source(job_config, "train", job_config.training.seq_len)
+    settings = job_config.training.dataloader
+    loader = RowLoader(
+        source,
+        StreamOrder(len(source.shards), job_config.data.streams, job_config.data.seed),
+        dp_rank=dp_rank,
+        dp_size=dp_world_size,
+        rows_per_batch=job_config.training.local_batch_size,
+        num_workers=settings.num_workers,
+        prefetch_factor=settings.prefetch_factor,
+        pin_memory=settings.pin_memory,
+        merge_positions=_merge_positions if dp_world_size > 1 else None,
+    )
+    if loader.num_workers != settings.num_workers:
+        logger.info(
+            f"training.dataloader.num_workers = {settings.num_workers} lowered to {loader.num_workers}, a divisor of the "
+            f"{job_config.data.streams // dp_world_size} streams of a rank"
+        )
+    return loader
+
+
+def build_validator(
+    *, job_config: Any, dp_world_size: int, dp_rank: int, parallel_dims: ParallelDims, metrics_processor: Any, **context
+) -> BLTValidator:
+    """Build the held-out validation of one rank (torchtitan's `build_validator_fn`)."""
+    validation, training = job_config.validation, job_config.training
+    rows = HeldOutRows(
+        row_source(job_config, "validation", training.seq_len if validation.seq_len < 0 else validation.seq_len),
+        dp_rank=dp_rank,
+        dp_size=dp_world_size,
+        rows_per_batch=training.local_batch_size if validation.local_batch_size < 0 else validation.local_batch_size,
+    )
+    return BLTValidator(
+        job_config, rows, parallel_dims=parallel_dims, metrics=metrics_processor, autocast=context["maybe_enable_amp"]
+    )
+
+
+def build_loss(job_config: JobConfig, **context: Any) -> ByteCrossEntropy:
+    """Build the loss (torchtitan's `build_loss_fn`)."""
+    return ByteCrossEntropy()
+
+
+def _merge_positions(positions: torch.Tensor) -> torch.Tensor:
+    """Make the table of stream positions whole: ranks that do not own an entry hold -1 there."""
+    table = positions.to(device_type)
+    dist.all_reduce(table, op=dist.ReduceOp.MAX)
+    return table.cpu()
+
+
+def _spec(model_cls: Any, flavors: Any) -> TrainSpec:
+    return TrainSpec(
+        model_cls=model_cls,
+        model_args=flavors,
+        parallelize_fn=parallelize,
+        pipelining_fn=None,
+        build_optimizers_fn=build_optimizers,
+        build_lr_schedulers_fn=build_lr_schedulers,
+        build_dataloader_fn=build_dataloader,  # pyright: ignore[reportArgumentType]
+        build_tokenizer_fn=None,
+        build_loss_fn=build_loss,
+        build_validator_fn=build_validator,
+        build_metrics_processor_fn=BLTMetrics,
+    )
+
+
+TRAIN_SPECS = {"blt": _spec(BLT, BLT_FLAVORS), "blt_entropy": _spec(EntropyModel, ENTROPY_FLAVORS)}
+
+for _name, _train_spec in TRAIN_SPECS.items():
+    register_train_spec(_name, _train_spec)

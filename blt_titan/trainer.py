@@ -1,0 +1,145 @@
+"""The trainer: torchtitan's, with a step that counts bytes, asks the device for nothing, and stops on a bad loss."""
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import blt_titan.titan_device  # noqa: F401
+
+# isort: split
+from torchtitan.components.dataloader import DataloaderExhaustedError
+from torchtitan.distributed import utils as dist_utils
+from torchtitan.train import Trainer
+
+import blt_titan.train_spec  # noqa: F401  (registers the models)
+from blt_titan.batch import IGNORE_LABEL
+from blt_titan.byte_vocab import EOS_ID
+from blt_titan.data.loader import Batch
+from blt_titan.loss import ByteCrossEntropy, bits_per_byte
+from blt_titan.metrics import BLTMetrics
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or the gradient norm became NaN or infinite."""
+
+
+class BLTTrainer(Trainer):
+    """Trains `blt` and `blt_entropy`. See torchtitan's Trainer for the attributes."""
+
+    metrics_processor: BLTMetrics
+    loss_fn: ByteCrossEntropy
+
+    def __init__(self, job_config: Any):
+        super().__init__(job_config)
+        if job_config.training.mixed_precision_param == "float32":
+            # torchtitan would enter an autocast to fp32, which torch refuses with a warning at every step.
+            self.maybe_enable_amp = nullcontext()
+            if job_config.validation.enable:
+                self.validator.autocast = self.maybe_enable_amp  # pyright: ignore[reportAttributeAccessIssue]
+        self._first_bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
+
+    def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield batches, counting their real bytes and the time spent waiting for them."""
+        batches = iter(data_iterable)
+        while True:
+            began = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration as ended:
+                raise DataloaderExhaustedError from ended
+            self.metrics_processor.count(batch, time.perf_counter() - began)
+            self.ntokens_seen += int((batch[1] != IGNORE_LABEL).sum())
+            yield batch
+
+    def post_dataloading_process(
+        self, input_dict: dict[str, torch.Tensor], labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], dict[str, Any]]:
+        """Pass the layout as keyword arguments: those reach every pipeline stage, extra inputs only the first."""
+        layout = {name: tensor for name, tensor in input_dict.items() if name != "input"}
+        return input_dict["input"], labels, {}, layout
+
+    def train_step(self, data_iterator: Iterator[Batch]) -> None:
+        """Make one step: accumulate, clip, update, and log where it is due."""
+        self.optimizers.zero_grad()
+        lr = self.lr_schedulers.schedulers[0].get_last_lr()[0]
+        batches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
+        # Targets and EOS targets of the global batch; the loss is divided by their number, whoever holds them.
+        targets = torch.stack([((y != IGNORE_LABEL).sum(), (y == EOS_ID).sum())[i] for i in (0, 1) for _, y in batches])
+        global_targets = self._sum_over_ranks(targets.view(2, -1).sum(1).to(self.device))
+
+        self.loss_fn.eos_nats = None
+        losses = []
+        for inputs, labels in batches:
+            loss = self.forward_backward_step(
+                input_dict={name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()},
+                labels=labels.to(self.device, non_blocking=True),
+                global_valid_tokens=global_targets[0],
+            )
+            losses.append(loss.detach())
+        grad_norm = dist_utils.clip_grad_norm_(
+            [p for part in self.model_parts for p in part.parameters()],
+            self.job_config.training.max_norm,
+            foreach=True,
+            pp_mesh=self.parallel_dims.get_optional_mesh("pp"),
+        )
+        loss = torch.stack(losses).sum()
+        self._note_if_bad(loss, grad_norm)
+        self.checkpointer.maybe_wait_for_staging()
+        self.optimizers.step()
+        self.lr_schedulers.step()
+
+        log_due = self.metrics_processor.should_log(self.step)
+        if log_due:
+            self._log(loss, grad_norm, lr, global_targets)
+        if log_due or self._save_due():
+            self._stop_if_bad()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a checkpoint's step."""
+        super().load_state_dict(state_dict)
+        self.metrics_processor.resume_at(self.step)
+
+    def _log(self, loss: torch.Tensor, grad_norm: torch.Tensor, lr: float, global_targets: torch.Tensor) -> None:
+        assert self.loss_fn.eos_nats is not None
+        nats = torch.stack([loss, self.loss_fn.eos_nats]).double()
+        counts = self.metrics_processor.take_counts().to(self.device)
+        # The one place where the host waits for the device.
+        summed = self._sum_over_ranks(torch.cat([nats, counts.double()])).tolist()
+        n_targets, n_eos = global_targets.tolist()
+        loss_nats, eos_nats, *interval_counts = summed
+        self.metrics_processor.log_step(
+            self.step,
+            loss_nats=loss_nats,
+            bits_per_byte=bits_per_byte(loss_nats * n_targets - eos_nats, n_targets - n_eos),
+            grad_norm=grad_norm.item(),
+            lr=lr,
+            counts=interval_counts,
+        )
+
+    def _sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
+        mesh = self.parallel_dims.get_optional_mesh("loss")
+        if mesh is not None:
+            dist.all_reduce(tensor, group=mesh.get_group())
+        return tensor
+
+    def _note_if_bad(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+        bad = ~(loss.isfinite() & grad_norm.isfinite())
+        first = bad & (self._first_bad_step < 0)
+        self._first_bad_step = torch.where(first, self.step, self._first_bad_step)
+
+    def _save_due(self) -> bool:
+        return self.checkpointer.enable and (
+            self.step == self.job_config.training.steps or self.step % self.job_config.checkpoint.interval == 0
+        )
+
+    def _stop_if_bad(self) -> None:
+        first_bad_step = int(self._first_bad_step)
+        if first_bad_step >= 0:
+            raise NonFiniteLossError(
+                f"rank {dist.get_rank()}: the loss or the gradient norm of step {first_bad_step} is not finite. Nothing "
+                f"was saved since; the last checkpoint is good. Lower optimizer.lr or look at the data of that step"
+            )
