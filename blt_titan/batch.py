@@ -69,12 +69,12 @@ def layout_from_patch_lengths(token_ids_BS: torch.Tensor, patch_lengths_BP: torc
         The layout; a patch slot without a byte among the inputs is padding.
 
     Raises:
-        ValueError: if a row of lengths does not begin with 1, has a negative length, a zero before a positive
-            length, or does not sum to S + 1.
+        ValueError: if there is not one row of lengths per row of ids, or a row does not begin with 1, has a
+            negative length, a zero before a positive length, or does not sum to S + 1.
     """
-    S, P = token_ids_BS.shape[1], patch_lengths_BP.shape[1]
     lengths_BP = patch_lengths_BP.to(torch.int64)
-    _check_patch_lengths(lengths_BP, S)
+    _check_patch_lengths(lengths_BP, token_ids_BS)
+    S, P = token_ids_BS.shape[1], lengths_BP.shape[1]
     device = token_ids_BS.device
     patch_end_BP = lengths_BP.cumsum(1)
     slots_S1 = torch.arange(S + 1, device=device).expand(lengths_BP.shape[0], S + 1).contiguous()
@@ -94,11 +94,16 @@ def layout_from_patch_lengths(token_ids_BS: torch.Tensor, patch_lengths_BP: torc
     )
 
 
-def _check_patch_lengths(lengths_BP: torch.Tensor, S: int) -> None:
-    if lengths_BP.ndim != 2 or bool((lengths_BP[:, 0] != 1).any()):
+def _check_patch_lengths(lengths_BP: torch.Tensor, token_ids_BS: torch.Tensor) -> None:
+    B, S = token_ids_BS.shape
+    if lengths_BP.ndim != 2 or lengths_BP.shape[0] != B or lengths_BP.shape[1] == 0:
         raise ValueError(
-            "patch_lengths must be [B, P] and begin with 1 in every row: a longer first patch would show the "
-            f"model its own target; got shape {tuple(lengths_BP.shape)}, first lengths {lengths_BP[..., 0]}"
+            f"patch_lengths must be [B, P], B = {B} rows as the ids and P >= 1, got shape {tuple(lengths_BP.shape)}"
+        )
+    if bool((lengths_BP[:, 0] != 1).any()):
+        raise ValueError(
+            "patch_lengths must begin with 1 in every row: a longer first patch would show the model its own "
+            f"target; got first lengths {lengths_BP[:, 0].tolist()}"
         )
     if bool((lengths_BP < 0).any()) or bool(((lengths_BP[:, :-1] == 0) & (lengths_BP[:, 1:] > 0)).any()):
         raise ValueError("patch_lengths must be positive, then zeros on the right as padding")
@@ -106,5 +111,5 @@ def _check_patch_lengths(lengths_BP: torch.Tensor, S: int) -> None:
     if bool((sums_B != S + 1).any()):
         raise ValueError(
             f"patch_lengths must sum to S + 1 = {S + 1} in every row (the last patch counts the target that is "
-            f"not an input), got {sums_B}"
+            f"not an input), got {sums_B.tolist()}"
         )

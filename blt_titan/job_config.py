@@ -1,7 +1,8 @@
 """Our sections of a run's TOML; torchtitan merges them into its own (`job.custom_config_module`).
 
-Where torchtitan has a key, that key is used: `training.dataset_path` is the directory of byte shards, `training.seq_len`
-the bytes of a row, `training.local_batch_size` the rows of a micro-batch, `debug.seed` the seed of the weights.
+Where torchtitan has a key, that key is used: `training.dataset_path` is the directory of byte shards,
+`training.seq_len` the bytes of a row, `training.local_batch_size` the rows of a micro-batch, `debug.seed` the seed of
+the weights.
 """
 
 # No `from __future__ import annotations` here: torchtitan's merge reads the annotations as types.

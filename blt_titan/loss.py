@@ -1,7 +1,7 @@
 """Next-byte cross-entropy, and what it says in bits per byte.
 
-A document of N bytes has N + 1 targets: its bytes and EOS. The training loss is the sum of nats over all targets divided
-by their number; bits per byte leaves EOS out of both, so that it compares with a compressor's figure.
+A document of N bytes has N + 1 targets: its bytes and EOS. The training loss is the sum of nats over all targets
+divided by their number; bits per byte leaves EOS out of both, so that it compares with a compressor's figure.
 """
 
 import math

@@ -142,8 +142,8 @@ def _check_rows(config: Any) -> None:
         )
     if (patching.rule == "static") != (patching.stride is not None) or (patching.stride or 1) < 1:
         raise RunConfigError(
-            f"patching.rule = {patching.rule!r} with patching.stride = {patching.stride}: 'static' needs a stride of at "
-            "least 1 byte, the other rules take none"
+            f"patching.rule = {patching.rule!r} with patching.stride = {patching.stride}: 'static' needs a stride of "
+            "at least 1 byte, the other rules take none"
         )
 
 
@@ -173,8 +173,9 @@ def _check_data(config: Any, dp: int, verify_data: bool) -> None:
     held_out = [ShardSet(path, "validation")] if config.validation.enable else []
     if len(train) < config.data.streams:
         raise RunConfigError(
-            f"data.streams = {config.data.streams}: {path} has only {len(train)} record batches, and every stream needs "
-            f"one; set data.streams = {len(train) // dp * dp}, or prepare the data with smaller --record-batch-bytes"
+            f"data.streams = {config.data.streams}: {path} has only {len(train)} record batches, and every stream "
+            f"needs one; set data.streams = {len(train) // dp * dp}, or prepare the data with smaller "
+            "--record-batch-bytes"
         )
     if verify_data:
         for shards in [train, *held_out]:
@@ -244,9 +245,8 @@ def _describe(hint: Any) -> str:
         return " or ".join(_describe(option) for option in options if option is not type(None))
     if origin is list:
         return f"a list of {_describe(options[0])}"
-    return {"str": "a string", "int": "an integer", "float": "a number", "bool": "true or false"}.get(
-        hint.__name__, hint.__name__
-    )
+    names = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
+    return names.get(hint) or str(hint)
 
 
 def main() -> None:

@@ -74,8 +74,8 @@ def build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: None, job_conf
     )
     if loader.num_workers != settings.num_workers:
         logger.info(
-            f"training.dataloader.num_workers = {settings.num_workers} lowered to {loader.num_workers}, a divisor of the "
-            f"{job_config.data.streams // dp_world_size} streams of a rank"
+            f"training.dataloader.num_workers = {settings.num_workers} lowered to {loader.num_workers}, a divisor of "
+            f"the {job_config.data.streams // dp_world_size} streams of a rank"
         )
     return loader
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import blt_titan.titan_device  # noqa: F401
+import blt_titan.titan_device
 
 # isort: split
 from torchtitan.components.dataloader import DataloaderExhaustedError
@@ -65,7 +65,7 @@ class BLTTrainer(Trainer):
     def train_step(self, data_iterator: Iterator[Batch]) -> None:
         """Make one step: accumulate, clip, update, and log where it is due."""
         self.optimizers.zero_grad()
-        lr = self.lr_schedulers.schedulers[0].get_last_lr()[0]
+        lr = float(self.lr_schedulers.schedulers[0].get_last_lr()[0])
         batches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
         # Targets and EOS targets of the global batch; the loss is divided by their number, whoever holds them.
         targets = torch.stack([((y != IGNORE_LABEL).sum(), (y == EOS_ID).sum())[i] for i in (0, 1) for _, y in batches])
@@ -140,6 +140,6 @@ class BLTTrainer(Trainer):
         first_bad_step = int(self._first_bad_step)
         if first_bad_step >= 0:
             raise NonFiniteLossError(
-                f"rank {dist.get_rank()}: the loss or the gradient norm of step {first_bad_step} is not finite. Nothing "
-                f"was saved since; the last checkpoint is good. Lower optimizer.lr or look at the data of that step"
+                f"rank {dist.get_rank()}: the loss or the gradient norm of step {first_bad_step} is not finite. "
+                "Nothing was saved since; the last checkpoint is good. Lower optimizer.lr or look at the data of that step"
             )

@@ -1,11 +1,12 @@
 """Apply the parallelisms of a run to a model, in a fixed order: activation checkpointing, compile, FSDP.
 
-The model comes on the meta device and leaves sharded, still without weights; `init_weights` then draws them. What is not
-supported is refused by `unsupported_settings` before any device work.
+The model comes on the meta device and leaves sharded, still without weights; `init_weights` then draws them. What is
+not supported is refused by `unsupported_settings` before any device work.
 """
 
 import torch
 import torch.nn as nn
+from torch._higher_order_ops import flex_attention
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import blt_titan.titan_device  # noqa: F401
@@ -26,7 +27,7 @@ _OPS_TO_SAVE = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch._higher_order_ops.flex_attention,
+    flex_attention,
 }
 """Results that selective activation checkpointing keeps, because they cost most to compute again."""
 
@@ -89,7 +90,7 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
             cpu_offload=job_config.training.enable_cpu_offload,
         )
         logger.info(f"Sharded the model over {dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=False))}")
-    model.write_parameter = write_shard  # pyright: ignore[reportAttributeAccessIssue]
+    setattr(model, "write_parameter", write_shard)  # noqa: B010  (a function, which pyright takes for a submodule)
     return model
 
 

@@ -185,8 +185,8 @@ class RowLoader:
         for key, value in here.items():
             if saved[key] != value:
                 raise DataError(
-                    f"the checkpoint's data order cannot be continued: it was written with {key} = {saved[key]!r}, this "
-                    f"run has {value!r}"
+                    f"the checkpoint's data order cannot be continued: it was written with {key} = {saved[key]!r}, "
+                    f"this run has {value!r}"
                 )
         rows_served = int(state_dict["rows_served"])
         if rows_served % self.dp_size:

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn as nn
@@ -19,6 +20,8 @@ from blt_titan.interop.hf_config import blt_args_from_hf, entropy_args_from_hf, 
 from blt_titan.interop.hf_names import PATCHER_PREFIX, blt_name_to_hf, entropy_name_to_hf
 from blt_titan.model.blt import BLT
 from blt_titan.model.entropy_model import EntropyModel
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def load_hf(directory: str | os.PathLike[str]) -> BLT:
@@ -81,7 +84,7 @@ def save_hf(model: BLT, directory: str | os.PathLike[str], entropy_model: Entrop
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _on_meta(build: Callable[[], nn.Module]):
+def _on_meta(build: Callable[[], ModuleT]) -> ModuleT:
     with torch.device("meta"):
         return build()
 
@@ -100,7 +103,7 @@ def _open_weights(directory: Path):
     return safe_open(path, framework="pt", device="cpu")
 
 
-def _fill(model, translate: Callable[[str], str], weights, names: Iterable[str], directory: Path):
+def _fill(model: ModuleT, translate: Callable[[str], str], weights, names: Iterable[str], directory: Path) -> ModuleT:
     expected = {translate(name): name for name, _ in model.named_parameters()}
     missing, left_over = sorted(expected.keys() - set(names)), sorted(set(names) - expected.keys())
     if missing or left_over:

@@ -8,8 +8,8 @@ Each tensor is drawn whole from a generator of its own, so a rank that keeps a s
 single process would have. Hash tables are too large for that: they are drawn column by column.
 """
 
+import hashlib
 import re
-import zlib
 from collections.abc import Callable
 from typing import Literal
 
@@ -30,6 +30,7 @@ def write_whole(parameter: nn.Parameter, full: torch.Tensor) -> None:
     parameter.copy_(full)
 
 
+@torch.no_grad()
 def initialize(
     model: nn.Module,
     *,
@@ -82,5 +83,7 @@ def _draw_by_column(name: str, parameter: nn.Parameter, std: float, seed: int) -
 
 def _truncated_normal(tensor: torch.Tensor, std: float, name: str, seed: int) -> torch.Tensor:
     generator = torch.Generator(device=tensor.device)
-    generator.manual_seed((seed << 32) | zlib.crc32(name.encode()))
+    # The CPU's generator reads only the low 32 bits of its seed: both must reach all of them.
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    generator.manual_seed(int.from_bytes(digest, "little") >> 1)
     return nn.init.trunc_normal_(tensor, std=std, a=-3 * std, b=3 * std, generator=generator)

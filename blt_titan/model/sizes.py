@@ -7,7 +7,7 @@ trains in minutes on two CPU cores.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch.nn as nn
 
@@ -20,6 +20,15 @@ from blt_titan.model.layers import swiglu_hidden
 def _require_divides(heads_name: str, heads: int, width_name: str, width: int) -> None:
     if heads < 1 or width % heads or (width // heads) % 2:
         raise ValueError(f"{width_name} = {width} must be an even multiple of {heads_name} = {heads}")
+
+
+def _require_choices(args: "BLTArgs | EntropyModelArgs") -> None:
+    for name, choices in (
+        ("attention_backend", get_args(AttentionBackend)),
+        ("init_depth_scaling", get_args(DepthScaling)),
+    ):
+        if getattr(args, name) not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(args, name)!r}")
 
 
 def _count_parameters(model: nn.Module) -> int:
@@ -99,9 +108,10 @@ class BLTArgs:
         _require_divides("local_heads", self.local_heads, "local_dim", self.local_dim)
         _require_divides("cross_attn_heads", self.cross_attn_heads, "local_dim", self.local_dim)
         _require_divides("global_heads", self.global_heads, "global_dim", self.global_dim)
-        for name in ("encoder_layers", "decoder_layers", "global_layers", "cross_attn_k", "local_window"):
+        for name in ("encoder_layers", "decoder_layers", "global_layers", "cross_attn_k", "local_window", "hash_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        _require_choices(self)
 
     def update_from_config(self, job_config: Any, **kwargs: Any) -> None:
         """Take over what a run decides: the seed (torchtitan's hook; reads `debug.seed` only)."""
@@ -178,6 +188,7 @@ class EntropyModelArgs:
         for name in ("n_layers", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        _require_choices(self)
 
     def update_from_config(self, job_config: Any, **kwargs: Any) -> None:
         """Take over what a run decides: the seed (torchtitan's hook; reads `debug.seed` only)."""

@@ -1,0 +1,30 @@
+# make setup   .venv with what running needs        make test    the whole CPU test suite
+# make demo    from raw text to a trained BLT       make check   format, lint, types, import contracts
+.PHONY: help setup setup-dev demo test check format
+
+PYTHON := .venv/bin/python
+
+help:
+	@sed -n '1,2s/^# //p' Makefile
+
+setup: .venv/.installed-demo
+setup-dev: .venv/.installed-dev
+
+.venv/.installed-%: pyproject.toml scripts/constraints.txt scripts/setup.sh
+	@scripts/setup.sh $*
+
+demo: setup
+	@$(PYTHON) -m scripts.demo
+
+test: setup-dev
+	$(PYTHON) -m pytest
+
+check: setup-dev
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/pyright
+	.venv/bin/lint-imports
+
+format: setup-dev
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .

@@ -1,0 +1,211 @@
+"""From raw text to a trained BLT in a few minutes: what `make demo` runs.
+
+    python -m scripts.demo                       # as `make demo`
+    python -m scripts.demo --steps 50            # a shorter look
+
+Prepares byte shards from the Python standard library's sources, trains the debug model with `run_train.sh`, scores a
+held-out split before and after, and leaves figures, pictures and a checkpoint under outputs/demo.
+"""
+
+import argparse
+import gzip
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from blt_titan.data.errors import DataError
+from blt_titan.data.loader import HeldOutRows
+from blt_titan.data.prepare import prepare
+from blt_titan.data.shards import ShardSet
+from blt_titan.inference.checkpoint import latest_checkpoint, load_weights
+from blt_titan.inference.evaluate import HeldOutScore, score_batches
+from blt_titan.inference.generate import complete
+from blt_titan.model.blt import BLT
+from blt_titan.model.sizes import BLT_FLAVORS
+from blt_titan.run_config import load_run_config
+from blt_titan.train_spec import patching_rule, row_source
+
+CONFIG_FILE = "train_configs/debug.toml"
+DATA = Path("data/stdlib")
+OUT = Path("outputs/demo")
+FREE_DISK_GIB = 1
+PROMPT = b"def read_file(path):\n    "
+PROMPT_BYTES = 200
+
+
+class DemoError(RuntimeError):
+    """Something that the demo cannot go on without."""
+
+
+def main() -> None:
+    """Run the demo; exit code 1 and one sentence if it cannot go on."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=None, help="training steps (default: as in the TOML)")
+    arguments = parser.parse_args()
+    try:
+        run(arguments.steps)
+    except (DemoError, DataError, OSError) as error:
+        print(f"demo: error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def run(steps: int | None) -> None:
+    """Prepare, score, train, score again, draw and summarise."""
+    began = time.perf_counter()
+    _make_room()
+    print("1/4  Byte shards from the Python standard library's own sources", flush=True)
+    prepare(
+        ["python-stdlib"],
+        DATA,
+        validation_fraction=0.05,
+        seed=0,
+        max_bytes=4_000_000,
+        record_batch_bytes=16 * 1024,
+        progress=False,
+    )
+    overrides = [f"--job.config_file={CONFIG_FILE}", f"--job.dump_folder={OUT}"]
+    overrides += [f"--training.steps={steps}"] if steps else []
+    config = load_run_config(overrides)
+
+    print("2/4  The untrained model on the held-out split", flush=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    args = BLT_FLAVORS[config.model.flavor]
+    args.update_from_config(config)
+    model = BLT(args).to(device).eval()
+    with torch.no_grad():
+        model.init_weights()
+    score_before, text_before = _examine(model, config, device)
+
+    print(f"3/4  Training, {config.training.steps} steps (log: {OUT}/train.log)", flush=True)
+    _train(overrides[1:], config.training.steps)
+
+    print("4/4  The trained model on the held-out split", flush=True)
+    load_weights(model, latest_checkpoint(OUT / config.checkpoint.folder))
+    score_after, text_after = _examine(model, config, device)
+
+    lines = [json.loads(line) for line in (OUT / "metrics.jsonl").read_text().splitlines()]
+    training = [line for line in lines if "loss_nats" in line]
+    summary = {
+        "heldout_bits_per_byte_start": score_before.bits_per_byte,
+        "heldout_bits_per_byte_end": score_after.bits_per_byte,
+        "gzip_bits_per_byte": _gzip_bits_per_byte(),
+        "heldout_bytes": score_after.n_bytes,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": config.training.steps,
+        # The first interval holds start-up.
+        **{
+            key: sum(line[key] for line in training[1:]) / max(1, len(training) - 1)
+            for key in ("bytes_per_second", "padded_byte_share", "padded_patch_share", "mean_patch_bytes")
+        },
+        "seconds": time.perf_counter() - began,
+    }
+    (OUT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    _draw(lines, summary)
+    _report(summary, text_before, text_after)
+
+
+def _make_room() -> None:
+    Path("outputs").mkdir(exist_ok=True)
+    free_gib = shutil.disk_usage("outputs").free / 2**30
+    if free_gib < FREE_DISK_GIB:
+        raise DemoError(f"{FREE_DISK_GIB} GiB of free disk are needed under outputs/, there are {free_gib:.1f}")
+    if OUT.exists():
+        previous = OUT.with_name(OUT.name + "-previous")
+        shutil.rmtree(previous, ignore_errors=True)
+        OUT.rename(previous)
+        print(f"(an earlier demo was moved to {previous})")
+    OUT.mkdir()
+
+
+def _examine(model: BLT, config, device: torch.device) -> tuple[HeldOutScore, str]:
+    source = row_source(config, "validation", config.training.seq_len)
+    batches = HeldOutRows(source, rows_per_batch=config.training.local_batch_size)
+    score = score_batches(model, tqdm(batches, desc="     held-out", unit="batch", leave=False), device=device)
+    text = complete(
+        model, PROMPT, mark_starts=patching_rule(config, include_next=True), max_bytes=PROMPT_BYTES, temperature=0.7
+    )
+    return score, text.decode(errors="replace")
+
+
+def _train(overrides: list[str], steps: int) -> None:
+    metrics = OUT / "metrics.jsonl"
+    with (OUT / "train.log").open("w") as log:
+        process = subprocess.Popen(
+            ["./run_train.sh", *overrides, "--metrics.log_freq=5"], stdout=log, stderr=subprocess.STDOUT
+        )
+        with tqdm(total=steps, desc="     training", unit="step") as bar:
+            while process.poll() is None:
+                time.sleep(1)
+                _advance(bar, metrics)
+            _advance(bar, metrics)
+    if process.returncode:
+        tail = "\n".join((OUT / "train.log").read_text().splitlines()[-15:])
+        raise DemoError(f"training ended with exit code {process.returncode}; the end of {OUT}/train.log:\n{tail}")
+
+
+def _advance(bar: tqdm, metrics: Path) -> None:
+    if not metrics.exists():
+        return
+    # The last line may be half written.
+    lines = [json.loads(line) for line in metrics.read_text().split("\n")[:-1]]
+    for line in lines[-2:]:
+        bar.update(max(0, line["step"] - bar.n))
+        if "bits_per_byte" in line:
+            bar.set_postfix_str(f"{line['bits_per_byte']:.2f} bits/byte, {line['bytes_per_second']:,.0f} bytes/s")
+
+
+def _gzip_bits_per_byte() -> float:
+    held_out = b"".join(batch.text.tobytes() for batch in ShardSet(DATA, "validation"))
+    return 8 * len(gzip.compress(held_out, compresslevel=9)) / len(held_out)
+
+
+def _draw(lines: list[dict], summary: dict) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    training = [line for line in lines if "bits_per_byte" in line]
+    held_out = [line for line in lines if "heldout_bits_per_byte" in line]
+    held_out_steps = [0] + [line["step"] for line in held_out]
+    held_out_bits = [summary["heldout_bits_per_byte_start"]] + [line["heldout_bits_per_byte"] for line in held_out]
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
+    axes.plot([line["step"] for line in training], [line["bits_per_byte"] for line in training], lw=1, label="training")
+    axes.plot(held_out_steps, held_out_bits, "o-", label="held-out")
+    axes.axhline(summary["gzip_bits_per_byte"], ls="--", color="grey", label="gzip -9 of the held-out bytes")
+    axes.set(xlabel="step", ylabel="bits per byte", ylim=(0, None), title="Debug BLT on the standard library's sources")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(OUT / "loss.png")
+    plt.close(figure)
+
+
+def _report(summary: dict, text_before: str, text_after: str) -> None:
+    def block(text: str) -> str:
+        return "\n".join("    | " + line for line in (PROMPT.decode() + text).splitlines())
+
+    print(
+        f"""
+The prompt, and {PROMPT_BYTES} bytes sampled by the untrained model:
+{block(text_before)}
+The same after training:
+{block(text_after)}
+
+held-out     {summary["heldout_bits_per_byte_start"]:.3f} -> {summary["heldout_bits_per_byte_end"]:.3f} bits per byte
+gzip -9      {summary["gzip_bits_per_byte"]:.3f} bits per byte: minutes of training on a CPU do not beat it
+speed        {summary["bytes_per_second"]:,.0f} bytes/s in training, {summary["seconds"]:.0f} s in all
+padding      {summary["padded_byte_share"]:.1%} of byte slots, {summary["padded_patch_share"]:.1%} of patch slots
+left behind  {OUT}/: loss.png, summary.json, metrics.jsonl, train.log, tb/ (TensorBoard), checkpoint/
+run next     ./run_train.sh"""
+    )
+
+
+if __name__ == "__main__":
+    main()
