@@ -141,5 +141,6 @@ class BLTTrainer(Trainer):
         if first_bad_step >= 0:
             raise NonFiniteLossError(
                 f"rank {dist.get_rank()}: the loss or the gradient norm of step {first_bad_step} is not finite. "
-                "Nothing was saved since; the last checkpoint is good. Lower optimizer.lr or look at the data of that step"
+                "Nothing was saved since; the last checkpoint is good. Lower optimizer.lr or look at the data of that "
+                "step"
             )

@@ -36,7 +36,9 @@ def permute(index: int, size: int, key: int) -> int:
 
 
 def _mix64(value: int) -> int:
-    """Scramble 64 bits (the finaliser of splitmix64)."""
+    """Scramble into 64 bits (the finaliser of splitmix64); of a longer value all bits count."""
+    if value > _MASK64:
+        value = (value & _MASK64) ^ _mix64(value >> 64)
     value = (value + 0x9E3779B97F4A7C15) & _MASK64
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64

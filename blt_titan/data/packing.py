@@ -86,9 +86,9 @@ class Row(NamedTuple):
     patch_doc: np.ndarray
     n_ids: int
 
-    def flat(self) -> np.ndarray:
+    def flat(self, out: np.ndarray | None = None) -> np.ndarray:
         """Return all fields side by side, int32 [6 S + 2 P]: one array crosses the process border, not eight."""
-        return np.concatenate(self[:-1])
+        return np.concatenate(self[:-1], out=out)
 
 
 def pack_row(source: PatchedIds, shape: RowShape) -> Row:
@@ -101,48 +101,50 @@ def pack_row(source: PatchedIds, shape: RowShape) -> Row:
     ids, cuts = source
     cuts = cuts[: shape.n_patches + 2]
     if cuts[1] > 1:
-        cuts = np.insert(cuts, 1, 1)
+        cuts = np.concatenate([[0, 1], cuts[1:]])
     n_patches = 0
     for _ in range(shape.segments):
-        fits = int(np.searchsorted(cuts, cuts[n_patches] + shape.segment_bytes, side="right")) - 1
+        fits = int(cuts.searchsorted(cuts[n_patches] + shape.segment_bytes, side="right")) - 1
         n_patches = min(fits, n_patches + shape.segment_patches, len(cuts) - 1)
     n = int(cuts[n_patches])
 
-    S, P = shape.n_bytes, shape.n_patches
-    token_ids = np.full(S, BOUNDARY_ID, np.int32)
-    labels = np.full(S, IGNORE_LABEL, np.int32)
-    byte_pos, patch_pos = np.zeros(S, np.int32), np.zeros(P, np.int32)
-    byte_doc, byte_patch, source_patch = np.full((3, S), PADDING, np.int32)
-    patch_doc = np.full(P, PADDING, np.int32)
-
-    here = ids[:n]
-    token_ids[:n] = here
-    following = ids[1 : n + 1]
-    labels[: len(following)] = following
-    labels[:n][here == EOS_ID] = IGNORE_LABEL
-    byte_pos[:n] = np.arange(n)
-    byte_doc[:n] = np.cumsum(here == BOS_ID) - (here[0] == BOS_ID)
-    byte_patch[:n] = np.repeat(np.arange(n_patches), np.diff(cuts[: n_patches + 1]))
+    row = _padded_row(shape, n, n_patches)
+    here, following = ids[:n], ids[1 : n + 1]
+    row.token_ids[:n] = here
+    row.labels[n - 1] = IGNORE_LABEL  # where nothing follows
+    row.labels[: len(following)] = following
+    row.labels[:n][here == EOS_ID] = IGNORE_LABEL
+    row.byte_pos[:n] = np.arange(n)
+    begins_doc = here == BOS_ID
+    begins_doc[0] = True
+    row.byte_doc[:n] = _numbered(np.append(np.flatnonzero(begins_doc), n))
+    row.byte_patch[:n] = _numbered(cuts[: n_patches + 1])
     # The byte at i reads the patch before the one that holds i + 1; what follows the row starts a patch.
-    source_patch[: n - 1] = byte_patch[1:n] - 1
-    source_patch[n - 1] = n_patches - 1
-    patch_pos[:n_patches] = np.arange(n_patches)
-    patch_doc[:n_patches] = byte_doc[cuts[:n_patches]]
-    return Row(token_ids, labels, byte_pos, byte_doc, byte_patch, source_patch, patch_pos, patch_doc, n)
+    np.subtract(row.byte_patch[1:n], 1, out=row.source_patch[: n - 1])
+    row.source_patch[n - 1] = n_patches - 1
+    row.patch_pos[:n_patches] = np.arange(n_patches)
+    row.patch_doc[:n_patches] = row.byte_doc[cuts[:n_patches]]
+    return row
+
+
+def _numbered(cuts: np.ndarray) -> np.ndarray:
+    """Number every position by the stretch that it is in: cuts 0 1 4 give 0 1 1 1."""
+    return np.repeat(np.arange(len(cuts) - 1, dtype=np.int32), np.diff(cuts))
 
 
 def empty_row(shape: RowShape) -> Row:
     """Return a row of padding: no targets, so it weighs nothing."""
+    return _padded_row(shape, 0, 0)
+
+
+def _padded_row(shape: RowShape, n: int, n_patches: int) -> Row:
+    """Return a row whose slots from the n-th byte and the n_patches-th patch on are padding; the others hold anything."""
     S, P = shape.n_bytes, shape.n_patches
-    padding_S, zeros_S = np.full(S, PADDING, np.int32), np.zeros(S, np.int32)
-    return Row(
-        np.full(S, BOUNDARY_ID, np.int32),
-        np.full(S, IGNORE_LABEL, np.int32),
-        zeros_S,
-        padding_S,
-        padding_S,
-        padding_S,
-        np.zeros(P, np.int32),
-        np.full(P, PADDING, np.int32),
-        n_ids=0,
-    )
+    row = Row(*np.empty((6, S), np.int32), *np.empty((2, P), np.int32), n_ids=n)
+    row.token_ids[n:] = BOUNDARY_ID
+    row.labels[n:] = IGNORE_LABEL
+    row.byte_pos[n:] = 0
+    row.byte_doc[n:] = row.byte_patch[n:] = row.source_patch[n:] = PADDING
+    row.patch_pos[n_patches:] = 0
+    row.patch_doc[n_patches:] = PADDING
+    return row

@@ -20,17 +20,20 @@ earlier rows took, and the rows made so far."""
 ReadPick = Callable[[int], PatchedIds | None]
 """The stream's n-th record batch as ids and patches; None after the last, where there is a last."""
 
+_NOTHING = PatchedIds(np.empty(0, np.int16), np.zeros(1, np.int64))
+
 
 @dataclass
 class RowStream:
-    """Rows from consecutive record batches; holds only what is not delivered yet, and one record batch ahead."""
+    """Rows from consecutive record batches; half or more of what it holds is still to be delivered."""
 
     read_pick: ReadPick
     shape: RowShape
 
     def __post_init__(self):
-        self._waiting = PatchedIds(np.empty(0, np.int16), np.zeros(1, np.int64))
-        self._sizes: deque[int] = deque()  # ids of each record batch in `_waiting`, taken ones counted
+        self._held = _NOTHING  # ids and patches, of which the first `_delivered` ids went into rows
+        self._delivered = 0
+        self._sizes: deque[int] = deque()  # ids of each record batch in `_held`; the first may be held in part
         self._pick = self._ids_taken = self._rows = 0
         self._ended = False
 
@@ -41,8 +44,8 @@ class RowStream:
     def seek(self, position: np.ndarray) -> None:
         """Go to a position that `position` returned, of this or of an equal stream."""
         self._pick, taken, self._rows = (int(x) for x in position)
-        self._ids_taken = 0
-        self._waiting = PatchedIds(np.empty(0, np.int16), np.zeros(1, np.int64))
+        self._ids_taken = self._delivered = 0
+        self._held = _NOTHING
         self._sizes.clear()
         self._ended = False
         if taken:
@@ -51,11 +54,12 @@ class RowStream:
 
     def next_row(self) -> Row | None:
         """Return the next row; None if the record batches have ended and all their ids are delivered."""
-        while len(self._waiting.ids) <= self.shape.n_bytes and not self._ended:
+        enough = self.shape.n_bytes + 1
+        while len(self._held.ids) - self._delivered < enough and not self._ended:
             self._read_ahead()
-        if not len(self._waiting.ids):
+        if len(self._held.ids) == self._delivered:
             return None
-        row = pack_row(self._waiting, self.shape)
+        row = pack_row(_part(self._held, self._delivered, self._delivered + enough), self.shape)
         self._take(row.n_ids)
         self._rows += 1
         return row
@@ -65,16 +69,29 @@ class RowStream:
         if more is None:
             self._ended = True
             return
-        ids, cuts = self._waiting
-        self._waiting = PatchedIds(np.concatenate([ids, more.ids]), np.append(cuts, more.cuts[1:] + len(ids)))
+        if self._delivered == len(self._held.ids):
+            self._held = more
+        else:
+            ids, cuts = _part(self._held, self._delivered, len(self._held.ids))
+            self._held = PatchedIds(np.concatenate([ids, more.ids]), np.concatenate([cuts, more.cuts[1:] + len(ids)]))
+        self._delivered = 0
         self._sizes.append(len(more.ids))
 
     def _take(self, n_ids: int) -> None:
-        ids, cuts = self._waiting
-        # A row may end where it cut its own first patch; then the rest of that patch begins the next row.
-        rest = cuts[np.searchsorted(cuts, n_ids, side="right") :] - n_ids
-        self._waiting = PatchedIds(ids[n_ids:], np.concatenate([[0], rest]))
+        self._delivered += n_ids
+        if 2 * self._delivered > len(self._held.ids):
+            ids, cuts = _part(self._held, self._delivered, len(self._held.ids))
+            self._held, self._delivered = PatchedIds(ids.copy(), cuts), 0
         self._ids_taken += n_ids
         while self._sizes and self._ids_taken >= self._sizes[0]:
             self._ids_taken -= self._sizes.popleft()
             self._pick += 1
+
+
+def _part(source: PatchedIds, begin: int, end: int) -> PatchedIds:
+    """Return the ids from `begin` to `end`, or to their end; a patch that a border cuts keeps what is inside."""
+    ids, cuts = source
+    ids = ids[begin:end]
+    first, last = np.searchsorted(cuts, [begin + 1, begin + len(ids)])
+    # A row may end where it cut its own first patch; then the rest of that patch begins the next row.
+    return PatchedIds(ids, np.concatenate([[0], cuts[first:last] - begin, [len(ids)]]))

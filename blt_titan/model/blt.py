@@ -17,13 +17,13 @@ Letters: B rows, S byte slots, P patch slots, d local width, G global width, V v
 import torch
 import torch.nn as nn
 
-from blt_titan.batch import layout_from_patch_lengths
 from blt_titan.model.attention import causal_mask, window_mask
 from blt_titan.model.decoder import LocalDecoder
 from blt_titan.model.encoder import LocalEncoder
 from blt_titan.model.hash_embedding import HashEmbedding
 from blt_titan.model.initialization import WriteParameter, initialize, write_whole
 from blt_titan.model.layers import block_stack, rotary_angles
+from blt_titan.model.layout import layout_from_patch_lengths
 from blt_titan.model.sizes import BLTArgs
 
 

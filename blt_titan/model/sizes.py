@@ -206,15 +206,15 @@ class EntropyModelArgs:
 
 BLT_FLAVORS: dict[str, BLTArgs] = {
     "debug": BLTArgs(
-        local_dim=128,
-        local_heads=4,
-        local_window=128,
+        local_dim=96,
+        local_heads=3,
+        local_window=64,
         decoder_layers=2,
-        global_dim=256,
+        global_dim=192,
         global_heads=4,
         global_layers=3,
-        cross_attn_heads=4,
-        hash_rows=2_003,
+        cross_attn_heads=3,
+        hash_rows=4_001,
     ),
     "20M": BLTArgs(
         local_dim=256,

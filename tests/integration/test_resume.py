@@ -1,0 +1,129 @@
+"""Checkpoints: a run that stops and resumes is the run that never stopped, bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed import run_distributed
+from tests.integration.runs import losses, metrics, train
+
+pytestmark = pytest.mark.slow
+
+KEYS = {
+    *("step", "loss_nats", "bits_per_byte", "bytes_per_second", "patches_per_second", "mean_patch_bytes"),
+    *("padded_byte_share", "padded_patch_share", "grad_norm", "lr", "data_wait_share"),
+}
+
+
+def train_straight_and_resumed(out: str, overrides: list[str]) -> tuple[dict, dict]:
+    straight = train(f"{out}/straight", *overrides)
+    train(f"{out}/resumed", *overrides, "--training.steps=10")
+    return straight, train(f"{out}/resumed", *overrides, "--training.steps=20")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(["--checkpoint.interval=10"], id="sync"),
+        pytest.param(["--checkpoint.interval=5", "--checkpoint.async_mode=async"], id="async"),
+        pytest.param(["--checkpoint.interval=10", "--training.dataloader.num_workers=2"], id="workers"),
+    ],
+)
+def test_20_steps_equal_10_and_resume_and_10(options, small_run, tmp_path):
+    [(straight, resumed)] = run_distributed(train_straight_and_resumed, 1, str(tmp_path), [*small_run, *options])
+    assert straight.keys() == resumed.keys()
+    for name, parameter in straight.items():
+        assert torch.equal(parameter, resumed[name]), name
+    assert losses(tmp_path / "straight") == losses(tmp_path / "resumed")
+    assert list(losses(tmp_path / "resumed")) == list(range(1, 21))
+
+
+def train_then_again_from_an_earlier_step(out: str, overrides: list[str]) -> list[dict]:
+    first = train(out, *overrides, "--checkpoint.interval=4", "--training.steps=10")
+    # Pull the plug: what step 10 left is half written, as after a crash in the middle of a save.
+    (Path(out) / "checkpoint" / "step-10" / ".metadata").unlink()
+    next((Path(out) / "checkpoint" / "step-10").glob("*.distcp")).write_bytes(b"torn")
+    again = train(out, *overrides, "--checkpoint.interval=4", "--training.steps=10")
+    return [first, again]
+
+
+def test_a_half_written_checkpoint_is_never_picked(small_run, tmp_path):
+    [(first, again)] = run_distributed(train_then_again_from_an_earlier_step, 1, str(tmp_path), small_run)
+    for name, parameter in first.items():
+        assert torch.equal(parameter, again[name]), name
+    # Steps 9 and 10 were made again from step 8; the lines that the crash took back stay beside the new file.
+    assert list(losses(tmp_path)) == list(range(1, 11))
+    assert len(list(tmp_path.glob("metrics.jsonl.*"))) == 1
+
+
+def start_training(out: Path, overrides: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "blt_titan.train", "--job.config_file", "train_configs/debug.toml"),
+            *(f"--job.dump_folder={out}", *overrides),
+        ],
+        env=os.environ
+        | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+        | {"MASTER_PORT": "29571", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+    )
+
+
+def test_kill_9_during_a_save_leaves_the_last_complete_checkpoint(small_run, tmp_path):
+    """Kill a run that saves at every step as soon as a save has begun, twice; each time it goes on."""
+    overrides = [*small_run, "--checkpoint.interval=1", "--training.steps=12", "--checkpoint.keep_latest_k=0"]
+    checkpoints = tmp_path / "checkpoint"
+    for after_step in (3, 6):
+        process = start_training(tmp_path, overrides)
+        deadline = time.monotonic() + 120
+        # The folder of a step appears when its save begins, its .metadata when it ends.
+        while not (checkpoints / f"step-{after_step}").exists():
+            assert process.poll() is None, "training ended by itself"
+            assert time.monotonic() < deadline, "no checkpoint within 120 s"
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        complete = sorted(int(p.parent.name[5:]) for p in checkpoints.glob("step-*/.metadata"))
+        assert complete, "no complete checkpoint is left"
+        assert complete[-1] >= after_step - 1
+    process = start_training(tmp_path, overrides)
+    assert process.wait(180) == 0
+    assert sorted(losses(tmp_path)) == list(range(1, 13))
+    [straight] = run_distributed(
+        train, 1, str(tmp_path / "straight"), *overrides, "--checkpoint.no-enable", "--debug.seed=0"
+    )
+    assert straight
+    assert losses(tmp_path) == losses(tmp_path / "straight")
+
+
+def train_twice_and_other_data(out: str, overrides: list[str], other_overrides: list[str]) -> str:
+    train(out, *overrides, "--training.steps=2", "--checkpoint.interval=2")
+    try:
+        train(out, *overrides, *other_overrides, "--training.steps=4")
+    except ValueError as error:
+        return str(error)
+    return "resumed"
+
+
+def test_a_changed_data_order_is_refused_on_resume(small_run, tmp_path):
+    [message] = run_distributed(train_twice_and_other_data, 1, str(tmp_path), small_run, ["--data.streams=24"])
+    assert "data.streams = 12" in message
+    assert "24" in message
+
+
+def test_metrics_have_the_promised_keys(small_run, tmp_path):
+    run_distributed(train, 1, str(tmp_path), *small_run, "--training.steps=3", "--validation.enable")
+    lines = metrics(tmp_path)
+    training = [line for line in lines if "loss_nats" in line]
+    held_out = [line for line in lines if "heldout_bits_per_byte" in line]
+    assert all(line.keys() >= KEYS for line in training)
+    assert len(training) == 3
+    assert [line["step"] for line in held_out] == [3]
+    assert all(0 <= line["padded_byte_share"] < 1 and 0 <= line["padded_patch_share"] < 1 for line in training)
+    assert all(line["bits_per_byte"] > 0 for line in training)

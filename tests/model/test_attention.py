@@ -1,0 +1,199 @@
+"""Windowed and causal attention against a dense masked softmax; FlexAttention's block lists against the dense rule."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tensor_watch import LargestTensor, NoHostRead
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from blt_titan.model.attention import FLEX_BLOCK, BlockLocalMask, attend, causal_mask, window_mask
+
+CPU_ATOL = 2e-6
+"""fp32 softmax over at most 300 keys of unit scale, summed in another order."""
+GPU_ATOL = 2e-5
+"""fp32 on another device: other kernels, exp2 instead of exp, sums by tiles."""
+GPU_GRADIENT_ATOL = 1e-4
+"""As GPU_ATOL, through the backward's longer sums over queries."""
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="run on a machine with a CUDA device")
+
+
+def dense_visible(doc_BS, window=None):
+    """The rule itself, [B, S, S]."""
+    slot = torch.arange(doc_BS.shape[1], device=doc_BS.device)
+    back = slot[:, None] - slot
+    near = (back >= 0) if window is None else (back >= 0) & (back < window)
+    return near & (doc_BS[:, :, None] == doc_BS[:, None, :])
+
+
+def dense_attention(q, k, v, visible_BSS):
+    """Masked softmax from its definition, [B, S, H, K]."""
+    scores = torch.einsum("bqhk,bshk->bhqs", q, k) * q.shape[-1] ** -0.5
+    weights = scores.masked_fill(~visible_BSS[:, None], float("-inf")).softmax(-1)
+    return torch.einsum("bhqs,bshk->bqhk", weights, v)
+
+
+def documents(S: int) -> torch.Tensor:
+    """Three rows: one document; several, of lengths 1, 5, ...; two and a padded end."""
+    one = torch.zeros(S)
+    many = (torch.arange(S) >= 1).int() + (torch.arange(S) >= 6).int() + (torch.arange(S) >= 2 * S // 3).int()
+    padded = torch.where(torch.arange(S) < S // 2, 0, torch.where(torch.arange(S) < 3 * S // 4, 1, -1))
+    return torch.stack([one, many, padded]).int()
+
+
+def leaves(B, S, H=2, K=16, device="cpu"):
+    generator = torch.Generator().manual_seed(S)
+    return [torch.randn(B, S, H, K, generator=generator).to(device).requires_grad_() for _ in range(3)]
+
+
+def upstream_like(out):
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out.device)
+
+
+def outputs_and_gradients(fn, qkv):
+    out = fn(*qkv)
+    return [out.detach(), *torch.autograd.grad(out, qkv, upstream_like(out))]
+
+
+WINDOWED = [(64, 16), (64, 13), (61, 16), (61, 13), (10, 16), (16, 16), (17, 16), (40, 1), (1, 4), (33, 2)]
+
+
+@pytest.mark.parametrize(("S", "window"), WINDOWED)
+def test_window_attention_equals_dense(S, window):
+    doc_BS = documents(S)
+    qkv = leaves(3, S)
+    mask = window_mask(doc_BS, window=window)
+    assert isinstance(mask, BlockLocalMask)
+    ours = outputs_and_gradients(lambda *qkv: attend(*qkv, mask), qkv)
+    dense = outputs_and_gradients(lambda *qkv: dense_attention(*qkv, dense_visible(doc_BS, window)), qkv)
+    for name, got, expected in zip(("out", "dq", "dk", "dv"), ours, dense, strict=True):
+        torch.testing.assert_close(got, expected, atol=CPU_ATOL, rtol=CPU_ATOL, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("S", [1, 40])
+def test_causal_attention_equals_dense(S):
+    doc_BS = documents(S)
+    qkv = leaves(3, S)
+    ours = outputs_and_gradients(lambda *qkv: attend(*qkv, causal_mask(doc_BS)), qkv)
+    dense = outputs_and_gradients(lambda *qkv: dense_attention(*qkv, dense_visible(doc_BS)), qkv)
+    for got, expected in zip(ours, dense, strict=True):
+        torch.testing.assert_close(got, expected, atol=CPU_ATOL, rtol=CPU_ATOL)
+
+
+def test_window_attention_never_holds_S_x_S():
+    S, window = 4096, 64
+    doc_BS = (torch.arange(S) // 1500)[None]
+    qkv = leaves(1, S, H=2, K=8)
+    with LargestTensor() as made:
+        out = attend(*qkv, window_mask(doc_BS, window=window))
+        torch.autograd.grad(out, qkv, upstream_like(out))
+    assert any("backward" in name for name in made.seen), "the backward was not watched"
+    assert made.numel < S * S / 2
+    assert not [shape for shape in made.shapes if sum(size >= S for size in shape) > 1]
+
+
+def test_the_watch_sees_a_dense_mask():
+    with LargestTensor() as made:
+        causal_mask(torch.zeros(1, 256), backend="sdpa")
+    assert made.numel >= 256 * 256
+    assert any(sum(size >= 256 for size in shape) > 1 for shape in made.shapes)
+
+
+def listed_blocks(num_blocks, indices) -> torch.Tensor:
+    """Decode block lists [B, 1, N], [B, 1, N, N] to bool [B, N, N]: list i names block j."""
+    B, _, N = num_blocks.shape
+    listed = torch.zeros(B, N, N, dtype=torch.bool)
+    for b in range(B):
+        for i in range(N):
+            names = indices[b, 0, i, : num_blocks[b, 0, i]].tolist()
+            assert len(names) == len(set(names)), "a block is listed twice"
+            listed[b, i, names] = True
+    return listed
+
+
+def check_block_mask(mask: BlockMask, visible_BSS: torch.Tensor):
+    """The mask function is the rule, and every visible pair lies in a listed block, seen from keys and from queries."""
+    B, S = visible_BSS.shape[:2]
+    b, q, kv = torch.arange(B)[:, None, None], torch.arange(S)[:, None], torch.arange(S)
+    assert torch.equal(mask.mask_mod(b, torch.tensor(0), q, kv), visible_BSS)
+    assert mask.seq_lengths == (S, S)
+    assert mask.BLOCK_SIZE == (FLEX_BLOCK, FLEX_BLOCK)
+    assert mask.full_kv_num_blocks is None, "no block may skip the mask function"
+    listed = listed_blocks(mask.kv_num_blocks, mask.kv_indices)
+    pad = -S % FLEX_BLOCK
+    tiles = F.pad(visible_BSS, (0, pad, 0, pad)).unflatten(2, (-1, FLEX_BLOCK)).unflatten(1, (-1, FLEX_BLOCK))
+    needed = tiles.any(4).any(2)
+    assert not (needed & ~listed).any(), "a visible pair lies in no listed block"
+    from_queries = listed_blocks(mask.q_num_blocks, mask.q_indices)
+    assert torch.equal(from_queries, listed.transpose(1, 2))
+    return listed, needed
+
+
+@pytest.mark.parametrize("S", [128, 512, 640, 100, 513, 700])
+@pytest.mark.parametrize("window", [1, 2, 64, 128, 129, 130, 512, 2000])
+def test_flex_window_mask(S, window):
+    doc_BS = documents(S)
+    with NoHostRead():
+        mask = window_mask(doc_BS, window=window, backend="flex")
+    listed, _ = check_block_mask(mask, dense_visible(doc_BS, window))
+    # The W - 1 predecessors of a tile's first query reach into at most this many tiles before it.
+    assert listed.sum(-1).max() <= 1 + -(-(window - 1) // FLEX_BLOCK)
+    # One document and full rows: not a tile more than needed.
+    exact_listed, exact_needed = check_block_mask(
+        window_mask(doc_BS[:1], window=window, backend="flex"), dense_visible(doc_BS[:1], window)
+    )
+    assert torch.equal(exact_listed, exact_needed)
+
+
+@pytest.mark.parametrize("S", [128, 512, 640, 100, 513, 700])
+def test_flex_causal_mask(S):
+    doc_BS = documents(S)
+    with NoHostRead():
+        mask = causal_mask(doc_BS, backend="flex")
+    listed, needed = check_block_mask(mask, dense_visible(doc_BS))
+    # A tile's list begins with the document of its first query, so documents do cut it short.
+    assert torch.equal(listed, needed)
+    if S > 3 * FLEX_BLOCK:
+        assert listed[1].sum() < listed[0].sum()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("S", [256, 200])
+def test_flex_computes_what_sdpa_does(S):
+    """Uncompiled FlexAttention on the CPU: slow and dense, but it runs the same mask function."""
+    doc_BS = documents(S)
+    qkv = leaves(3, S)
+    for of in (
+        lambda backend: window_mask(doc_BS, window=40, backend=backend),
+        lambda b: causal_mask(doc_BS, backend=b),
+    ):
+        block_mask = of("flex")
+        q, k, v = (x.detach().transpose(1, 2) for x in qkv)
+        flex = flex_attention(q, k, v, block_mask=block_mask).transpose(1, 2)
+        torch.testing.assert_close(flex, attend(*qkv, of("sdpa")).detach(), atol=CPU_ATOL, rtol=CPU_ATOL)
+
+
+def test_unknown_backends_and_masks_are_refused():
+    doc_BS = documents(8)
+    with pytest.raises(ValueError, match="unknown attention backend 'fast'"):
+        window_mask(doc_BS, window=4, backend="fast")
+    with pytest.raises(ValueError, match="unknown attention backend 'fast'"):
+        causal_mask(doc_BS, backend="fast")
+    with pytest.raises(TypeError, match="Tensor"):
+        attend(*leaves(3, 8), torch.ones(8, 8))
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("S", [256, 300])
+@pytest.mark.parametrize("window", [64, 130, None], ids=["window_64", "window_130", "causal"])
+def test_flex_on_cuda_equals_sdpa_on_cpu(S, window):
+    def attention_on(device):
+        doc_BS = documents(S).to(device)
+        mask = causal_mask(doc_BS) if window is None else window_mask(doc_BS, window=window)
+        assert isinstance(mask, BlockMask) == (device == "cuda")
+        return outputs_and_gradients(lambda *qkv: attend(*qkv, mask), leaves(3, S, K=32, device=device))
+
+    cpu, cuda = attention_on("cpu"), attention_on("cuda")
+    for i, (expected, got) in enumerate(zip(cpu, cuda, strict=True)):
+        torch.testing.assert_close(got.cpu(), expected, atol=GPU_GRADIENT_ATOL if i else GPU_ATOL, rtol=GPU_ATOL)

@@ -1,0 +1,162 @@
+"""Bad settings and bad data are one sentence that names the key or the file, before any training work."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from blt_titan.data.errors import DataError
+from blt_titan.run_config import RunConfigError, check_run, load_run_config
+
+CONFIGS = sorted(Path("train_configs").glob("*.toml"))
+DEBUG = "train_configs/debug.toml"
+
+
+@pytest.fixture
+def toml(tmp_path):
+    """Write the debug configuration with one line replaced or added, and return its path."""
+
+    def write(old: str, new: str) -> str:
+        text = Path(DEBUG).read_text()
+        assert old in text
+        path = tmp_path / "run.toml"
+        path.write_text(text.replace(old, new, 1))
+        return f"--job.config_file={path}"
+
+    return write
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_in_the_tree_is_sound(path, stdlib_data):
+    config = load_run_config(
+        [f"--job.config_file={path}", f"--training.dataset_path={stdlib_data}", "--data.streams=8"]
+    )
+    check_run(config, world_size=8 if config.model.flavor != "debug" else 1, verify_data=True)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seq_len =", "seqlen =", r"unknown key training\.seqlen; did you mean training\.seq_len\?"),
+        ("[training]", "[trainnig]", r"unknown key trainnig; did you mean training\?"),
+        ("steps = 1200", 'steps = "1000"', r"training\.steps = '1000' is of the wrong type, must be an integer"),
+        ("steps = 1200", "steps = true", r"training\.steps = True is of the wrong type"),
+        ('rule = "space"', 'rule = "spaces"', r"patching\.rule = 'spaces' .* one of 'space', 'static', 'byte'"),
+        ("lr = 8e-3", 'lr = "big"', r"optimizer\.lr = 'big' is of the wrong type, must be a number"),
+        ('flavor = "debug"', "flavor = 3", r"model\.flavor = 3 is of the wrong type, must be a string"),
+        ("[job]", "[job", "not valid TOML"),
+        ("num_workers = 1", "num_worker = 1", r"unknown key training\.dataloader\.num_worker"),
+        ("[job]\n", "comm = 3\n[job]\n", r"comm = 3 must be a table"),
+    ],
+)
+def test_wrong_toml_names_file_and_key(toml, old, new, message):
+    with pytest.raises(RunConfigError, match=message) as caught:
+        load_run_config([toml(old, new)])
+    assert "run.toml" in str(caught.value)
+
+
+def test_missing_config_file_is_named():
+    with pytest.raises(RunConfigError, match=r"nowhere\.toml"):
+        load_run_config(["--job.config_file=nowhere.toml"])
+
+
+def test_command_line_wins_over_toml_and_toml_over_default():
+    config = load_run_config([f"--job.config_file={DEBUG}", "--training.steps=7", "--data.seed", "5"])
+    assert (config.training.steps, config.data.seed) == (7, 5)
+    assert config.data.streams == 120
+    assert config.checkpoint.last_save_model_only is False
+
+
+@pytest.mark.parametrize(
+    ("override", "world_size", "message"),
+    [
+        ("--training.seq_len=1000", 1, r"training\.seq_len = 1000: .*multiple of data\.segment_bytes = 512"),
+        ("--validation.seq_len=100", 1, r"validation\.seq_len = 100"),
+        ("--patching.max_patch_bytes=513", 1, r"patching\.max_patch_bytes = 513: must be 1 to data\.segment_bytes"),
+        ("--patching.rule=static", 1, r"patching\.stride = None: 'static' needs a stride"),
+        (
+            "--parallelism.data_parallel_shard_degree=2",
+            3,
+            r"data_parallel_shard_degree 2 .* makes 2 ranks, but .* gives 3",
+        ),
+        ("--parallelism.data_parallel_replicate_degree=2", 3, "does not divide 3 ranks"),
+        ("--parallelism.data_parallel_shard_degree=0", 1, r"data_parallel_shard_degree = 0: must be at least 1"),
+        ("--parallelism.tensor_parallel_degree=2", 2, r"parallelism\.tensor_parallel_degree = 2: only 1 is supported"),
+        ("--parallelism.context_parallel_degree=2", 2, r"parallelism\.context_parallel_degree = 2"),
+        ("--parallelism.pipeline_parallel_degree=2", 2, r"parallelism\.pipeline_parallel_degree = 2"),
+        ("--training.global_batch_size=3", 2, r"training\.global_batch_size = 3: must be a multiple"),
+        ("--training.local_batch_size=0", 1, r"training\.local_batch_size = 0"),
+        ("--data.streams=7", 2, r"data\.streams = 7: must be a multiple of 2 data-parallel ranks"),
+        ("--data.streams=100000", 1, r"data\.streams = 100000: .* record batches.*set data\.streams = \d+"),
+        ("--model.flavor=9B", 1, r"model\.flavor = '9B': blt has debug, 20M"),
+        ("--model.converters=quantize.linear.float8", 1, r"model\.converters"),
+        ("--training.dataset_path=/nowhere", 1, r"training\.dataset_path = '/nowhere': no such directory"),
+        ("--checkpoint.async_mode=async_with_pinned_mem", 1, r"checkpoint\.async_mode"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(override, world_size, message, stdlib_data):
+    overrides = [f"--training.dataset_path={stdlib_data}", "--data.streams=12"]
+    config = load_run_config([f"--job.config_file={DEBUG}", *overrides, override])
+    with pytest.raises(RunConfigError, match=message):
+        check_run(config, world_size=world_size, verify_data=True)
+
+
+def test_the_stream_count_that_is_named_fits(stdlib_data):
+    overrides = [f"--training.dataset_path={stdlib_data}", "--training.global_batch_size=8"]
+    config = load_run_config([f"--job.config_file={DEBUG}", *overrides, "--data.streams=4096"])
+    with pytest.raises(RunConfigError) as caught:
+        check_run(config, world_size=4, verify_data=False)
+    config.data.streams = int(str(caught.value).split("set data.streams = ")[1].split(",")[0])
+    check_run(config, world_size=4, verify_data=False)
+
+
+def damage_middle(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda path: path.write_bytes(b""), id="empty"),
+        pytest.param(lambda path: path.write_bytes(path.read_bytes()[:-100]), id="truncated"),
+        pytest.param(lambda path: path.write_bytes(os.urandom(path.stat().st_size)), id="garbage"),
+        pytest.param(damage_middle, id="one_bit"),
+        pytest.param(lambda path: path.unlink(), id="missing"),
+    ],
+)
+def test_a_damaged_shard_is_found_before_training(damage, stdlib_data, tmp_path):
+    directory = tmp_path / "data"
+    directory.mkdir()
+    for path in stdlib_data.iterdir():
+        (directory / path.name).write_bytes(path.read_bytes())
+    shard = next(directory.glob("train-*.arrow"))
+    damage(shard)
+    config = load_run_config(
+        [f"--job.config_file={DEBUG}", f"--training.dataset_path={directory}", "--data.streams=12"]
+    )
+    with pytest.raises(DataError, match=shard.name):
+        check_run(config, world_size=1, verify_data=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("environment", "override", "words"),
+    [
+        ({"NGPU": "3"}, "--parallelism.data_parallel_shard_degree=2", "NGPU"),
+        ({}, "--training.dataset_path=/nowhere", "training.dataset_path"),
+        ({}, "--training.seq_length=4", "--training.seq_length"),
+    ],
+)
+def test_run_train_sh_says_one_sentence_and_fails(environment, override, words, stdlib_data):
+    done = subprocess.run(
+        ["./run_train.sh", f"--training.dataset_path={stdlib_data}", "--data.streams=12", override],
+        env=os.environ | {"CONFIG_FILE": "./train_configs/debug.toml"} | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert words in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr + done.stdout
