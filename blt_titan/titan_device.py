@@ -6,6 +6,7 @@ questions; on a machine with an accelerator it changes nothing. So every module 
 this one before.
 """
 
+import math
 import platform
 from types import ModuleType, SimpleNamespace
 
@@ -37,9 +38,11 @@ def _import_torchtitan() -> None:
     torch._utils._get_available_device_type = lambda: "cpu"
     torch._utils._get_device_module = lambda device_type: _cpu_module()
     try:
-        import torchtitan.tools.utils  # noqa: F401
+        import torchtitan.tools.utils
     finally:
         torch._utils._get_available_device_type, torch._utils._get_device_module = originals
+    # It would look for a GPU with lspci and then take an A100's figure, with two warnings.
+    torchtitan.tools.utils.get_peak_flops = lambda device_name: math.nan
 
 
 _import_torchtitan()

@@ -1,6 +1,7 @@
 """The trainer: torchtitan's, with a step that counts bytes, asks the device for nothing, and stops on a bad loss."""
 
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -34,9 +35,11 @@ class BLTTrainer(Trainer):
     loss_fn: ByteCrossEntropy
 
     def __init__(self, job_config: Any):
-        super().__init__(job_config)
+        with warnings.catch_warnings():
+            # torchtitan makes an autocast to fp32 on the CPU, which torch turns off with a warning; see below.
+            warnings.filterwarnings("ignore", message="In CPU autocast")
+            super().__init__(job_config)
         if job_config.training.mixed_precision_param == "float32":
-            # torchtitan would enter an autocast to fp32, which torch refuses with a warning at every step.
             self.maybe_enable_amp = nullcontext()
             if job_config.validation.enable:
                 self.validator.autocast = self.maybe_enable_amp  # pyright: ignore[reportAttributeAccessIssue]

@@ -112,9 +112,9 @@ def train_twice_and_other_data(out: str, overrides: list[str], other_overrides: 
 
 
 def test_a_changed_data_order_is_refused_on_resume(small_run, tmp_path):
-    [message] = run_distributed(train_twice_and_other_data, 1, str(tmp_path), small_run, ["--data.streams=24"])
+    [message] = run_distributed(train_twice_and_other_data, 1, str(tmp_path), small_run, ["--data.streams=6"])
     assert "data.streams = 12" in message
-    assert "24" in message
+    assert "this run has 6" in message
 
 
 def test_metrics_have_the_promised_keys(small_run, tmp_path):

@@ -1,0 +1,169 @@
+"""Measure how fast rows come out of the loader: real bytes per second, in the process and through a worker.
+
+    python -m benchmarks.loader_throughput --out benchmarks/results/loader_throughput.json
+
+It writes synthetic documents (random words, exponential lengths of mean 5 KB) as shards into a temporary directory and
+reads rows of 16,384 byte slots, cut at spaces. A figure is the median over repetitions, which alternate between the two
+ways because the machine may be shared. Starting the worker and opening the streams are not measured.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from blt_titan.batch import PADDING
+from blt_titan.data.loader import Batch, RowLoader, RowSource
+from blt_titan.data.order import StreamOrder
+from blt_titan.data.packing import RowShape
+from blt_titan.data.prepare import prepare
+from blt_titan.data.shards import ShardSet
+from blt_titan.patching import rule_patch_starts
+
+MEAN_DOCUMENT_BYTES = 5000
+VOCABULARY_WORDS = 20_000
+SHAPE = RowShape(segments=8, segment_bytes=2048, segment_patches=512)
+MAX_PATCH_BYTES = 512
+STREAMS = 16
+ROWS_PER_BATCH = 4
+TARGET_BYTES_PER_CPU_S = 15e6
+
+
+def write_documents(directory: Path, total_bytes: int, seed: int) -> Path:
+    """Write documents of random words as shards; return their directory."""
+    rng = np.random.default_rng(seed)
+    letters = rng.choice(list("etaoinshrdlucmfwypvbgkjqxz"), size=(VOCABULARY_WORDS, 14))
+    lengths = 1 + rng.poisson(3.7, VOCABULARY_WORDS).clip(max=13)
+    words = np.array(["".join(row[:length]) for row, length in zip(letters, lengths, strict=True)])
+    source = directory / "documents.jsonl"
+    left_bytes = total_bytes
+    with source.open("w") as file:
+        while left_bytes > 0:
+            size = max(1, int(rng.exponential(MEAN_DOCUMENT_BYTES)))
+            text = " ".join(words[rng.integers(VOCABULARY_WORDS, size=size // 4 + 1)])[:size]
+            file.write(json.dumps({"text": text}) + "\n")
+            left_bytes -= size
+    prepare([source], directory / "shards", validation_fraction=0, seed=seed, progress=False)
+    return directory / "shards"
+
+
+class Rates(NamedTuple):
+    """Real bytes in one measurement, by the clock and by the processor time of all processes."""
+
+    bytes_per_s: float
+    bytes_per_cpu_s: float
+
+
+def measure(loader: RowLoader, seconds: float) -> tuple[Rates, list[Batch]]:
+    """Return the rates over at least `seconds`, and a few of the batches."""
+    batches = iter(loader)
+    kept = list(islice(batches, STREAMS // ROWS_PER_BATCH))  # opens every stream
+    n_bytes, start, start_cpu = 0, time.perf_counter(), cpu_seconds()
+    while (elapsed := time.perf_counter() - start) < seconds:
+        inputs, _ = next(batches)
+        n_bytes += int((inputs["byte_doc_BS"] != PADDING).sum())
+    return Rates(n_bytes / elapsed, n_bytes / (cpu_seconds() - start_cpu)), kept
+
+
+def cpu_seconds() -> float:
+    """Return the processor time that this process and its workers have used."""
+    ticks = 0
+    for child in multiprocessing.active_children():
+        after_name = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(after_name[11]) + int(after_name[12])
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def padding_shares(batches: list[Batch]) -> dict[str, float]:
+    """Return the shares of byte slots and patch slots that are padding, and bytes per patch."""
+    real_bytes = torch.cat([inputs["byte_doc_BS"] for inputs, _ in batches]) != PADDING
+    real_patches = torch.cat([inputs["patch_doc_BP"] for inputs, _ in batches]) != PADDING
+    return {
+        "byte_slots_padded": 1 - real_bytes.float().mean().item(),
+        "patch_slots_padded": 1 - real_patches.float().mean().item(),
+        "bytes_per_patch": (real_bytes.sum() / real_patches.sum()).item(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Describe where the figures were taken."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=float, default=40, help="text to read (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=3, help="length of one measurement (default %(default)s)")
+    parser.add_argument("--repetitions", type=int, default=5, help="measurements of each way (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the documents and their order (default %(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the figures as JSON")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_args(arguments)
+    torch.set_num_threads(1)  # a figure per core; the training process has other work for the rest
+    mark_starts = partial(rule_patch_starts, rule="space", max_patch_bytes=MAX_PATCH_BYTES)
+    rates: dict[int, list[Rates]] = {0: [], 1: []}
+    kept: list[Batch] = []
+    with tempfile.TemporaryDirectory() as directory:
+        shards = ShardSet(write_documents(Path(directory), int(args.megabytes * 1e6), args.seed), "train")
+        source = RowSource(shards, mark_starts, SHAPE)
+        order = StreamOrder(len(shards), STREAMS, args.seed)
+        for num_workers in tqdm([0, 1] * args.repetitions, desc="measuring"):
+            loader = RowLoader(source, order, rows_per_batch=ROWS_PER_BATCH, num_workers=num_workers)
+            rate, kept = measure(loader, args.seconds)
+            rates[num_workers].append(rate)
+        data = {"documents": shards.documents, "text_bytes": shards.text_bytes, "record_batches": len(shards)}
+
+    shares = padding_shares(kept)
+    ways = {f"num_workers_{n}": Rates(*map(list, zip(*values, strict=True))) for n, values in rates.items()}
+    result = {
+        "command": " ".join(["python -m benchmarks.loader_throughput", *(arguments or sys.argv[1:])]),
+        "machine": machine(),
+        "data": data,
+        "row": {"segments": SHAPE.segments, "bytes": SHAPE.n_bytes, "patches": SHAPE.n_patches},
+        "rule": {"rule": "space", "max_patch_bytes": MAX_PATCH_BYTES},
+        "rows_per_batch": ROWS_PER_BATCH,
+        "median": {way: {k: round(statistics.median(v)) for k, v in r._asdict().items()} for way, r in ways.items()},
+        "all": {way: {k: [round(x) for x in v] for k, v in r._asdict().items()} for way, r in ways.items()},
+        "target_bytes_per_cpu_s": TARGET_BYTES_PER_CPU_S,
+        **{key: round(value, 4) for key, value in shares.items()},
+    }
+    print(f"{'':<16}{'MB/s: median':>14}{'slowest':>10}{'fastest':>10}{'MB/CPU-second: median':>24}")
+    for way, (by_clock, by_cpu) in ways.items():
+        clock = [statistics.median(by_clock), min(by_clock), max(by_clock)]
+        print(f"{way:<16}", *(f"{x / 1e6:{w}.1f}" for x, w in zip([*clock, statistics.median(by_cpu)], (13, 9, 9, 23))))
+    print(
+        f"padding: {shares['byte_slots_padded']:.1%} of byte slots, {shares['patch_slots_padded']:.1%} of patch slots; "
+        f"{shares['bytes_per_patch']:.2f} bytes per patch"
+    )
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

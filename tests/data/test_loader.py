@@ -1,0 +1,335 @@
+import itertools
+import shutil
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from blt_titan.batch import IGNORE_LABEL, PADDING, PatchLayout
+from blt_titan.byte_vocab import BOS_ID, EOS_ID, document_ids
+from blt_titan.data.errors import DataError
+from blt_titan.data.loader import Batch, HeldOutRows, RowLoader, RowSource
+from blt_titan.data.manifest import Counts, Manifest, write_manifest
+from blt_titan.data.order import StreamOrder
+from blt_titan.data.packing import RowShape
+from blt_titan.data.shards import ShardSet, ShardWriter, install
+from blt_titan.data.streams import RowStream
+from blt_titan.patching import rule_patch_starts
+
+SHAPE = RowShape(segments=2, segment_bytes=32, segment_patches=10)
+STREAMS = 12
+ROWS_PER_BATCH = 2
+mark_starts = partial(rule_patch_starts, rule="space", max_patch_bytes=16)
+
+
+def write(directory: Path, documents: list[bytes]) -> None:
+    """Write a data set whose train and validation splits both hold `documents`, in several shards."""
+    directory.mkdir()
+    splits = {}
+    for split in ("train", "validation"):
+        writer = ShardWriter(directory, split, record_batch_bytes=200, shard_bytes=4000)
+        for number, document in enumerate(documents):
+            writer.add(str(number), document)
+        splits[split] = writer.finish()
+        install(directory, splits[split])
+    counts = Counts(len(documents), sum(map(len, documents)), 0, 0, 0)
+    write_manifest(directory, Manifest({}, counts, splits))
+
+
+def random_documents(seed: int) -> list[bytes]:
+    rng = np.random.default_rng(seed)
+    sizes = [1, 2, 900, *rng.integers(1, 150, size=80).tolist()]
+    return [bytes(rng.choice(np.frombuffer(b"abcdefgh  ,", np.uint8), size)) for size in sizes]
+
+
+DOCUMENTS = random_documents(0)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("loader") / "data"
+    write(directory, DOCUMENTS)
+    shards = ShardSet(directory, "train")
+    assert len(shards) > 2 * STREAMS
+    assert len(shards) % STREAMS
+    assert len({shards.record_batch_info(i).shard_path for i in range(len(shards))}) > 1
+    return directory
+
+
+def loader_of(directory: Path, *, seed=0, streams=STREAMS, rows_per_batch=ROWS_PER_BATCH, **changes) -> RowLoader:
+    shards = ShardSet(directory, "train")
+    order = StreamOrder(len(shards), streams, seed)
+    return RowLoader(RowSource(shards, mark_starts, SHAPE), order, rows_per_batch=rows_per_batch, **changes)
+
+
+def take(loader: RowLoader, count: int) -> list[Batch]:
+    return list(itertools.islice(loader, count))
+
+
+def rows_of(batches: list[Batch]) -> torch.Tensor:
+    """All fields of each row side by side, [rows, 6 S + 2 P]."""
+    return torch.cat([torch.cat([*inputs.values(), labels], dim=1) for inputs, labels in batches])
+
+
+def interleaved(ranks: list[torch.Tensor]) -> torch.Tensor:
+    """Rows of the ranks in the run's order: row n is rank n mod dp's."""
+    return torch.stack(ranks, dim=1).flatten(0, 1)
+
+
+def merged(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """What `merge_positions` and a save over all ranks make of their states."""
+    assert len({state["rows_served"] for state in states}) == 1
+    table = torch.stack([state["positions"] for state in states]).amax(dim=0)
+    return states[0] | {"positions": table}
+
+
+@pytest.fixture(scope="module")
+def expected(data) -> torch.Tensor:
+    """The first rows of the run: two epochs and more."""
+    return rows_of(take(loader_of(data), 200))
+
+
+def test_rows_come_from_their_streams_in_turn(data, expected):
+    """The sequence itself, from the parts that other tests check: row n is the next one of stream n mod S."""
+    loader = loader_of(data)
+    read, order = loader.source.read, loader.order
+    streams = [RowStream(lambda pick, s=s: read(order.record_batch(s, pick)), SHAPE) for s in range(STREAMS)]
+    for n, row in enumerate(expected):
+        made = streams[n % STREAMS].next_row()
+        assert made is not None
+        ids_labels_layout = (made.token_ids, *made[2:8], made.labels)
+        np.testing.assert_array_equal(row, np.concatenate(ids_labels_layout))
+    assert min(order.epoch(s, int(stream.position()[0])) for s, stream in enumerate(streams)) >= 1
+
+
+def test_batches_are_what_the_model_takes(data):
+    ((inputs, labels),) = take(loader_of(data, rows_per_batch=3), 1)
+    assert list(inputs) == ["input", *(field.name for field in fields(PatchLayout))]
+    for name, tensor in (inputs | {"labels_BS": labels}).items():
+        assert tensor.shape == (3, SHAPE.n_patches if name.endswith("BP") else SHAPE.n_bytes)
+        assert tensor.dtype == torch.int32
+        assert tensor.is_contiguous()
+    PatchLayout(**{name: tensor for name, tensor in inputs.items() if name != "input"})
+
+
+def test_rows_longer_than_int16_cross_the_process_border(data):
+    """Rows travel as int16 where their positions fit, and as int32 where they do not."""
+    source = RowSource(ShardSet(data, "train"), mark_starts, RowShape(2, 20_000, 20_000))
+    loader = RowLoader(source, StreamOrder(len(source.shards), STREAMS, 0), rows_per_batch=1, num_workers=1)
+    ((inputs, _),) = take(loader, 1)
+    n = int((inputs["byte_doc_BS"] != PADDING).sum())
+    assert n > np.iinfo(np.int16).max
+    assert inputs["byte_pos_BS"][0, :n].tolist() == list(range(n))
+
+
+@pytest.mark.parametrize("rows_per_batch", [1, 5])
+@pytest.mark.parametrize("num_workers", [0, 2, 3])
+def test_neither_workers_nor_batch_size_change_the_rows(data, expected, num_workers, rows_per_batch):
+    rows = rows_of(take(loader_of(data, num_workers=num_workers, rows_per_batch=rows_per_batch), 40 // rows_per_batch))
+    assert torch.equal(rows, expected[:40])
+
+
+def test_the_seed_alone_decides(data, expected):
+    assert torch.equal(rows_of(take(loader_of(data), 20)), expected[:40])
+    other = rows_of(take(loader_of(data, seed=1), 20))
+    assert not torch.equal(other, expected[:40])
+    assert not torch.equal(other[:STREAMS], expected[:STREAMS])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_ranks_share_the_rows_of_the_run(data, expected, num_workers):
+    for dp_size in (2, 3) if num_workers == 0 else (2,):
+        ranks = [
+            rows_of(take(loader_of(data, dp_rank=rank, dp_size=dp_size, num_workers=num_workers), 15))
+            for rank in range(dp_size)
+        ]
+        assert torch.equal(interleaved(ranks), expected[: len(ranks[0]) * dp_size])
+
+
+@pytest.mark.parametrize(("save_workers", "resume_workers"), [(0, 0), (0, 2), (2, 0), (2, 3)])
+def test_a_run_resumes_after_any_batch(data, expected, save_workers, resume_workers):
+    loader = loader_of(data, num_workers=save_workers)
+    states = [loader.state_dict()]
+    for _ in itertools.islice(loader, 40):
+        states.append(loader.state_dict())
+    # Processes take a while to start: with them, not after every batch.
+    stops = range(41) if not resume_workers else (0, 1, 7, 40)
+    for stop in stops:
+        resumed = loader_of(data, num_workers=resume_workers)
+        resumed.load_state_dict(states[stop])
+        first = stop * ROWS_PER_BATCH
+        assert torch.equal(rows_of(take(resumed, 14)), expected[first : first + 28])
+
+
+def test_a_state_is_not_changed_by_what_follows(data, expected):
+    loader = loader_of(data)
+    take(loader, 3)
+    state = loader.state_dict()
+    before = state["positions"].clone()
+    take(loader, 10)
+    resumed = loader_of(data)
+    resumed.load_state_dict(state)
+    take(resumed, 10)
+    assert torch.equal(state["positions"], before)
+    assert state["rows_served"] == 6
+
+
+def test_a_loader_goes_on_when_iterated_again(data, expected):
+    loader = loader_of(data, num_workers=2)
+    rows = [rows_of(take(loader, 3)), rows_of(take(loader, 4))]
+    assert torch.equal(torch.cat(rows), expected[:14])
+
+
+@pytest.mark.parametrize(("dp_before", "dp_after"), [(1, 2), (2, 1), (2, 3), (3, 2)])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_run_resumes_on_another_number_of_ranks(data, expected, dp_before, dp_after, num_workers):
+    changes = dict(num_workers=num_workers, rows_per_batch=1)
+    before = [loader_of(data, dp_rank=r, dp_size=dp_before, **changes) for r in range(dp_before)]
+    # 42 rows divide by all ranks, and not by the streams, so that some streams are a row ahead of the others.
+    rows = [rows_of(take(loader, 42 // dp_before)) for loader in before]
+    state = merged([loader.state_dict() for loader in before])
+    assert state["rows_served"] == 42
+    assert torch.equal(interleaved(rows), expected[:42])
+    after = [loader_of(data, dp_rank=r, dp_size=dp_after, **changes) for r in range(dp_after)]
+    for loader in after:
+        loader.load_state_dict(state)
+    rest = interleaved([rows_of(take(loader, 7)) for loader in after])
+    assert torch.equal(rest, expected[42 : 42 + len(rest)])
+    # And back again.
+    state = merged([loader.state_dict() for loader in after])
+    loader = loader_of(data)
+    loader.load_state_dict(state)
+    first = state["rows_served"]
+    assert torch.equal(rows_of(take(loader, 10)), expected[first : first + 20])
+
+
+def test_the_merge_is_given_what_this_rank_owns(data):
+    given = []
+
+    def merge(positions: torch.Tensor) -> torch.Tensor:
+        given.append(positions)
+        return torch.zeros_like(positions)
+
+    loader = loader_of(data, dp_rank=1, dp_size=3, merge_positions=merge)
+    take(loader, 4)
+    state = loader.state_dict()
+    assert torch.equal(state["positions"], torch.zeros(STREAMS, 3, dtype=torch.int64))
+    (own,) = given
+    is_own = torch.arange(STREAMS) % 3 == 1
+    assert (own[~is_own] == -1).all()
+    assert (own[is_own] >= 0).all()
+    assert own[is_own][:, 2].tolist() == [2, 2, 2, 2]  # eight rows of four streams
+
+
+def test_a_state_that_was_not_merged_is_refused(data):
+    loader = loader_of(data, dp_rank=0, dp_size=2)
+    take(loader, 1)
+    with pytest.raises(DataError, match="one rank only"):
+        loader_of(data).load_state_dict(loader.state_dict())
+
+
+def test_rows_that_the_ranks_do_not_divide_are_refused(data):
+    loader = loader_of(data, rows_per_batch=1)
+    take(loader, 3)
+    state = loader.state_dict()
+    with pytest.raises(DataError, match="3 rows were served, which 2 data-parallel ranks do not divide"):
+        loader_of(data, dp_rank=0, dp_size=2).load_state_dict(state)
+
+
+def test_another_order_or_other_data_is_refused_by_name(data, tmp_path):
+    state = loader_of(data).state_dict()
+    write(tmp_path / "other", random_documents(1))
+    with pytest.raises(DataError, match=r"data\.streams = 12, this run has 6"):
+        loader_of(data, streams=6).load_state_dict(state)
+    with pytest.raises(DataError, match=r"data\.seed = 0, this run has 5"):
+        loader_of(data, seed=5).load_state_dict(state)
+    with pytest.raises(DataError, match=r"training\.dataset_path \(fingerprint\) = '[0-9a-f]{64}'"):
+        loader_of(tmp_path / "other").load_state_dict(state)
+    # The same data elsewhere is the same data.
+    shutil.copytree(data, tmp_path / "moved")
+    loader_of(tmp_path / "moved").load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "dp_size", "got"),
+    [(0, 1, 0), (1, 1, 1), (4, 1, 4), (5, 1, 4), (11, 1, 6), (99, 1, 12), (5, 2, 3), (4, 3, 4), (9, 12, 1), (7, 3, 4)],
+)
+def test_workers_are_lowered_to_a_divisor_of_the_streams(data, wanted, dp_size, got):
+    assert loader_of(data, dp_size=dp_size, num_workers=wanted).num_workers == got
+
+
+def test_fewer_record_batches_than_streams_are_refused(data):
+    n = len(ShardSet(data, "train"))
+    loader_of(data, streams=n)
+    with pytest.raises(DataError, match=rf"{n} record batches, fewer than data\.streams = {n + 1}"):
+        loader_of(data, streams=n + 1)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_damaged_record_batch_is_named(data, tmp_path, num_workers):
+    directory = tmp_path / "damaged"
+    shutil.copytree(data, directory)
+    loader = loader_of(directory, num_workers=num_workers)
+    shards = loader.source.shards
+    # Stream 1's third record batch: rows come out before it is read.
+    info = shards.record_batch_info(loader.order.record_batch(1, 2))
+    with info.shard_path.open("r+b") as file:
+        file.seek(info.offset + info.length // 2)
+        (byte,) = file.read(1)
+        file.seek(info.offset + info.length // 2)
+        file.write(bytes([byte ^ 1]))
+    batches = iter(loader)
+    next(batches)
+    with pytest.raises(DataError) as error:
+        for _ in range(200):
+            next(batches)
+    assert f"{info.shard_path}: record batch {info.batch_in_shard}: the bytes have crc32" in str(error.value)
+
+
+def held_out(directory: Path, *, rows_per_batch=ROWS_PER_BATCH, **changes) -> HeldOutRows:
+    source = RowSource(ShardSet(directory, "validation"), mark_starts, SHAPE)
+    return HeldOutRows(source, rows_per_batch=rows_per_batch, **changes)
+
+
+def in_order(ranks: list[list[Batch]], pick) -> torch.Tensor:
+    """One field of all rows in the order of the data: row n is rank n mod dp's."""
+    return interleaved([torch.cat([pick(inputs, labels) for inputs, labels in batches]) for batches in ranks])
+
+
+@pytest.mark.parametrize("rows_per_batch", [1, 2, 7])
+@pytest.mark.parametrize("dp_size", [1, 2, 3])
+def test_held_out_targets_are_scored_once_in_every_layout(data, dp_size, rows_per_batch):
+    ranks = [
+        list(held_out(data, dp_rank=rank, dp_size=dp_size, rows_per_batch=rows_per_batch)) for rank in range(dp_size)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1
+    assert all(labels.shape == (rows_per_batch, SHAPE.n_bytes) for batches in ranks for _, labels in batches)
+    ids = np.concatenate([document_ids(document) for document in DOCUMENTS])
+    labels = in_order(ranks, lambda inputs, labels: labels)
+    np.testing.assert_array_equal(labels[labels != IGNORE_LABEL], ids[ids != BOS_ID])
+    assert (labels == EOS_ID).sum() == len(DOCUMENTS)
+    real = in_order(ranks, lambda inputs, labels: inputs["byte_doc_BS"]) != PADDING
+    tokens = in_order(ranks, lambda inputs, labels: inputs["input"])
+    np.testing.assert_array_equal(tokens[real], ids)
+    # Rows of padding come last, and no batch is padding on all ranks.
+    empty = ~real.any(dim=1)
+    assert (labels[empty] == IGNORE_LABEL).all()
+    assert empty.sum() < dp_size * rows_per_batch
+    assert torch.equal(empty, empty.sort(stable=True).values)
+
+
+def test_held_out_rows_are_the_same_each_time(data):
+    rows = held_out(data)
+    assert torch.equal(rows_of(list(rows)), rows_of(list(rows)))
+
+
+def test_ranks_without_held_out_rows_run_padding(tmp_path):
+    write(tmp_path / "tiny", [b"just one row"])
+    batches = [list(held_out(tmp_path / "tiny", dp_rank=rank, dp_size=3)) for rank in range(3)]
+    assert [len(rank) for rank in batches] == [1, 1, 1]
+    targets = [int((labels != IGNORE_LABEL).sum()) for rank in batches for _, labels in rank]
+    assert targets == [13, 0, 0]
