@@ -14,7 +14,7 @@ setup-dev: .venv/.installed-dev
 	@scripts/setup.sh $*
 
 demo: setup
-	@$(PYTHON) -m scripts.demo
+	@OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(PYTHON) -m scripts.demo
 
 test: setup-dev
 	$(PYTHON) -m pytest

@@ -19,6 +19,8 @@ export NGPU=${NGPU:-1} NNODES=${NNODES:-1}
 NODE_RANK=${NODE_RANK:-0}
 CONFIG_FILE=${CONFIG_FILE:-train_configs/debug.toml}
 LOG_RANK=${LOG_RANK:-0}
+# Threads that wait should sleep: spinning ones, on cores that another process wants too, made steps 20 times slower.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 
 if [[ -z "${VIRTUAL_ENV:-}" && -x .venv/bin/python ]]; then
     export PATH="$PWD/.venv/bin:$PATH"

@@ -66,9 +66,10 @@ class JsonLines:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.exists():
             return
-        lines = [line for line in self.path.read_text().splitlines() if line]
-        kept = [line for line in lines if json.loads(line)["step"] <= self._keep_to_step]
-        if len(kept) < len(lines):
+        text = self.path.read_text()
+        # What follows the last newline was torn by a crash.
+        kept = [line for line in text.split("\n")[:-1] if json.loads(line)["step"] <= self._keep_to_step]
+        if "".join(line + "\n" for line in kept) != text:
             # A new run over an old one, or steps that a crash took back: the old lines stay beside the new file.
             os.replace(self.path, self.path.with_name(f"{self.path.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
             self.path.write_text("".join(line + "\n" for line in kept))

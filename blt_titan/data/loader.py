@@ -56,8 +56,9 @@ class RowDataset(IterableDataset):
     """The rows of one data-parallel rank, or in a worker process that worker's share of them.
 
     Yields blocks of flat rows, int16 [rows_per_block, 6 S + 2 P + 12] or int32 [rows_per_block, 6 S + 2 P + 6]: a row's
-    fields side by side, then its stream's position after it. NumPy arrays and not tensors, because a pipe is several
-    times faster than shared memory that is mapped anew for each row, and containers have little of that.
+    fields side by side, then its stream's position after it. NumPy arrays and not tensors: a pipe measured faster than
+    shared memory that is mapped anew for each block, and containers have little of that. After data that cannot be
+    used comes the error instead.
     """
 
     def __init__(
@@ -79,7 +80,13 @@ class RowDataset(IterableDataset):
         self.first_row = first_row
         self.rows_per_block = rows_per_block
 
-    def __iter__(self) -> Iterator[np.ndarray]:
+    def __iter__(self) -> Iterator[np.ndarray | DataError]:
+        try:
+            yield from self._blocks()
+        except DataError as error:
+            yield from itertools.repeat(error)  # see `RowLoader._rows`
+
+    def _blocks(self) -> Iterator[np.ndarray]:
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         shape = self.source.shape
@@ -139,8 +146,8 @@ class RowLoader:
         assert order.streams % dp_size == 0
         if order.record_batches < order.streams:
             raise DataError(
-                f"the data has {order.record_batches} record batches, fewer than data.streams = {order.streams}: lower it, "
-                "or prepare the data with smaller record batches"
+                f"the data has {order.record_batches} record batches, fewer than data.streams = {order.streams}: "
+                "lower it, or prepare the data with smaller record batches"
             )
         self.source = source
         self.order = order
@@ -188,17 +195,26 @@ class RowLoader:
                 snapshot_every_n_steps=_NO_SNAPSHOTS,
             )
         )
-        # Workers answer in turn, each with every W-th row.
-        while one_of_each := list(itertools.islice(blocks, max(1, self.num_workers))):
-            for rows in zip(*one_of_each, strict=True):
-                yield from rows
+        # Workers answer in turn, each with every W-th row. An error is a value to them and is raised here, after which
+        # no traceback refers to `blocks`: left to the garbage collector, torch would wait 5 s for each worker.
+        try:
+            while one_of_each := list(itertools.islice(blocks, max(1, self.num_workers))):
+                for block in one_of_each:
+                    if isinstance(block, DataError):
+                        raise block
+                for rows in zip(*one_of_each, strict=True):
+                    yield from rows
+        finally:
+            del blocks
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state after the last batch handed out; collective over ranks if positions are merged."""
         own = torch.full(self._positions.shape, -1, dtype=torch.int64)
         own[self.dp_rank :: self.dp_size] = torch.from_numpy(self._positions)[self.dp_rank :: self.dp_size]
+        whole = self._merge_positions(own) if self._merge_positions else own
         return {
-            "positions": self._merge_positions(own) if self._merge_positions else own,
+            # An array, not a tensor: DCP refuses a tensor of another size before the identity below can say why.
+            "positions": whole.numpy(),
             "rows_served": self._rows_served,
             "identity": json.dumps(self._identity()),
         }
@@ -221,7 +237,7 @@ class RowLoader:
             raise DataError(f"{rows_served} rows were served, which {self.dp_size} data-parallel ranks do not divide")
         if (state_dict["positions"] < 0).any():
             raise DataError("the checkpoint holds the stream positions of one rank only; save with merge_positions")
-        self._positions = state_dict["positions"].cpu().numpy().astype(np.int64, copy=True)
+        self._positions = state_dict["positions"].copy()
         self._rows_served = rows_served
 
     def _identity(self) -> dict[str, Any]:
@@ -268,5 +284,5 @@ def collate_rows(rows: list[np.ndarray], shape: RowShape, *, pin_memory: bool = 
     return {"input": token_ids_BS, **dict(zip(LAYOUT_FIELDS, layout, strict=True))}, labels_BS
 
 
-def _unchanged(block: np.ndarray) -> np.ndarray:
+def _unchanged(block: Any) -> Any:
     return block

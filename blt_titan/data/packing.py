@@ -138,7 +138,7 @@ def empty_row(shape: RowShape) -> Row:
 
 
 def _padded_row(shape: RowShape, n: int, n_patches: int) -> Row:
-    """Return a row whose slots from the n-th byte and the n_patches-th patch on are padding; the others hold anything."""
+    """Return a row that is padding from byte n and from patch `n_patches` on; what comes before holds anything."""
     S, P = shape.n_bytes, shape.n_patches
     row = Row(*np.empty((6, S), np.int32), *np.empty((2, P), np.int32), n_ids=n)
     row.token_ids[n:] = BOUNDARY_ID

@@ -1,4 +1,5 @@
 import itertools
+import multiprocessing
 import shutil
 from dataclasses import fields
 from functools import partial
@@ -83,7 +84,7 @@ def interleaved(ranks: list[torch.Tensor]) -> torch.Tensor:
 def merged(states: list[dict[str, Any]]) -> dict[str, Any]:
     """What `merge_positions` and a save over all ranks make of their states."""
     assert len({state["rows_served"] for state in states}) == 1
-    table = torch.stack([state["positions"] for state in states]).amax(dim=0)
+    table = np.stack([state["positions"] for state in states]).max(axis=0)
     return states[0] | {"positions": table}
 
 
@@ -169,12 +170,12 @@ def test_a_state_is_not_changed_by_what_follows(data, expected):
     loader = loader_of(data)
     take(loader, 3)
     state = loader.state_dict()
-    before = state["positions"].clone()
+    before = state["positions"].copy()
     take(loader, 10)
     resumed = loader_of(data)
     resumed.load_state_dict(state)
     take(resumed, 10)
-    assert torch.equal(state["positions"], before)
+    assert np.array_equal(state["positions"], before)
     assert state["rows_served"] == 6
 
 
@@ -217,7 +218,7 @@ def test_the_merge_is_given_what_this_rank_owns(data):
     loader = loader_of(data, dp_rank=1, dp_size=3, merge_positions=merge)
     take(loader, 4)
     state = loader.state_dict()
-    assert torch.equal(state["positions"], torch.zeros(STREAMS, 3, dtype=torch.int64))
+    assert np.array_equal(state["positions"], np.zeros((STREAMS, 3)))
     (own,) = given
     is_own = torch.arange(STREAMS) % 3 == 1
     assert (own[~is_own] == -1).all()
@@ -285,9 +286,9 @@ def test_a_damaged_record_batch_is_named(data, tmp_path, num_workers):
     batches = iter(loader)
     next(batches)
     with pytest.raises(DataError) as error:
-        for _ in range(200):
-            next(batches)
-    assert f"{info.shard_path}: record batch {info.batch_in_shard}: the bytes have crc32" in str(error.value)
+        list(itertools.islice(batches, 200))
+    assert str(error.value).startswith(f"{info.shard_path}: record batch {info.batch_in_shard}: the bytes have crc32")
+    assert not multiprocessing.active_children(), "workers that are left to the garbage collector take 5 s each to end"
 
 
 def held_out(directory: Path, *, rows_per_batch=ROWS_PER_BATCH, **changes) -> HeldOutRows:

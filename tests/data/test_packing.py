@@ -72,9 +72,7 @@ def pack_byte_by_byte(source: PatchedIds, shape: RowShape) -> dict[str, list[int
         if patch == len(row["patch_pos"]):
             row["patch_pos"].append(patch)
             row["patch_doc"].append(document)
-    padding = dict.fromkeys(FIELDS, PADDING) | dict(
-        token_ids=BOUNDARY_ID, labels=IGNORE_LABEL, byte_pos=0, patch_pos=0
-    )
+    padding = dict.fromkeys(FIELDS, PADDING) | dict(token_ids=BOUNDARY_ID, labels=IGNORE_LABEL, byte_pos=0, patch_pos=0)
     for name, values in row.items():
         slots = shape.n_patches if name in ("patch_pos", "patch_doc") else shape.n_bytes
         values += [padding[name]] * (slots - len(values))
@@ -195,6 +193,7 @@ def test_a_long_first_patch_becomes_one_and_the_rest():
     ids = np.arange(10, 16, dtype=np.int16)
     row = pack_row(from_lengths(ids, [4, 2]), RowShape(1, 8, 8))
     assert row.byte_patch.tolist()[:6] == [0, 1, 1, 1, 2, 2]
+    assert row.labels.tolist() == [11, 12, 13, 14, 15, *[IGNORE_LABEL] * 3]  # nothing follows the last
     # The patches may be used up by the one; the rest then begins the next row.
     row = pack_row(from_lengths(ids, [4, 2]), RowShape(1, 8, 1))
     assert (row.n_ids, row.labels[0], row.source_patch[0]) == (1, 11, 0)

@@ -1,0 +1,123 @@
+"""Held-out scores against scoring each document alone; sampling; finding checkpoints."""
+
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from blt_titan.byte_vocab import BOS_ID, BYTE_OFFSET, EOS_ID, document_ids
+from blt_titan.data.loader import HeldOutRows, RowSource
+from blt_titan.data.packing import RowShape
+from blt_titan.data.prepare import prepare
+from blt_titan.data.shards import ShardSet
+from blt_titan.inference.checkpoint import latest_checkpoint, load_weights
+from blt_titan.inference.evaluate import score_batches
+from blt_titan.inference.generate import complete
+from blt_titan.model.blt import BLT
+from blt_titan.model.sizes import BLTArgs
+from blt_titan.patching import rule_patch_starts, starts_to_lengths
+
+NATS_RTOL = 1e-5
+"""fp32 logits of a packed row and of a document alone differ by rounding."""
+
+MARK_NEXT = partial(rule_patch_starts, rule="space", max_patch_bytes=64, include_next=True)
+DOCUMENTS = [b"to be, or not to be", b"that is the question:", b"whether 'tis nobler in the mind to suffer", b"x"]
+
+
+@pytest.fixture(scope="module")
+def model() -> BLT:
+    args = BLTArgs(
+        local_dim=32,
+        local_heads=2,
+        local_window=16,
+        decoder_layers=2,
+        global_dim=64,
+        global_heads=2,
+        global_layers=2,
+        cross_attn_heads=2,
+        hash_rows=101,
+    )
+    model = BLT(args).eval()
+    model.init_weights()
+    return model
+
+
+def test_held_out_score_equals_documents_alone(model, tmp_path):
+    for number, text in enumerate(DOCUMENTS):
+        (tmp_path / f"{number}.txt").write_bytes(text)
+    prepare([tmp_path], tmp_path.parent / "shards", validation_fraction=0, seed=0, progress=False)
+    source = RowSource(
+        ShardSet(tmp_path.parent / "shards", "train"),
+        partial(rule_patch_starts, rule="space", max_patch_bytes=64),
+        # One row holds all documents, so that none loses context at a row border.
+        RowShape(segments=2, segment_bytes=128, segment_patches=40),
+    )
+    score = score_batches(model, HeldOutRows(source, rows_per_batch=2))
+
+    byte_nats = eos_nats = 0.0
+    for text in DOCUMENTS:
+        ids = document_ids(text)
+        inputs, targets = ids[:-1], torch.from_numpy(ids[1:].astype(np.int64))
+        lengths = torch.from_numpy(starts_to_lengths(MARK_NEXT(inputs)))
+        with torch.no_grad():
+            logits_SV = model.logits(torch.from_numpy(inputs.astype(np.int64))[None], lengths[None])[0]
+        nats_S = torch.nn.functional.cross_entropy(logits_SV, targets, reduction="none")
+        byte_nats += nats_S[:-1].sum().item()
+        eos_nats += nats_S[-1].item()
+    n_bytes = sum(map(len, DOCUMENTS))
+    assert (score.n_bytes, score.n_eos) == (n_bytes, len(DOCUMENTS))
+    assert score.byte_nats == pytest.approx(byte_nats, rel=NATS_RTOL)
+    assert score.eos_nats == pytest.approx(eos_nats, rel=NATS_RTOL)
+    assert score.bits_per_byte == pytest.approx(byte_nats / math.log(2) / n_bytes, rel=NATS_RTOL)
+    assert score.loss_nats == pytest.approx((byte_nats + eos_nats) / (n_bytes + len(DOCUMENTS)), rel=NATS_RTOL)
+
+
+def test_greedy_completion_takes_the_likeliest_byte_each_time(model):
+    text = complete(model, b"to be", mark_starts=MARK_NEXT, max_bytes=12, temperature=0)
+    ids = document_ids(b"to be")[:-1]
+    for byte in text:
+        lengths = torch.from_numpy(starts_to_lengths(MARK_NEXT(ids)))
+        logits_V = model.logits(torch.from_numpy(ids.astype(np.int64))[None], lengths[None])[0, -1]
+        allowed = [EOS_ID, *range(BYTE_OFFSET, BYTE_OFFSET + 256)]
+        assert byte + BYTE_OFFSET == max(allowed, key=lambda i: logits_V[i].item())
+        ids = np.append(ids, np.int16(byte + BYTE_OFFSET))
+    assert len(text) == 12 or len(ids) > 1
+
+
+def test_sampling_repeats_with_its_seed_and_stops_at_the_limit(model):
+    texts = [complete(model, b"", mark_starts=MARK_NEXT, max_bytes=20, seed=seed) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert all(len(text) <= 20 for text in texts)
+
+
+def test_sampling_ends_at_eos(model, monkeypatch):
+    def only_eos(ids_BS, lengths_BP):
+        logits = torch.full((*ids_BS.shape, 260), -10.0)
+        logits[..., BOS_ID] = 100.0  # never allowed
+        logits[..., EOS_ID] = 50.0
+        return logits
+
+    monkeypatch.setattr(model, "logits", only_eos)
+    assert complete(model, b"x", mark_starts=MARK_NEXT, max_bytes=5) == b""
+
+
+def test_latest_checkpoint_skips_what_is_half_written(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
+        latest_checkpoint(tmp_path)
+    for step, complete_ in ((2, True), (10, True), (30, False)):
+        (tmp_path / f"step-{step}").mkdir()
+        if complete_:
+            (tmp_path / f"step-{step}" / ".metadata").touch()
+    assert latest_checkpoint(tmp_path).name == "step-10"
+
+
+def test_weights_come_back_from_a_checkpoint(model, tmp_path):
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    save(model.state_dict(), checkpoint_id=str(tmp_path), no_dist=True)
+    other = BLT(model.args)
+    load_weights(other, tmp_path)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, other.get_parameter(name)), name

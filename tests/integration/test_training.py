@@ -1,0 +1,72 @@
+"""Whole runs: both models learn, a bad loss stops the run, and one rank's figure is what evaluation says."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from blt_titan.inference.checkpoint import latest_checkpoint, load_weights
+from blt_titan.inference.evaluate import score_batches
+from blt_titan.model.blt import BLT
+from blt_titan.model.sizes import BLT_FLAVORS
+from tests.distributed import run_distributed
+from tests.integration.runs import CONFIG_FILE, losses, make_trainer, metrics, train
+
+pytestmark = pytest.mark.slow
+
+BITS_ATOL = 1e-5
+"""The same fp32 forward over the same rows, in batches of another size."""
+
+
+def test_the_entropy_model_trains_by_the_same_trainer(small_run, tmp_path):
+    overrides = [*small_run, "--model.name=blt_entropy", "--patching.rule=byte", "--data.segment_patches=128"]
+    run_distributed(train, 1, str(tmp_path), *overrides, "--checkpoint.no-enable", "--optimizer.lr=2e-3")
+    by_step = losses(tmp_path)
+    assert by_step[20] < 0.75 * by_step[1]
+    assert all(line["mean_patch_bytes"] == 1 for line in metrics(tmp_path) if "mean_patch_bytes" in line)
+
+
+def train_and_evaluate(out: str, overrides: list[str]) -> tuple[float, float]:
+    from blt_titan.data.loader import HeldOutRows
+    from blt_titan.run_config import load_run_config
+    from blt_titan.train_spec import row_source
+
+    overrides = [*overrides, "--validation.enable", "--validation.local_batch_size=3"]
+    train(out, *overrides)
+    model = BLT(BLT_FLAVORS["debug"]).eval()
+    load_weights(model, latest_checkpoint(f"{out}/checkpoint"))
+    config = load_run_config([f"--job.config_file={CONFIG_FILE}", *overrides])
+    rows = HeldOutRows(row_source(config, "validation", config.training.seq_len), rows_per_batch=5)
+    return score_batches(model, rows).bits_per_byte, metrics(out)[-1]["heldout_bits_per_byte"]
+
+
+def test_blt_learns_and_its_checkpoint_scores_what_validation_said(small_run, tmp_path):
+    [(evaluated, validated)] = run_distributed(train_and_evaluate, 1, str(tmp_path), small_run)
+    assert abs(evaluated - validated) <= BITS_ATOL
+    by_step = losses(tmp_path)
+    assert by_step[20] < 0.75 * by_step[1]
+
+
+def train_with_a_poisoned_step(out: str, overrides: list[str]) -> str:
+    trainer = make_trainer(out, *overrides, "--checkpoint.interval=2")
+    original = trainer.forward_backward_step
+
+    def poisoned(**kwargs):
+        loss = original(**kwargs)
+        return loss * torch.nan if trainer.step == 5 else loss
+
+    trainer.forward_backward_step = poisoned
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        trainer.close()
+    return "trained on"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(small_run, tmp_path):
+    [message] = run_distributed(train_with_a_poisoned_step, 1, str(tmp_path), [*small_run, "--metrics.log_freq=100"])
+    assert "rank 0" in message
+    assert "step 5 is not finite" in message
+    assert latest_checkpoint(Path(tmp_path) / "checkpoint").name == "step-4"
