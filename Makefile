@@ -2,7 +2,7 @@
 # make demo    from raw text to a trained BLT       make check   format, lint, types, import contracts
 .PHONY: help setup setup-dev demo test check format
 
-PYTHON := .venv/bin/python
+VENV_PYTHON := .venv/bin/python
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -14,10 +14,10 @@ setup-dev: .venv/.installed-dev
 	@scripts/setup.sh $*
 
 demo: setup
-	@OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(PYTHON) -m scripts.demo
+	@OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(VENV_PYTHON) -m scripts.demo
 
 test: setup-dev
-	$(PYTHON) -m pytest
+	$(VENV_PYTHON) -m pytest
 
 check: setup-dev
 	.venv/bin/ruff format --check .
