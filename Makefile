@@ -22,7 +22,7 @@ test: setup-dev
 check: setup-dev
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
-	.venv/bin/pyright
+	.venv/bin/pyright --pythonpath $(VENV_PYTHON)
 	.venv/bin/lint-imports
 
 format: setup-dev
