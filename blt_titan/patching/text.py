@@ -80,9 +80,9 @@ def space_patch_starts(ids: ArrayT, *, include_next: bool = False, max_patch_byt
             vocabulary, or `max_patch_bytes` is below 1.
     """
     _check_ids(ids)
-    alphanumeric = _in_bytes(ids, "0", "9") | _in_bytes(ids, "A", "Z") | _in_bytes(ids, "a", "z")
     special: Any = ids < BYTE_OFFSET
-    space_like = ~(alphanumeric | _in_bytes(ids, "\x80", "\xbf") | special)
+    # A look-up is several times faster than comparing, but on a device the table would have to be copied there.
+    space_like: Any = _is_space_like(ids) if isinstance(ids, torch.Tensor) else _SPACE_LIKE_IDS[ids]
     ends = special | space_like
     ends[1:] &= ~(space_like[1:] & space_like[:-1])
     return limit_patch_bytes(ends_to_starts(ends, include_next=include_next), max_patch_bytes)
@@ -129,6 +129,12 @@ def byte_patch_starts(ids: ArrayT, *, include_next: bool = False, max_patch_byte
     return limit_patch_bytes(ends_to_starts(ends, include_next=include_next), max_patch_bytes)
 
 
+def _is_space_like(ids: Any) -> Any:
+    """Mark the bytes that are neither ASCII alphanumeric nor UTF-8 continuations: bool [N]; no special id is."""
+    alphanumeric = _in_bytes(ids, "0", "9") | _in_bytes(ids, "A", "Z") | _in_bytes(ids, "a", "z")
+    return ~(alphanumeric | _in_bytes(ids, "\x80", "\xbf") | (ids < BYTE_OFFSET))
+
+
 def _in_bytes(ids: Any, first: str, last: str) -> Any:
     """Mark the ids of the bytes from `first` to `last`, both included: bool [N]."""
     return (ids >= BYTE_OFFSET + ord(first)) & (ids <= BYTE_OFFSET + ord(last))
@@ -146,3 +152,6 @@ def _check_ids(ids: np.ndarray | torch.Tensor) -> None:
         raise ValueError(f"ids: must be integers of at least 16 bits, byte + {BYTE_OFFSET}, got {ids.dtype}")
     if isinstance(ids, np.ndarray) and ids.size and (ids.min() < 0 or ids.max() >= VOCAB_SIZE):
         raise ValueError(f"ids: must lie in 0..{VOCAB_SIZE - 1}, got {ids.min()}..{ids.max()}")
+
+
+_SPACE_LIKE_IDS = _is_space_like(np.arange(VOCAB_SIZE))
