@@ -14,6 +14,7 @@ import blt_titan.titan_device
 # isort: split
 from torchtitan.components.dataloader import DataloaderExhaustedError
 from torchtitan.distributed import utils as dist_utils
+from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 
 import blt_titan.train_spec  # noqa: F401  (registers the models)
@@ -105,6 +106,11 @@ class BLTTrainer(Trainer):
         """Continue from a checkpoint's step."""
         super().load_state_dict(state_dict)
         self.metrics_processor.resume_at(self.step)
+        if not self.should_continue_training():
+            logger.info(
+                f"This run is complete: its checkpoint is of step {self.step}. Set training.steps above "
+                f"{self.job_config.training.steps} to go on, or another job.dump_folder to begin anew"
+            )
 
     def _log(self, loss: torch.Tensor, grad_norm: torch.Tensor, lr: float, global_targets: torch.Tensor) -> None:
         assert self.loss_fn.eos_nats is not None
