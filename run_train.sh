@@ -11,6 +11,7 @@
 # MASTER_ADDR, MASTER_PORT   where node 0 listens                 default localhost, 29500 (one node: any free port)
 # CONFIG_FILE  the run's TOML                                     default train_configs/debug.toml
 # LOG_RANK     ranks of this node that print, as in 0,1           default 0
+# PYTHON       the interpreter                                    default .venv/bin/python, where make setup made it
 # "$@"         overrides, --section.key=value
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -22,23 +23,24 @@ LOG_RANK=${LOG_RANK:-0}
 # Threads that wait should sleep: spinning ones, on cores that another process wants too, made steps 20 times slower.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 
-if [[ -z "${VIRTUAL_ENV:-}" && -x .venv/bin/python ]]; then
-    export PATH="$PWD/.venv/bin:$PATH"
+if [[ -z "${PYTHON:-}" ]]; then
+    PYTHON=python
+    [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python
 fi
 
 if [[ "$CONFIG_FILE" == train_configs/debug.toml && ! -e data/stdlib/manifest.json ]]; then
-    python -m scripts.prepare_data --source python-stdlib --out data/stdlib \
+    "$PYTHON" -m scripts.prepare_data --source python-stdlib --out data/stdlib \
         --validation-fraction 0.05 --seed 0 --max-bytes 4MB --record-batch-bytes 16KiB
 fi
 
 # One sentence for what is wrong, before any rank starts.
-python -m blt_titan.run_config --job.config_file "$CONFIG_FILE" "$@"
+"$PYTHON" -m blt_titan.run_config --job.config_file "$CONFIG_FILE" "$@"
 
 if [[ "$NNODES" == 1 && -z "${MASTER_PORT:-}" ]]; then
     rendezvous=(--rdzv_backend c10d --rdzv_endpoint localhost:0)
 else
     rendezvous=(--node_rank "$NODE_RANK" --master_addr "${MASTER_ADDR:-localhost}" --master_port "${MASTER_PORT:-29500}")
 fi
-exec python -m torch.distributed.run --nnodes "$NNODES" --nproc_per_node "$NGPU" "${rendezvous[@]}" \
+exec "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc_per_node "$NGPU" "${rendezvous[@]}" \
     --local-ranks-filter "$LOG_RANK" --role rank --tee 3 \
     -m blt_titan.train --job.config_file "$CONFIG_FILE" "$@"

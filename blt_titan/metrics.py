@@ -137,7 +137,8 @@ class BLTMetrics(MetricsProcessor):
         if self.peak_flops is not None:
             flops = 3 * self.model_args.forward_flops_per_byte(self.job_config.training.seq_len, mean_patch_bytes)
             metrics["mfu"] = flops * per_device / self.peak_flops
-            metrics["memory_gib"] = self.device_memory_monitor.get_peak_stats().max_reserved_gib
+        if (memory_gib := self.device_memory_monitor.get_peak_stats().max_reserved_gib) > 0:
+            metrics["memory_gib"] = memory_gib
         self._write(step, metrics)
         logger.info(
             f"step {step:>6}  loss {loss_nats:.5f} nats  {bits_per_byte:.4f} bits/byte  "

@@ -3,7 +3,7 @@
     python -m blt_titan.run_config --job.config_file train_configs/debug.toml
 
 says what is wrong in one sentence, with exit code 2, or nothing. `run_train.sh` calls it before it starts ranks; the
-world size is taken from WORLD_SIZE, or from NGPU and NNODES. Precedence: command line > TOML > default.
+world size is NGPU times NNODES. Precedence: command line > TOML > default.
 """
 
 import dataclasses
@@ -71,11 +71,43 @@ def check_run(config: Any, *, world_size: int, verify_data: bool) -> None:
         )
     if refused := unsupported_settings(config):
         raise RunConfigError("; ".join(refused))
+    _check_bounds(config)
+    if config.checkpoint.create_seed_checkpoint and (world_size > 1 or not config.checkpoint.enable):
+        raise RunConfigError(
+            "checkpoint.create_seed_checkpoint = true needs one rank (NGPU=1) and checkpoint.enable = true"
+        )
     dp = _check_degrees(config, world_size)
     _check_batch(config, dp)
     _check_rows(config)
     _check_device(config)
     _check_data(config, dp, verify_data)
+
+
+def _check_bounds(config: Any) -> None:
+    at_least = {
+        "training.steps": 1,
+        "training.local_batch_size": 1,
+        "metrics.log_freq": 1,
+        "checkpoint.interval": 1,
+        "validation.freq": 1,
+        "data.streams": 1,
+        "data.segment_bytes": 2,
+        "data.segment_patches": 2,
+    }
+    for key, bound in at_least.items():
+        section, name = key.split(".")
+        if (value := getattr(getattr(config, section), name)) < bound:
+            raise RunConfigError(f"{key} = {value}: must be at least {bound}")
+    for name in ("local_batch_size", "seq_len"):
+        if (value := getattr(config.validation, name)) < 1 and value != -1:
+            raise RunConfigError(f"validation.{name} = {value}: must be at least 1, or -1 for the training value")
+    if config.checkpoint.keep_latest_k == 1 or config.checkpoint.keep_latest_k < 0:
+        raise RunConfigError(
+            f"checkpoint.keep_latest_k = {config.checkpoint.keep_latest_k}: must be 0 (keep all) or at least 2, "
+            "because the last one may be half written"
+        )
+    if config.training.global_batch_size == 0:
+        raise RunConfigError("training.global_batch_size = 0: must be at least 1, or -1 for no accumulation")
 
 
 def _check_degrees(config: Any, world_size: int) -> int:
@@ -109,23 +141,18 @@ def _check_degrees(config: Any, world_size: int) -> int:
 
 def _check_batch(config: Any, dp: int) -> None:
     training = config.training
-    if training.local_batch_size < 1:
-        raise RunConfigError(f"training.local_batch_size = {training.local_batch_size}: must be at least 1")
     together = training.local_batch_size * dp
     if training.global_batch_size > 0 and training.global_batch_size % together:
         raise RunConfigError(
             f"training.global_batch_size = {training.global_batch_size}: must be a multiple of "
             f"training.local_batch_size = {training.local_batch_size} x {dp} data-parallel ranks = {together}"
         )
-    if config.data.streams < 1 or config.data.streams % dp:
+    if config.data.streams % dp:
         raise RunConfigError(f"data.streams = {config.data.streams}: must be a multiple of {dp} data-parallel ranks")
 
 
 def _check_rows(config: Any) -> None:
     data, patching = config.data, config.patching
-    for key, value in (("segment_bytes", data.segment_bytes), ("segment_patches", data.segment_patches)):
-        if value < 2:
-            raise RunConfigError(f"data.{key} = {value}: must be at least 2")
     lengths = {"training.seq_len": config.training.seq_len}
     if config.validation.seq_len >= 0:
         lengths["validation.seq_len"] = config.validation.seq_len
@@ -251,10 +278,8 @@ def _describe(hint: Any) -> str:
 
 def main() -> None:
     """Check a run's settings and say what is wrong."""
-    environment = os.environ
-    world_size = int(
-        environment.get("WORLD_SIZE") or int(environment.get("NGPU", "1")) * int(environment.get("NNODES", "1"))
-    )
+    # Not WORLD_SIZE: some clusters set it to something else before torchrun does.
+    world_size = int(os.environ.get("NGPU", "1")) * int(os.environ.get("NNODES", "1"))
     try:
         check_run(load_run_config(sys.argv[1:]), world_size=world_size, verify_data=True)
     except (RunConfigError, DataError) as error:

@@ -7,7 +7,7 @@ import os
 import sys
 
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
 
 from blt_titan.data.errors import DataError
 from blt_titan.run_config import RunConfigError, check_run, load_run_config
@@ -35,6 +35,8 @@ def main() -> None:
     except (RunConfigError, DataError, NonFiniteLossError) as error:
         # A worker process hands over its traceback as text; its last line is the sentence.
         logger.error(str(error).strip().splitlines()[-1])
+        # torchrun prints it as the cause also where this rank's own output is filtered out.
+        get_error_handler().record_exception(error)
         sys.stdout.flush()
         # Other ranks may wait for this one in a collective; torchrun ends them.
         os._exit(2)

@@ -69,7 +69,8 @@ def build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: None, job_conf
         rows_per_batch=job_config.training.local_batch_size,
         num_workers=settings.num_workers,
         prefetch_factor=settings.prefetch_factor,
-        pin_memory=settings.pin_memory,
+        # Pinning is for copies to an accelerator, and needs one.
+        pin_memory=settings.pin_memory and device_type != "cpu",
         merge_positions=_merge_positions if dp_world_size > 1 else None,
     )
     if loader.num_workers != settings.num_workers:

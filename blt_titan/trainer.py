@@ -1,9 +1,11 @@
 """The trainer: torchtitan's, with a step that counts bytes, asks the device for nothing, and stops on a bad loss."""
 
+import shutil
 import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,7 +42,8 @@ class BLTTrainer(Trainer):
             # torchtitan makes an autocast to fp32 on the CPU, which torch turns off with a warning; see below.
             warnings.filterwarnings("ignore", message="In CPU autocast")
             super().__init__(job_config)
-        if job_config.training.mixed_precision_param == "float32":
+        if job_config.training.mixed_precision_param == "float32" or self.parallel_dims.dp_enabled:
+            # Replicas are sharded by one here, so fully_shard casts; torchtitan would enter an autocast on top.
             self.maybe_enable_amp = nullcontext()
             if job_config.validation.enable:
                 self.validator.autocast = self.maybe_enable_amp  # pyright: ignore[reportAttributeAccessIssue]
@@ -106,11 +109,35 @@ class BLTTrainer(Trainer):
         """Continue from a checkpoint's step."""
         super().load_state_dict(state_dict)
         self.metrics_processor.resume_at(self.step)
+        self._set_later_checkpoints_aside()
         if not self.should_continue_training():
             logger.info(
                 f"This run is complete: its checkpoint is of step {self.step}. Set training.steps above "
                 f"{self.job_config.training.steps} to go on, or another job.dump_folder to begin anew"
             )
+
+    def _set_later_checkpoints_aside(self) -> None:
+        """Make room for the steps that will be made again.
+
+        A save over an old checkpoint would leave the old `.metadata` beside half-written files, and a later resume
+        would prefer the abandoned steps.
+        """
+        config = self.job_config
+        if dist.get_rank() == 0 and not config.checkpoint.load_only:
+            folder = Path(config.job.dump_folder) / config.checkpoint.folder
+            for path in folder.glob("step-*"):
+                if not path.name[5:].isdigit() or int(path.name[5:]) <= self.step:
+                    continue
+                if not (path / ".metadata").exists():
+                    logger.warning(f"{path} is half written: removed")
+                    shutil.rmtree(path)
+                    continue
+                # Not a sibling named step-N: torchtitan would find it there.
+                aside = folder / f"abandoned-{time.strftime('%Y%m%d-%H%M%S')}" / path.name
+                logger.warning(f"{path} is later than the step {self.step} that this run resumes at: moved to {aside}")
+                aside.parent.mkdir(exist_ok=True)
+                path.rename(aside)
+        dist.barrier()
 
     def _log(self, loss: torch.Tensor, grad_norm: torch.Tensor, lr: float, global_targets: torch.Tensor) -> None:
         assert self.loss_fn.eos_nats is not None

@@ -28,7 +28,8 @@ def apply_fsdp(
         cpu_offload: keep parameters, gradients and optimizer state in host memory.
     """
     offload: OffloadPolicy = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
-    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    # Inputs keep their dtype: casting them would round the fp32 rotary tables that blocks receive.
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     layers = model.get_submodule("layers")
     parts = [getattr(model, name, None) for name in ("hash_embedding", "encoder", "decoder")]
     for module in [*layers.children(), *parts]:

@@ -10,6 +10,7 @@ held-out split before and after, and leaves figures, pictures and a checkpoint u
 import argparse
 import gzip
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -137,7 +138,11 @@ def _train(overrides: list[str], steps: int) -> None:
     metrics = OUT / "metrics.jsonl"
     with (OUT / "train.log").open("w") as log:
         process = subprocess.Popen(
-            ["./run_train.sh", *overrides, "--metrics.log_freq=5"], stdout=log, stderr=subprocess.STDOUT
+            ["./run_train.sh", *overrides, "--metrics.log_freq=5"],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            # What the shell may hold for other runs does not count here.
+            env=os.environ | {"PYTHON": sys.executable, "CONFIG_FILE": CONFIG_FILE, "NGPU": "1", "NNODES": "1"},
         )
         with tqdm(total=steps, desc="     training", unit="step") as bar:
             while process.poll() is None:

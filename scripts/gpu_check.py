@@ -4,6 +4,7 @@ python -m scripts.gpu_check --out benchmarks/results/gpu_check.json --flavor deb
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -30,6 +31,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("gpu_check: no CUDA device is at hand; nothing was checked")
+    if importlib.util.find_spec("pytest") is None:
+        sys.exit("gpu_check: pytest is not installed; run make setup-dev")
 
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "stdlib"
@@ -43,7 +46,11 @@ def main() -> None:
             record_batch_bytes=16 * 1024,
             progress=False,
         )
-        result: dict[str, Any] = {"machine": _machine(), "command": "scripts/gpu_check.sh", "tests": _tests()}
+        result: dict[str, Any] = {
+            "machine": _machine(),
+            "command": " ".join(["scripts/gpu_check.sh", *sys.argv[1:]]),
+            "tests": _tests(),
+        }
         result["training"] = [
             _train(Path(folder), data, arguments.flavor, arguments.steps, compile_model)
             for compile_model in (False, True)
@@ -74,7 +81,7 @@ def _tests() -> dict[str, Any]:
     return {
         "exit_code": done.returncode,
         "seconds": time.perf_counter() - began,
-        "output_tail": done.stdout.splitlines()[-15:],
+        "output_tail": (done.stdout + done.stderr).splitlines()[-15:],
     }
 
 

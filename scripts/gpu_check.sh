@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [[ -z "${PYTHON:-}" ]]; then
     PYTHON=python
-    [[ -z "${VIRTUAL_ENV:-}" && -x .venv/bin/python ]] && PYTHON=.venv/bin/python
+    [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python
 fi
 "$PYTHON" -c 'import torch' || { echo "gpu_check: $PYTHON has no torch; run make setup, or set PYTHON" >&2; exit 2; }
 if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then

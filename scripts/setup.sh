@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extra=$1
-needed_gib=3
+needed_gib=3  # of the CPU build; a CUDA build of torch needs several more
 
 fail() { echo "setup: error: $*" >&2; exit 1; }
 

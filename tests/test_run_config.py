@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,11 @@ def test_command_line_wins_over_toml_and_toml_over_default():
         ("--parallelism.pipeline_parallel_degree=2", 2, r"parallelism\.pipeline_parallel_degree = 2"),
         ("--training.global_batch_size=3", 2, r"training\.global_batch_size = 3: must be a multiple"),
         ("--training.local_batch_size=0", 1, r"training\.local_batch_size = 0"),
+        ("--training.steps=0", 1, r"training\.steps = 0: must be at least 1"),
+        ("--metrics.log_freq=0", 1, r"metrics\.log_freq = 0: must be at least 1"),
+        ("--checkpoint.keep_latest_k=1", 1, r"checkpoint\.keep_latest_k = 1: must be 0 \(keep all\) or at least 2"),
+        ("--validation.local_batch_size=0", 1, r"validation\.local_batch_size = 0"),
+        ("--checkpoint.create_seed_checkpoint", 2, r"create_seed_checkpoint = true needs one rank"),
         ("--data.streams=7", 2, r"data\.streams = 7: must be a multiple of 2 data-parallel ranks"),
         ("--data.streams=100000", 1, r"data\.streams = 100000: .* record batches.*set data\.streams = \d+"),
         ("--model.flavor=9B", 1, r"model\.flavor = '9B': blt has debug, 20M"),
@@ -153,7 +159,7 @@ def test_a_damaged_shard_is_found_before_training(damage, stdlib_data, tmp_path)
 def test_run_train_sh_says_one_sentence_and_fails(environment, override, words, stdlib_data):
     done = subprocess.run(
         ["./run_train.sh", f"--training.dataset_path={stdlib_data}", "--data.streams=12", override],
-        env=os.environ | {"CONFIG_FILE": "./train_configs/debug.toml"} | environment,
+        env=os.environ | {"CONFIG_FILE": "./train_configs/debug.toml", "PYTHON": sys.executable} | environment,
         capture_output=True,
         text=True,
     )

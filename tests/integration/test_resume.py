@@ -62,6 +62,21 @@ def test_a_half_written_checkpoint_is_never_picked(small_run, tmp_path):
     assert len(list(tmp_path.glob("metrics.jsonl.*"))) == 1
 
 
+def train_then_go_back(out: str, overrides: list[str]) -> list[dict]:
+    overrides = [*overrides, "--checkpoint.interval=4", "--training.steps=10"]
+    return [train(out, *overrides), train(out, *overrides, "--checkpoint.load_step=4")]
+
+
+def test_going_back_to_an_earlier_step_sets_the_later_ones_aside(small_run, tmp_path):
+    """A save over a complete checkpoint would leave its old .metadata beside half-written files."""
+    [(first, again)] = run_distributed(train_then_go_back, 1, str(tmp_path), small_run)
+    for name, parameter in first.items():
+        assert torch.equal(parameter, again[name]), name
+    (abandoned,) = (tmp_path / "checkpoint").glob("abandoned-*")
+    assert sorted(path.name for path in abandoned.iterdir()) == ["step-10", "step-8"]
+    assert list(losses(tmp_path)) == list(range(1, 11))
+
+
 def start_training(out: Path, overrides: list[str]) -> subprocess.Popen:
     return subprocess.Popen(
         [

@@ -1,10 +1,16 @@
 """Whole runs: both models learn, a bad loss stops the run, and one rank's figure is what evaluation says."""
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from blt_titan.data.order import StreamOrder
+from blt_titan.data.shards import ShardSet
 from blt_titan.inference.checkpoint import latest_checkpoint, load_weights
 from blt_titan.inference.evaluate import score_batches
 from blt_titan.model.blt import BLT
@@ -45,6 +51,26 @@ def test_blt_learns_and_its_checkpoint_scores_what_validation_said(small_run, tm
     assert abs(evaluated - validated) <= BITS_ATOL
     by_step = losses(tmp_path)
     assert by_step[20] < 0.75 * by_step[1]
+
+
+def test_a_fault_on_a_silent_rank_is_still_named(stdlib_data, small_run, tmp_path):
+    """Rank 1 reads a damaged record batch while only rank 0 prints."""
+    data = tmp_path / "data"
+    shutil.copytree(stdlib_data, data)
+    shards = ShardSet(data, "train")
+    info = shards.record_batch_info(StreamOrder(len(shards), 12, 0).record_batch(1, 0))
+    content = bytearray(info.shard_path.read_bytes())
+    content[info.offset + info.length // 2] ^= 1
+    info.shard_path.write_bytes(content)
+    done = subprocess.run(
+        ["./run_train.sh", *small_run, f"--training.dataset_path={data}", f"--job.dump_folder={tmp_path}/out"]
+        + ["--data.verify_bytes_at_start=0"],
+        env=os.environ | {"NGPU": "2", "LOG_RANK": "0", "PYTHON": sys.executable, "CONFIG_FILE": f"./{CONFIG_FILE}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert f"{info.shard_path}: record batch {info.batch_in_shard}" in done.stdout + done.stderr
 
 
 def train_with_a_poisoned_step(out: str, overrides: list[str]) -> str:

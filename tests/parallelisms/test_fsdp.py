@@ -10,6 +10,8 @@ pytestmark = pytest.mark.slow
 
 LOSS_ATOL = 1e-5
 """fp32 gradients are summed in another order; after 20 steps of AdamW at 2e-3 the losses differ by about 1e-6."""
+BF16_LOSS_RTOL = 0.02
+"""bf16 keeps 8 bits: losses of the first steps agree with fp32 within a percent or so."""
 GRADIENT_RTOL = 1e-4
 GRADIENT_FLOOR = 1e-7
 """|g - r| <= rtol |r| + floor * (norm of all gradients): fp32 sums of a few hundred positions in another order."""
@@ -101,6 +103,25 @@ def test_a_checkpoint_of_two_ranks_resumes_on_one(small_run, single, two_ranks):
     assert expected.keys() == got.keys()
     for step, loss in expected.items():
         assert abs(got[step] - loss) <= LOSS_ATOL, f"step {step}: {got[step]} and {loss}"
+
+
+def train_in_bf16(out: str, overrides: list[str]) -> set[torch.dtype]:
+    """Return the dtypes of the rotary tables that a global block receives."""
+    trainer = make_trainer(out, *overrides, "--training.mixed_precision_param=bfloat16", "--checkpoint.no-enable")
+    seen = set()
+    block = trainer.model_parts[0].layers["0"]
+    block.attention.register_forward_pre_hook(lambda module, inputs: seen.update(table.dtype for table in inputs[1]))
+    trainer.train()
+    trainer.close()
+    return seen
+
+
+def test_bf16_keeps_the_rotary_tables_in_fp32(small_run, single, tmp_path):
+    dtypes, _ = run_distributed(train_in_bf16, 2, str(tmp_path), [*small_run, "--training.steps=5"])
+    assert dtypes == {torch.float32}
+    expected, got = losses(single[0]), losses(tmp_path)
+    for step, loss in got.items():
+        assert abs(loss - expected[step]) <= BF16_LOSS_RTOL * expected[step], f"step {step}"
 
 
 def initial_weights(out: str, overrides: list[str]) -> dict[str, torch.Tensor]:
