@@ -27,7 +27,8 @@ import torch
 from tqdm import tqdm
 
 from blt_titan.batch import PADDING
-from blt_titan.data.loader import Batch, RowLoader, RowSource
+from blt_titan.data.collate import Batch
+from blt_titan.data.loader import RowLoader, RowSource
 from blt_titan.data.order import StreamOrder
 from blt_titan.data.packing import RowShape
 from blt_titan.data.prepare import prepare

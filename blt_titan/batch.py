@@ -53,3 +53,40 @@ class PatchLayout:
 
 
 LAYOUT_FIELDS = tuple(field.name for field in fields(PatchLayout))
+
+
+@dataclass(frozen=True)
+class SliceLayout:
+    """What a slice of a row knows of the rest of it; beside `PatchLayout` where rows are split.
+
+    C slices of a row lie on C devices; R = `ContextSlice.reach_bytes`. The byte fields of `PatchLayout` are then those
+    of the slice, its patch slots those of the whole row, slice beside slice, and a source of P / C is the last patch
+    before the slice.
+    """
+
+    slice_bytes_BC: torch.Tensor
+    """Real bytes in each slice, integer [B, C]."""
+    slice_patches_BC: torch.Tensor
+    """Patches in each slice, integer [B, C]."""
+    before_ids_BR: torch.Tensor
+    """Ids of the R bytes before the slice, right-aligned, integer [B, R]; 0 before the row."""
+    before_doc_BR: torch.Tensor
+    """Documents of those bytes, integer [B, R]; PADDING before the row."""
+
+
+SLICE_FIELDS = tuple(field.name for field in fields(SliceLayout))
+
+
+@dataclass(frozen=True)
+class ContextSlice:
+    """Which part of every row a device takes."""
+
+    index: int
+    """From 0."""
+    count: int
+    """C; divides the row's segments."""
+    reach_bytes: int
+    """R: how far back of its slice a device needs ids and documents."""
+
+
+WHOLE_ROW = ContextSlice(0, 1, 0)

@@ -24,7 +24,7 @@ from torchtitan.tools.logging import logger
 
 from blt_titan.batch import IGNORE_LABEL
 from blt_titan.byte_vocab import EOS_ID
-from blt_titan.data.loader import Batch
+from blt_titan.data.collate import Batch
 
 COUNTS = ("byte_targets", "eos_targets", "bytes", "byte_slots", "patches", "patch_slots")
 """What is counted of each batch, in this order. `bytes` are all real positions, BOS and EOS too."""

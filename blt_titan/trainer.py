@@ -22,7 +22,7 @@ from torchtitan.train import Trainer
 import blt_titan.train_spec  # noqa: F401  (registers the models)
 from blt_titan.batch import IGNORE_LABEL
 from blt_titan.byte_vocab import EOS_ID
-from blt_titan.data.loader import Batch
+from blt_titan.data.collate import Batch
 from blt_titan.loss import ByteCrossEntropy, bits_per_byte
 from blt_titan.metrics import BLTMetrics
 

@@ -9,6 +9,7 @@ import torch
 from blt_titan import batch
 from blt_titan.batch import IGNORE_LABEL, LAYOUT_FIELDS, PADDING
 from blt_titan.byte_vocab import BOS_ID, BOUNDARY_ID, BYTE_OFFSET, EOS_ID, document_ids
+from blt_titan.data.collate import collate_rows
 from blt_titan.data.packing import PatchedIds, RowShape, pack_row
 from blt_titan.model.layout import layout_from_patch_lengths
 from blt_titan.patching import rule_patch_starts
@@ -34,18 +35,17 @@ def by_spaces(documents) -> PatchedIds:
     return PatchedIds(ids, np.append(np.flatnonzero(rule_patch_starts(ids, rule="space")), len(ids)))
 
 
-def row_tensors(row) -> dict[str, torch.Tensor]:
-    return dict(zip(LAYOUT_FIELDS, (torch.from_numpy(field)[None] for field in row[2:-1]), strict=True))
-
-
 def test_worked_example_is_what_the_packer_makes():
     source = by_spaces([b"ab c"])
     assert np.diff(source.cuts).tolist() == [1, 3, 2]
-    row = pack_row(source, RowShape(segments=1, segment_bytes=9, segment_patches=5))
+    shape = RowShape(segments=1, segment_bytes=9, segment_patches=5)
+    row = pack_row(source, shape)
     table = docstring_table()
     assert list(table) == ["token_ids_BS", "labels_BS", *LAYOUT_FIELDS]
-    for name, field in zip(table, row, strict=False):
-        assert field.tolist() == table[name], name
+    inputs, labels = collate_rows([row], shape)
+    for name, values in table.items():
+        field = {"token_ids_BS": inputs["input"], "labels_BS": labels, **inputs}[name]
+        assert field[0].tolist() == values, name
 
 
 def test_worked_example_without_its_padding_is_what_lengths_make():
@@ -67,14 +67,14 @@ def test_full_rows_are_laid_out_alike_from_lengths_and_by_the_packer(n_patches, 
         cuts = np.insert(cuts, 1, 1)
     n = int(cuts[n_patches])
     # One patch slot more than patches, for the patch that holds the last target only.
-    row = pack_row(PatchedIds(ids, cuts), RowShape(segments=1, segment_bytes=n, segment_patches=n_patches + 1))
-    assert row.n_ids == n
+    shape = RowShape(segments=1, segment_bytes=n, segment_patches=n_patches + 1)
+    inputs, _ = collate_rows([pack_row(PatchedIds(ids, cuts), shape)], shape)
     lengths = np.append(np.diff(cuts[: n_patches + 1]), 1)
     ids_BS = torch.from_numpy(ids[:n])[None]
     layout = layout_from_patch_lengths(ids_BS, torch.from_numpy(lengths)[None]).as_dict()
-    for name, packed in row_tensors(row).items():
-        assert torch.equal(layout[name], packed.to(layout[name].dtype)), name
-    assert torch.equal(ids_BS[0], torch.from_numpy(row.token_ids))
+    for name in LAYOUT_FIELDS:
+        assert torch.equal(layout[name], inputs[name].to(layout[name].dtype)), name
+    assert torch.equal(ids_BS, inputs["input"].to(ids_BS.dtype))
 
 
 def test_rows_of_other_lengths_do_not_disturb_each_other():

@@ -22,17 +22,16 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from blt_titan.batch import LAYOUT_FIELDS
+from blt_titan.batch import WHOLE_ROW, ContextSlice
+from blt_titan.data.collate import Batch, collate_rows
 from blt_titan.data.errors import DataError
 from blt_titan.data.order import StreamOrder
-from blt_titan.data.packing import MarkPatchStarts, PatchedIds, RowShape, empty_row, patch_documents
+from blt_titan.data.packing import MarkPatchStarts, PatchedIds, Row, RowShape, empty_row, patch_documents
 from blt_titan.data.shards import ShardSet
 from blt_titan.data.streams import POSITION_FIELDS, RowStream
 
-Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
-"""Inputs by name ("input" for the ids [B, S], then the fields of `batch.PatchLayout`) and labels [B, S], int32."""
-
-_POSITION_BYTES = 8 * len(POSITION_FIELDS)
+Block = list[tuple[Row, np.ndarray]]
+"""Rows, each with its stream's position after it."""
 
 _NO_SNAPSHOTS = 1 << 62
 """torchdata's own state is not used: it refuses another number of workers."""
@@ -55,10 +54,9 @@ class RowSource:
 class RowDataset(IterableDataset):
     """The rows of one data-parallel rank, or in a worker process that worker's share of them.
 
-    Yields blocks of flat rows, int16 [rows_per_block, 6 S + 2 P + 12] or int32 [rows_per_block, 6 S + 2 P + 6]: a row's
-    fields side by side, then its stream's position after it. NumPy arrays and not tensors: a pipe measured faster than
-    shared memory that is mapped anew for each block, and containers have little of that. After data that cannot be
-    used comes the error instead.
+    Yields blocks of `rows_per_block` packed rows, each with its stream's position after it. NumPy arrays and not
+    tensors: a pipe measured faster than shared memory that is mapped anew for each block, and containers have little of
+    that. After data that cannot be used comes the error instead.
     """
 
     def __init__(
@@ -80,29 +78,25 @@ class RowDataset(IterableDataset):
         self.first_row = first_row
         self.rows_per_block = rows_per_block
 
-    def __iter__(self) -> Iterator[np.ndarray | DataError]:
+    def __iter__(self) -> Iterator[Block | DataError]:
         try:
             yield from self._blocks()
         except DataError as error:
             yield from itertools.repeat(error)  # see `RowLoader._rows`
 
-    def _blocks(self) -> Iterator[np.ndarray]:
+    def _blocks(self) -> Iterator[Block]:
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        shape = self.source.shape
-        dtype = np.int16 if shape.n_bytes <= np.iinfo(np.int16).max else np.int32
-        row_ints, position_ints = 6 * shape.n_bytes + 2 * shape.n_patches, _POSITION_BYTES // dtype().itemsize
         rows_of_rank = itertools.count(self.first_row + first, step)
         streams: dict[int, RowStream] = {}
         while True:
-            block = np.empty((self.rows_per_block, row_ints + position_ints), dtype)
-            for flat, row_of_rank in zip(block, rows_of_rank, strict=False):
+            block: Block = []
+            for row_of_rank in itertools.islice(rows_of_rank, self.rows_per_block):
                 number = (row_of_rank * self.dp_size + self.dp_rank) % self.order.streams
                 stream = streams.get(number) or streams.setdefault(number, self._open(number))
                 row = stream.next_row()
                 assert row is not None
-                row.flat(out=flat[:row_ints])
-                flat[row_ints:] = stream.position().view(dtype)
+                block.append((row, stream.position()))
             yield block
 
     def _open(self, number: int) -> RowStream:
@@ -120,6 +114,7 @@ class RowLoader:
         dp_rank: this rank among the data-parallel ranks.
         dp_size: data-parallel ranks; must divide `order.streams`.
         rows_per_batch: B.
+        part: the context slice of each row that this rank takes; ranks with the same `dp_rank` read the same rows.
         num_workers: worker processes; lowered to a divisor of the rank's streams, so that no stream has two makers.
         prefetch_factor: batches that each worker makes ahead.
         pin_memory: page-locked batches for faster copies to a GPU.
@@ -138,6 +133,7 @@ class RowLoader:
         dp_rank: int = 0,
         dp_size: int = 1,
         rows_per_batch: int,
+        part: ContextSlice = WHOLE_ROW,
         num_workers: int = 0,
         prefetch_factor: int | None = None,
         pin_memory: bool = False,
@@ -154,6 +150,7 @@ class RowLoader:
         self.dp_rank = dp_rank
         self.dp_size = dp_size
         self.rows_per_batch = rows_per_batch
+        self.part = part
         own_streams = order.streams // dp_size
         self.num_workers = next(
             w for w in range(min(num_workers, own_streams), -1, -1) if w == 0 or own_streams % w == 0
@@ -168,14 +165,14 @@ class RowLoader:
         rows = self._rows()
         while True:
             taken = list(itertools.islice(rows, self.rows_per_batch))
-            batch = collate_rows(taken, self.source.shape, pin_memory=self._pin_memory)
-            for row in taken:
-                stream = (self._rows_served + self.dp_rank) % self.order.streams
-                self._positions[stream] = row.view(np.uint8)[-_POSITION_BYTES:].view(np.int64)
+            rows_taken = [row for row, _ in taken]
+            batch = collate_rows(rows_taken, self.source.shape, self.part, pin_memory=self._pin_memory)
+            for _, position in taken:
+                self._positions[(self._rows_served + self.dp_rank) % self.order.streams] = position
                 self._rows_served += self.dp_size
             yield batch
 
-    def _rows(self) -> Iterator[np.ndarray]:
+    def _rows(self) -> Iterator[tuple[Row, np.ndarray]]:
         dataset = RowDataset(
             self.source,
             self.order,
@@ -255,8 +252,17 @@ class HeldOutRows:
     without targets.
     """
 
-    def __init__(self, source: RowSource, *, dp_rank: int = 0, dp_size: int = 1, rows_per_batch: int):
+    def __init__(
+        self,
+        source: RowSource,
+        *,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        rows_per_batch: int,
+        part: ContextSlice = WHOLE_ROW,
+    ):
         self.source = source
+        self.part = part
         self.dp_rank = dp_rank
         self.dp_size = dp_size
         self.rows_per_batch = rows_per_batch
@@ -268,20 +274,7 @@ class HeldOutRows:
         while together := list(itertools.islice(rows, self.dp_size * self.rows_per_batch)):
             own = together[self.dp_rank :: self.dp_size]
             own += [empty_row(self.source.shape)] * (self.rows_per_batch - len(own))
-            yield collate_rows([row.flat() for row in own], self.source.shape)
-
-
-def collate_rows(rows: list[np.ndarray], shape: RowShape, *, pin_memory: bool = False) -> Batch:
-    """Stack flat rows (`Row.flat`, more may follow) into a batch of contiguous fields."""
-    fields: list[torch.Tensor] = []
-    begin = 0
-    for size in [shape.n_bytes] * 6 + [shape.n_patches] * 2:
-        field = torch.empty(len(rows), size, dtype=torch.int32, pin_memory=pin_memory)
-        np.stack([row[begin : begin + size] for row in rows], out=field.numpy())
-        fields.append(field)
-        begin += size
-    token_ids_BS, labels_BS, *layout = fields
-    return {"input": token_ids_BS, **dict(zip(LAYOUT_FIELDS, layout, strict=True))}, labels_BS
+            yield collate_rows(own, self.source.shape, self.part)
 
 
 def _unchanged(block: Any) -> Any:

@@ -2,8 +2,8 @@
 
 A row is a number of segments; a segment has a budget of bytes and one of patches. The packer fills a segment with
 whole patches until either budget would overflow and goes on in the next one. What a row holds therefore depends on the
-segments alone, and a row can later be split between them. Inside the row the segments lie side by side, all padding at
-the end. Worked example: two segments of 6 bytes and 3 patches, patch lengths 1 3 4 2 1 5 2 ...
+segments alone, and a row can later be split between them (`collate.py`). Worked example: two segments of 6 bytes and 3
+patches, patch lengths 1 3 4 2 1 5 2 ...
 
     segment 0   [1][3 . .]            4 of 6 bytes, 2 of 3 patches; the patch of 4 would overflow the bytes
     segment 1   [4 . . .][2 .]        6 of 6 bytes, 2 of 3 patches
@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from blt_titan.batch import IGNORE_LABEL, PADDING
-from blt_titan.byte_vocab import BOS_ID, BOUNDARY_ID, BYTE_OFFSET, EOS_ID
+from blt_titan.batch import IGNORE_LABEL
+from blt_titan.byte_vocab import BOS_ID, BYTE_OFFSET, EOS_ID
 
 MarkPatchStarts = Callable[[np.ndarray], np.ndarray]
 """Patch starts, bool [N], of the ids [N] of any number of whole documents."""
@@ -74,21 +74,19 @@ def patch_documents(text: np.ndarray, offsets: np.ndarray, mark_starts: MarkPatc
 
 
 class Row(NamedTuple):
-    """One row in the terms of `batch.py`, int32, and how many ids it took."""
+    """What a row holds, whatever the layout: small, because it crosses the border of a worker process."""
 
-    token_ids: np.ndarray
-    labels: np.ndarray
-    byte_pos: np.ndarray
-    byte_doc: np.ndarray
-    byte_patch: np.ndarray
-    source_patch: np.ndarray
-    patch_pos: np.ndarray
-    patch_doc: np.ndarray
-    n_ids: int
+    ids: np.ndarray
+    """The ids that the row took and the one that follows, IGNORE_LABEL where nothing follows: int16 [n_ids + 1]."""
+    cuts: np.ndarray
+    """Where the patches begin, and n_ids at the end: int32 [patches + 1]."""
+    segment_ends: np.ndarray
+    """Patches in the segments up to each: int32 [segments]."""
 
-    def flat(self, out: np.ndarray | None = None) -> np.ndarray:
-        """Return all fields side by side, int32 [6 S + 2 P]: one array crosses the process border, not eight."""
-        return np.concatenate(self[:-1], out=out)
+    @property
+    def n_ids(self) -> int:
+        """Ids that the row took, its real bytes."""
+        return len(self.ids) - 1
 
 
 def pack_row(source: PatchedIds, shape: RowShape) -> Row:
@@ -99,52 +97,21 @@ def pack_row(source: PatchedIds, shape: RowShape) -> Row:
         shape: the row's segments. A patch must fit a segment.
     """
     ids, cuts = source
-    cuts = cuts[: shape.n_patches + 2]
+    cuts = cuts[: shape.n_patches + 2].astype(np.int32)
     if cuts[1] > 1:
-        cuts = np.concatenate([[0, 1], cuts[1:]])
+        cuts = np.concatenate([[0, 1], cuts[1:]], dtype=np.int32)
     n_patches = 0
-    for _ in range(shape.segments):
+    segment_ends = np.empty(shape.segments, np.int32)
+    for segment in range(shape.segments):
         fits = int(cuts.searchsorted(cuts[n_patches] + shape.segment_bytes, side="right")) - 1
-        n_patches = min(fits, n_patches + shape.segment_patches, len(cuts) - 1)
+        n_patches = segment_ends[segment] = min(fits, n_patches + shape.segment_patches, len(cuts) - 1)
     n = int(cuts[n_patches])
-
-    row = _padded_row(shape, n, n_patches)
-    here, following = ids[:n], ids[1 : n + 1]
-    row.token_ids[:n] = here
-    row.labels[n - 1] = IGNORE_LABEL  # where nothing follows
-    row.labels[: len(following)] = following
-    row.labels[:n][here == EOS_ID] = IGNORE_LABEL
-    row.byte_pos[:n] = np.arange(n)
-    begins_doc = here == BOS_ID
-    begins_doc[0] = True
-    row.byte_doc[:n] = _numbered(np.append(np.flatnonzero(begins_doc), n))
-    row.byte_patch[:n] = _numbered(cuts[: n_patches + 1])
-    # The byte at i reads the patch before the one that holds i + 1; what follows the row starts a patch.
-    np.subtract(row.byte_patch[1:n], 1, out=row.source_patch[: n - 1])
-    row.source_patch[n - 1] = n_patches - 1
-    row.patch_pos[:n_patches] = np.arange(n_patches)
-    row.patch_doc[:n_patches] = row.byte_doc[cuts[:n_patches]]
-    return row
-
-
-def _numbered(cuts: np.ndarray) -> np.ndarray:
-    """Number every position by the stretch that it is in: cuts 0 1 4 give 0 1 1 1."""
-    return np.repeat(np.arange(len(cuts) - 1, dtype=np.int32), np.diff(cuts))
+    taken = ids[: n + 1]
+    if len(taken) == n:
+        taken = np.append(taken, np.int16(IGNORE_LABEL))
+    return Row(taken, cuts[: n_patches + 1], segment_ends)
 
 
 def empty_row(shape: RowShape) -> Row:
-    """Return a row of padding: no targets, so it weighs nothing."""
-    return _padded_row(shape, 0, 0)
-
-
-def _padded_row(shape: RowShape, n: int, n_patches: int) -> Row:
-    """Return a row that is padding from byte n and from patch `n_patches` on; what comes before holds anything."""
-    S, P = shape.n_bytes, shape.n_patches
-    row = Row(*np.empty((6, S), np.int32), *np.empty((2, P), np.int32), n_ids=n)
-    row.token_ids[n:] = BOUNDARY_ID
-    row.labels[n:] = IGNORE_LABEL
-    row.byte_pos[n:] = 0
-    row.byte_doc[n:] = row.byte_patch[n:] = row.source_patch[n:] = PADDING
-    row.patch_pos[n_patches:] = 0
-    row.patch_doc[n_patches:] = PADDING
-    return row
+    """Return a row without bytes: all padding, no targets, so it weighs nothing."""
+    return Row(np.full(1, IGNORE_LABEL, np.int16), np.zeros(1, np.int32), np.zeros(shape.segments, np.int32))

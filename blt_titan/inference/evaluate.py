@@ -8,7 +8,7 @@ import torch
 
 from blt_titan.batch import IGNORE_LABEL
 from blt_titan.byte_vocab import EOS_ID
-from blt_titan.data.loader import Batch
+from blt_titan.data.collate import Batch
 from blt_titan.loss import ByteCrossEntropy, bits_per_byte
 
 

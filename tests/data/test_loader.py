@@ -12,8 +12,9 @@ import torch
 
 from blt_titan.batch import IGNORE_LABEL, PADDING, PatchLayout
 from blt_titan.byte_vocab import BOS_ID, EOS_ID, document_ids
+from blt_titan.data.collate import Batch, collate_rows
 from blt_titan.data.errors import DataError
-from blt_titan.data.loader import Batch, HeldOutRows, RowLoader, RowSource
+from blt_titan.data.loader import HeldOutRows, RowLoader, RowSource
 from blt_titan.data.manifest import Counts, Manifest, write_manifest
 from blt_titan.data.order import StreamOrder
 from blt_titan.data.packing import RowShape
@@ -102,8 +103,7 @@ def test_rows_come_from_their_streams_in_turn(data, expected):
     for n, row in enumerate(expected):
         made = streams[n % STREAMS].next_row()
         assert made is not None
-        ids_labels_layout = (made.token_ids, *made[2:8], made.labels)
-        np.testing.assert_array_equal(row, np.concatenate(ids_labels_layout))
+        assert torch.equal(row, rows_of([collate_rows([made], SHAPE)])[0])
     assert min(order.epoch(s, int(stream.position()[0])) for s, stream in enumerate(streams)) >= 1
 
 
@@ -118,7 +118,7 @@ def test_batches_are_what_the_model_takes(data):
 
 
 def test_rows_longer_than_int16_cross_the_process_border(data):
-    """Rows travel as int16 where their positions fit, and as int32 where they do not."""
+    """Ids travel as int16, but positions may be larger."""
     source = RowSource(ShardSet(data, "train"), mark_starts, RowShape(2, 20_000, 20_000))
     loader = RowLoader(source, StreamOrder(len(source.shards), STREAMS, 0), rows_per_batch=1, num_workers=1)
     ((inputs, _),) = take(loader, 1)

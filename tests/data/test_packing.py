@@ -5,10 +5,9 @@ import pytest
 
 from blt_titan.batch import IGNORE_LABEL, PADDING
 from blt_titan.byte_vocab import BOS_ID, BOUNDARY_ID, EOS_ID, document_ids
-from blt_titan.data.packing import PatchedIds, Row, RowShape, empty_row, pack_row, patch_documents
+from blt_titan.data.packing import PatchedIds, RowShape, empty_row, pack_row, patch_documents
 from blt_titan.patching import rule_patch_starts
-
-FIELDS = Row._fields[:8]
+from tests.whole_rows import FIELDS, laid_out
 
 
 def spaces(ids: np.ndarray) -> np.ndarray:
@@ -99,7 +98,7 @@ def test_rows_are_those_of_the_byte_by_byte_packer(shape):
         # From less than a row, which pads, to more than one.
         n_ids = int(rng.integers(1, 2 * shape.n_bytes))
         source = random_source(rng, n_ids, longest_patch=int(rng.integers(1, 9)), mean_document=1 + trial)
-        row = pack_row(source, shape)
+        row = laid_out(pack_row(source, shape), shape)
         expected = pack_byte_by_byte(source, shape)
         for name in FIELDS:
             field = getattr(row, name)
@@ -113,7 +112,7 @@ def test_what_holds_in_every_row(shape):
     rng = np.random.default_rng(1)
     for trial in range(60):
         source = random_source(rng, int(rng.integers(3, 3 * shape.n_bytes)), 8, 1 + trial)
-        row = pack_row(source, shape)
+        row = laid_out(pack_row(source, shape), shape)
         n, n_patches = row.n_ids, int((row.patch_doc != PADDING).sum())
         real = slice(0, n)
         assert 1 <= n <= min(shape.n_bytes, len(source.ids))
@@ -147,7 +146,7 @@ def test_segments_keep_their_budgets_and_are_as_full_as_they_can_be():
     rng = np.random.default_rng(2)
     for shape in SHAPES:
         source = random_source(rng, 4 * shape.n_bytes, 8, 30)
-        row = pack_row(source, shape)
+        row = laid_out(pack_row(source, shape), shape)
         lengths = np.bincount(row.byte_patch[: row.n_ids]).tolist()
         rest = np.diff(source.cuts[source.cuts >= row.n_ids]).tolist()
         # What the row holds needs all segments: one more patch would overflow the last.
@@ -165,19 +164,22 @@ def test_segments_keep_their_budgets_and_are_as_full_as_they_can_be():
 def test_the_example_of_the_module():
     ids = document_ids(bytes(range(16)))
     shape = RowShape(segments=2, segment_bytes=6, segment_patches=3)
-    row = pack_row(from_lengths(ids, [1, 3, 4, 2, 1, 5, 2]), shape)
+    row = laid_out(pack_row(from_lengths(ids, [1, 3, 4, 2, 1, 5, 2]), shape), shape)
     assert row.n_ids == 10
     assert row.byte_patch.tolist() == [0, 1, 1, 1, 2, 2, 2, 2, 3, 3, PADDING, PADDING]
     assert row.patch_pos.tolist() == [0, 1, 2, 3, 0, 0]
     assert row.patch_doc.tolist() == [0, 0, 0, 0, PADDING, PADDING]
     assert row.labels.tolist() == [*ids[1:11], IGNORE_LABEL, IGNORE_LABEL]
-    following = pack_row(from_lengths(ids[10:], [1, 5, 2]), shape)
+    following = laid_out(pack_row(from_lengths(ids[10:], [1, 5, 2]), shape), shape)
     assert following.byte_patch.tolist()[:8] == [0, 1, 1, 1, 1, 1, 2, 2]
 
 
 def test_the_example_of_the_batch_contract():
     ids = document_ids(b"ab c")
-    row = pack_row(PatchedIds(ids, np.append(np.flatnonzero(spaces(ids)), len(ids))), RowShape(1, 9, 5))
+    row = laid_out(
+        pack_row(PatchedIds(ids, np.append(np.flatnonzero(spaces(ids)), len(ids))), RowShape(1, 9, 5)),
+        RowShape(1, 9, 5),
+    )
     dash = IGNORE_LABEL
     assert row.token_ids.tolist() == [*ids, 0, 0, 0]
     assert row.labels.tolist() == [*ids[1:], dash, dash, dash, dash]
@@ -191,11 +193,11 @@ def test_the_example_of_the_batch_contract():
 
 def test_a_long_first_patch_becomes_one_and_the_rest():
     ids = np.arange(10, 16, dtype=np.int16)
-    row = pack_row(from_lengths(ids, [4, 2]), RowShape(1, 8, 8))
+    row = laid_out(pack_row(from_lengths(ids, [4, 2]), RowShape(1, 8, 8)), RowShape(1, 8, 8))
     assert row.byte_patch.tolist()[:6] == [0, 1, 1, 1, 2, 2]
     assert row.labels.tolist() == [11, 12, 13, 14, 15, *[IGNORE_LABEL] * 3]  # nothing follows the last
     # The patches may be used up by the one; the rest then begins the next row.
-    row = pack_row(from_lengths(ids, [4, 2]), RowShape(1, 8, 1))
+    row = laid_out(pack_row(from_lengths(ids, [4, 2]), RowShape(1, 8, 1)), RowShape(1, 8, 1))
     assert (row.n_ids, row.labels[0], row.source_patch[0]) == (1, 11, 0)
 
 
@@ -222,17 +224,7 @@ def test_patch_documents_frames_each_document(documents):
 
 def test_an_empty_row_is_all_padding():
     shape = RowShape(2, 6, 3)
-    row = empty_row(shape)
+    row = laid_out(empty_row(shape), shape)
     expected = [[0] * 12, [IGNORE_LABEL] * 12, [0] * 12, *[[PADDING] * 12] * 3, [0] * 6, [PADDING] * 6]
-    assert [field.tolist() for field in row[:8]] == expected
+    assert [getattr(row, name).tolist() for name in FIELDS] == expected
     assert row.n_ids == 0
-    np.testing.assert_array_equal(row.flat(), np.concatenate(row[:8]))
-
-
-def test_flat_holds_the_fields_in_their_order_and_fills_what_it_is_given():
-    row = pack_row(random_source(np.random.default_rng(3), 50, 5, 9), RowShape(2, 16, 4))
-    expected = np.concatenate([getattr(row, name) for name in FIELDS])
-    np.testing.assert_array_equal(row.flat(), expected)
-    out = np.empty(len(expected), np.int16)
-    assert row.flat(out=out) is out
-    np.testing.assert_array_equal(out, expected)

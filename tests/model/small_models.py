@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from blt_titan.batch import LAYOUT_FIELDS
+from blt_titan.batch import WHOLE_ROW, ContextSlice
 from blt_titan.byte_vocab import document_ids
+from blt_titan.data.collate import collate_rows
 from blt_titan.data.packing import PatchedIds, Row, RowShape, pack_row
 from blt_titan.model.blt import BLT
 from blt_titan.model.entropy_model import EntropyModel
@@ -78,7 +79,9 @@ def packed(documents: Sequence[bytes], shape: RowShape) -> Row:
     return row
 
 
-def stack_rows(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+def stack_rows(
+    rows: Sequence[Row], shape: RowShape, part: ContextSlice = WHOLE_ROW
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Return ids [B, S], labels [B, S] and the keyword arguments of a model's forward."""
-    fields = [torch.from_numpy(np.stack(field)) for field in list(zip(*rows, strict=True))[:-1]]
-    return fields[0], fields[1], dict(zip(LAYOUT_FIELDS, fields[2:], strict=True))
+    inputs, labels = collate_rows(rows, shape, part)
+    return inputs.pop("input"), labels, inputs

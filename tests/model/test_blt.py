@@ -106,13 +106,13 @@ def test_bytes_reach_far_through_patches_only():
 @torch.no_grad()
 def test_packed_documents_give_the_logits_that_each_gives_alone(changes):
     model = small_blt(**changes)
-    together, _, layout = stack_rows([packed(DOCUMENTS, RowShape(1, 200, 80))])
+    together, _, layout = stack_rows([packed(DOCUMENTS, RowShape(1, 200, 80))], RowShape(1, 200, 80))
     in_one_row = model(together, **layout)[0]
     ids = torch.cat([torch.from_numpy(document_ids(document)) for document in DOCUMENTS]).int()
     by_lengths = model.logits(*batch_by_spaces([ids]))[0]
     first = 0
     for document in DOCUMENTS:
-        alone, _, layout = stack_rows([packed([document], RowShape(1, 100, 50))])
+        alone, _, layout = stack_rows([packed([document], RowShape(1, 100, 50))], RowShape(1, 100, 50))
         n = len(document) + 2
         expected = model(alone, **layout)[0, :n]
         for got in (in_one_row, by_lengths):
@@ -125,7 +125,7 @@ def test_packed_documents_give_the_logits_that_each_gives_alone(changes):
 def test_without_document_borders_the_logits_would_differ():
     """The row above is no easy one: the same bytes as one document give other logits."""
     model = small_blt()
-    ids, _, layout = stack_rows([packed(DOCUMENTS[:2], RowShape(1, 100, 60))])
+    ids, _, layout = stack_rows([packed(DOCUMENTS[:2], RowShape(1, 100, 60))], RowShape(1, 100, 60))
     apart = model(ids, **layout)
     joined = {
         name: torch.where(x > 0, 0, x) if name.endswith(("doc_BS", "doc_BP")) else x for name, x in layout.items()
@@ -146,7 +146,7 @@ def test_segments_of_a_row_do_not_matter():
     for segments in (1, 2, 4, 8):
         shape = RowShape(segments, -(-n // segments) + 23 * (segments - 1), -(-60 // segments) + 2 * segments)
         slots.add((shape.n_bytes, shape.n_patches))
-        ids, _, layout = stack_rows([packed(DOCUMENTS[::-1], shape), packed(DOCUMENTS, shape)])
+        ids, _, layout = stack_rows([packed(DOCUMENTS[::-1], shape), packed(DOCUMENTS, shape)], shape)
         logits.append(model(ids, **layout)[:, :n])
     assert len(slots) == 4
     for other in logits[1:]:
@@ -157,8 +157,8 @@ def test_padding_and_the_other_rows_of_a_batch_do_not_matter():
     """More slots, other ids in padded slots, and other rows change neither logits nor gradients."""
     model = small_blt()
 
-    def logits_and_gradients(rows, fill):
-        ids, labels, layout = stack_rows(rows)
+    def logits_and_gradients(rows, shape, fill):
+        ids, labels, layout = stack_rows(rows, shape)
         ids = torch.where(layout["byte_doc_BS"] < 0, fill, ids)
         model.zero_grad()
         training_loss(model, ids, labels, layout).backward()
@@ -166,13 +166,13 @@ def test_padding_and_the_other_rows_of_a_batch_do_not_matter():
 
     tight, wide = RowShape(1, 70, 40), RowShape(3, 70, 50)
     documents = DOCUMENTS[:2]
-    expected, gradients = logits_and_gradients([packed(documents, tight)], fill=0)
-    for rows, fill in (
-        ([packed(documents, wide)], 0),
-        ([packed(documents, tight)], 77),
-        ([packed(documents, wide), empty_row(wide), empty_row(wide)], 259),
+    expected, gradients = logits_and_gradients([packed(documents, tight)], tight, fill=0)
+    for rows, shape, fill in (
+        ([packed(documents, wide)], wide, 0),
+        ([packed(documents, tight)], tight, 77),
+        ([packed(documents, wide), empty_row(wide), empty_row(wide)], wide, 259),
     ):
-        logits, others = logits_and_gradients(rows, fill)
+        logits, others = logits_and_gradients(rows, shape, fill)
         torch.testing.assert_close(logits, expected, atol=LOGITS_ATOL, rtol=0)
         for name, gradient in gradients.items():
             error = (others[name] - gradient).norm()
@@ -182,7 +182,7 @@ def test_padding_and_the_other_rows_of_a_batch_do_not_matter():
 @every_shape
 def test_a_batch_of_empty_rows_has_zero_gradients(changes):
     model = small_blt(**changes)
-    ids, labels, layout = stack_rows([empty_row(RowShape(2, 40, 10))] * 2)
+    ids, labels, layout = stack_rows([empty_row(RowShape(2, 40, 10))] * 2, RowShape(2, 40, 10))
     loss = training_loss(model, ids, labels, layout)
     loss.backward()
     assert loss == 0
@@ -196,7 +196,7 @@ def test_a_batch_of_empty_rows_has_zero_gradients(changes):
 def test_every_parameter_learns(changes):
     model = small_blt(**changes)
     shape = RowShape(2, 60, 40)
-    ids, labels, layout = stack_rows([packed(DOCUMENTS[:2], shape), empty_row(shape)])
+    ids, labels, layout = stack_rows([packed(DOCUMENTS[:2], shape), empty_row(shape)], shape)
     training_loss(model, ids, labels, layout).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad.isfinite().all(), name
@@ -207,7 +207,7 @@ def test_every_parameter_learns(changes):
 def test_forward_and_backward_read_nothing_on_the_host(changes):
     model = small_blt(**changes)
     shape = RowShape(2, 60, 40)
-    ids, labels, layout = stack_rows([packed(DOCUMENTS[:2], shape), empty_row(shape)])
+    ids, labels, layout = stack_rows([packed(DOCUMENTS[:2], shape), empty_row(shape)], shape)
     with NoHostRead() as watch:
         training_loss(model, ids, labels, layout).backward()
     assert "embedding_dense_backward" in watch.seen, "the backward was not watched"
@@ -225,7 +225,7 @@ def test_runs_on_the_meta_device(changes):
     args = small_blt(**changes).args
     with torch.device("meta"):
         model = BLT(args)
-    ids, labels, layout = stack_rows([packed(DOCUMENTS[:2], RowShape(1, 128, 40))] * 2)
+    ids, labels, layout = stack_rows([packed(DOCUMENTS[:2], RowShape(1, 128, 40))] * 2, RowShape(1, 128, 40))
     layout = {name: x.to("meta") for name, x in layout.items()}
     loss = training_loss(model, ids.to("meta"), labels.to("meta"), layout)
     loss.backward()
@@ -272,7 +272,7 @@ def test_each_cross_attention_doubles_the_residual():
             cross.wo.weight.zero_()
         for name in ("0", "1"):
             model.encoder.layers[name].register_forward_hook(lambda m, args, out, n=name: seen.update({n: out}))
-        ids, _, layout = stack_rows([packed(DOCUMENTS[:1], RowShape(1, 32, 9))])
+        ids, _, layout = stack_rows([packed(DOCUMENTS[:1], RowShape(1, 32, 9))], RowShape(1, 32, 9))
         model.encoder.register_forward_hook(lambda m, args, out: states.update(patches=out[1]))
         model(ids, **layout)
         pooled_after, factor = ("0", 4) if every else ("1", 2)
@@ -293,7 +293,7 @@ def test_documents_by_spaces_cut_no_patch_over_a_border():
 def test_cuda_equals_cpu(changes):
     # Heads of 16 features and more, as FlexAttention wants them.
     shape = RowShape(2, 100, 45)
-    ids, labels, layout = stack_rows([packed(DOCUMENTS, shape), packed(DOCUMENTS[:1], shape), empty_row(shape)])
+    ids, labels, layout = stack_rows([packed(DOCUMENTS, shape), packed(DOCUMENTS[:1], shape), empty_row(shape)], shape)
     results = []
     for device in ("cpu", "cuda"):
         model = small_blt(**changes).to(device)
@@ -316,7 +316,7 @@ def test_cuda_equals_cpu(changes):
 def test_cuda_forward_and_backward_never_wait_for_the_device():
     model = small_blt().to("cuda")
     # Enough bytes that the embedding's backward takes its sorting path too.
-    ids, labels, layout = stack_rows([packed(DOCUMENTS, RowShape(2, 100, 45))] * 20)
+    ids, labels, layout = stack_rows([packed(DOCUMENTS, RowShape(2, 100, 45))] * 20, RowShape(2, 100, 45))
     ids, labels, layout = ids.cuda(), labels.cuda(), {name: x.cuda() for name, x in layout.items()}
     training_loss(model, ids, labels, layout).backward()  # compiles FlexAttention
     mode = torch.cuda.get_sync_debug_mode()

@@ -38,7 +38,7 @@ def test_a_byte_reaches_forward_by_the_window_of_each_layer_and_never_back(windo
 @torch.no_grad()
 def test_documents_of_a_row_do_not_see_each_other():
     model = small_entropy_model()
-    ids, _, layout = stack_rows([packed(DOCUMENTS, RowShape(1, 200, 80))])
+    ids, _, layout = stack_rows([packed(DOCUMENTS, RowShape(1, 200, 80))], RowShape(1, 200, 80))
     together = model(ids, **layout)[0]
     first = 0
     for document in DOCUMENTS:
@@ -50,7 +50,7 @@ def test_documents_of_a_row_do_not_see_each_other():
 def test_gradients_are_finite_with_empty_rows_and_nothing_is_read_on_the_host():
     model = small_entropy_model()
     shape = RowShape(1, 70, 60)
-    ids, _, layout = stack_rows([packed(DOCUMENTS[:2], shape), empty_row(shape)])
+    ids, _, layout = stack_rows([packed(DOCUMENTS[:2], shape), empty_row(shape)], shape)
     with NoHostRead() as watch:
         logits = model(ids, **layout)
         (logits[:1].logsumexp(-1) * (layout["byte_doc_BS"][:1] >= 0)).sum().backward()
