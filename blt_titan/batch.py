@@ -57,21 +57,24 @@ LAYOUT_FIELDS = tuple(field.name for field in fields(PatchLayout))
 
 @dataclass(frozen=True)
 class SliceLayout:
-    """What a slice of a row knows of the rest of it; beside `PatchLayout` where rows are split.
+    """What a slice of a row needs of the slices before it; beside `PatchLayout` where rows are split.
 
-    C slices of a row lie on C devices; R = `ContextSlice.reach_bytes`. The byte fields of `PatchLayout` are then those
-    of the slice, its patch slots those of the whole row, slice beside slice, and a source of P / C is the last patch
-    before the slice.
+    C slices of a row lie on C devices. The byte fields of `PatchLayout` are then those of the slice, its patch slots
+    those of the whole row, slice beside slice, and a source of P / C is the last patch before the slice. Bytes are
+    exchanged as each slice's last T = min(W - 1, S), which go to the next `ContextSlice.halo_slices` slices.
     """
 
-    slice_bytes_BC: torch.Tensor
-    """Real bytes in each slice, integer [B, C]."""
-    slice_patches_BC: torch.Tensor
-    """Patches in each slice, integer [B, C]."""
     before_ids_BR: torch.Tensor
     """Ids of the R bytes before the slice, right-aligned, integer [B, R]; 0 before the row."""
     before_doc_BR: torch.Tensor
     """Documents of those bytes, integer [B, R]; PADDING before the row."""
+    tail_BT: torch.Tensor
+    """Slots of the slice's last T bytes, right-aligned, integer [B, T]; PADDING where it has fewer."""
+    halo_BW: torch.Tensor
+    """Where the W - 1 bytes before the slice are in what arrives, tail after tail, integer [B, W - 1]; PADDING before
+    the row."""
+    last_patch_B1: torch.Tensor
+    """Slot of the slice's last patch, integer [B, 1]; 0 if it has none."""
 
 
 SLICE_FIELDS = tuple(field.name for field in fields(SliceLayout))
@@ -79,14 +82,55 @@ SLICE_FIELDS = tuple(field.name for field in fields(SliceLayout))
 
 @dataclass(frozen=True)
 class ContextSlice:
-    """Which part of every row a device takes."""
+    """Which part of every row a device takes, and how far it looks back."""
 
-    index: int
+    index: int = 0
     """From 0."""
-    count: int
+    count: int = 1
     """C; divides the row's segments."""
-    reach_bytes: int
-    """R: how far back of its slice a device needs ids and documents."""
+    window_bytes: int = 1
+    """W of the local attention: a byte sees W - 1 bytes before it."""
+    reach_bytes: int = 0
+    """R: how far before its slice a device needs ids and documents; at least W - 1."""
+    halo_slices: int = 0
+    """How many slices back the W - 1 bytes before a slice can begin."""
 
 
-WHOLE_ROW = ContextSlice(0, 1, 0)
+WHOLE_ROW = ContextSlice()
+
+
+def halo_slices(
+    *,
+    window_bytes: int,
+    slices: int,
+    segments_per_slice: int,
+    segment_bytes: int,
+    segment_patches: int,
+    max_patch_bytes: int,
+) -> int:
+    """Return how many slices back the W - 1 bytes before a slice can begin.
+
+    The packer leaves a segment only when the next patch would overflow its bytes or its patches are used up, so a
+    segment that another follows holds at least min(segment_bytes - max_patch_bytes + 1, segment_patches) bytes.
+
+    >>> halo_slices(window_bytes=512, slices=8, segments_per_slice=1, segment_bytes=2048, segment_patches=512,
+    ...             max_patch_bytes=512)
+    1
+    >>> halo_slices(window_bytes=64, slices=8, segments_per_slice=1, segment_bytes=32, segment_patches=20,
+    ...             max_patch_bytes=16)
+    4
+    """
+    fewest_bytes = segments_per_slice * min(segment_bytes - max_patch_bytes + 1, segment_patches)
+    return min(slices - 1, -(-(window_bytes - 1) // fewest_bytes))
+
+
+@dataclass(frozen=True)
+class RowSplit:
+    """How the devices that share rows share the work on patches."""
+
+    slices: int = 1
+    """C of `ContextSlice`: a device encodes the patches of one slice."""
+    query_part: int = 0
+    """Which of `query_parts` equal parts of the row's patch slots asks in the global attention here."""
+    query_parts: int = 1
+    """Context-parallel degree of the global transformer."""

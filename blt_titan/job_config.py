@@ -79,6 +79,34 @@ class Validation:
 
 
 @dataclass
+class HashEmbedding:
+    """How the hash tables are split over ranks."""
+
+    sharding: Literal["columns", "fsdp"] = "columns"
+    """
+    'columns': each rank holds some columns of all rows, and sums travel; dp_shard x cp x tp must divide the local
+    width.
+    'fsdp': FSDP shards the rows and gathers the whole tables in every step.
+    """
+
+
+@dataclass
+class LocalBlocks:
+    """The local encoder and decoder; `[activation_checkpoint]` is about the global transformer alone."""
+
+    activation_checkpoint: Literal["none", "full"] = "none"
+    """'full': compute each local block and each cross-attention again in backward."""
+
+
+@dataclass
+class Parallelism:
+    """Defaults that differ from torchtitan's."""
+
+    context_parallel_load_balancer: str | None = None
+    """Slices of a row are contiguous: only None."""
+
+
+@dataclass
 class JobConfig:
     """What is merged into torchtitan's JobConfig."""
 
@@ -87,3 +115,6 @@ class JobConfig:
     patching: Patching = field(default_factory=Patching)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     validation: Validation = field(default_factory=Validation)
+    hash_embedding: HashEmbedding = field(default_factory=HashEmbedding)
+    local_blocks: LocalBlocks = field(default_factory=LocalBlocks)
+    parallelism: Parallelism = field(default_factory=Parallelism)

@@ -32,14 +32,17 @@ COUNTS = ("byte_targets", "eos_targets", "bytes", "byte_slots", "patches", "patc
 _KNOWN_DEVICES = ("A100", "H100", "H200", "H20", "B200", "MI250", "MI300X", "MI325X", "MI355X")
 
 
-def count_batch(batch: Batch) -> torch.Tensor:
-    """Count a batch on the host before it moves to a device: int64 [len(COUNTS)]."""
+def count_batch(batch: Batch, n_slices: int = 1) -> torch.Tensor:
+    """Count a batch of one slice of each row on the host, before it moves to a device: int64 [len(COUNTS)]."""
     inputs, labels_BS = batch
     n_targets, n_eos = (labels_BS != IGNORE_LABEL).sum(), (labels_BS == EOS_ID).sum()
-    byte_doc_BS, patch_doc_BP = inputs["byte_doc_BS"], inputs["patch_doc_BP"]
-    n_bytes, n_patches = (byte_doc_BS >= 0).sum(), (patch_doc_BP >= 0).sum()
-    slots = torch.tensor([byte_doc_BS.numel(), patch_doc_BP.numel()])
-    return torch.stack([n_targets - n_eos, n_eos, n_bytes, slots[0], n_patches, slots[1]])
+    n_bytes = (inputs["byte_doc_BS"] >= 0).sum()
+    # Of the own slice; the patch fields are of the whole row.
+    n_patches = (inputs["byte_patch_BS"].amax(1) + 1).sum()
+    byte_slots, patch_slots = inputs["byte_doc_BS"].numel(), inputs["patch_doc_BP"].numel() // n_slices
+    return torch.stack(
+        [n_targets - n_eos, n_eos, n_bytes, torch.tensor(byte_slots), n_patches, torch.tensor(patch_slots)]
+    )
 
 
 class JsonLines:
@@ -82,6 +85,7 @@ class BLTMetrics(MetricsProcessor):
         super().__init__(job_config, parallel_dims)
         self.model_args = model_args
         self.world_size = parallel_dims.world_size
+        self.n_slices = parallel_dims.cp * parallel_dims.tp
         self.counts = torch.zeros(len(COUNTS), dtype=torch.int64)
         is_writer = torch.distributed.get_rank() == 0
         self.json_lines = JsonLines(Path(job_config.job.dump_folder) / "metrics.jsonl") if is_writer else None
@@ -95,7 +99,7 @@ class BLTMetrics(MetricsProcessor):
 
     def count(self, batch: Batch, waited_s: float) -> None:
         """Count a batch that arrived, and the time that training waited for it."""
-        self.counts += count_batch(batch)
+        self.counts += count_batch(batch, self.n_slices)
         self.data_loading_times.append(waited_s)
 
     def take_counts(self) -> torch.Tensor:

@@ -24,7 +24,7 @@ from torchtitan.tools.utils import device_type
 from blt_titan.data.errors import DataError
 from blt_titan.data.shards import ShardSet
 from blt_titan.train_spec import TRAIN_SPECS
-from parallelisms.parallelize import unsupported_settings
+from parallelisms.support import unsupported_settings
 
 CONFIG_MODULE = "blt_titan.job_config"
 
@@ -69,16 +69,17 @@ def check_run(config: Any, *, world_size: int, verify_data: bool) -> None:
         raise RunConfigError(
             f"model.flavor = {config.model.flavor!r}: {config.model.name} has {', '.join(spec.model_args)}"
         )
-    if refused := unsupported_settings(config):
-        raise RunConfigError("; ".join(refused))
     _check_bounds(config)
     if config.checkpoint.create_seed_checkpoint and (world_size > 1 or not config.checkpoint.enable):
         raise RunConfigError(
             "checkpoint.create_seed_checkpoint = true needs one rank (NGPU=1) and checkpoint.enable = true"
         )
-    dp = _check_degrees(config, world_size)
+    dp_replicate, dp_shard = _check_degrees(config, world_size)
+    dp = dp_replicate * dp_shard
     _check_batch(config, dp)
     _check_rows(config)
+    if refused := unsupported_settings(config, spec.model_args[config.model.flavor], dp_shard):
+        raise RunConfigError("; ".join(refused))
     _check_device(config)
     _check_data(config, dp, verify_data)
 
@@ -110,8 +111,8 @@ def _check_bounds(config: Any) -> None:
         raise RunConfigError("training.global_batch_size = 0: must be at least 1, or -1 for no accumulation")
 
 
-def _check_degrees(config: Any, world_size: int) -> int:
-    """Check the degrees and return the number of data-parallel ranks."""
+def _check_degrees(config: Any, world_size: int) -> tuple[int, int]:
+    """Check the degrees; return the replicating and the sharding data-parallel degree."""
     parallelism = config.parallelism
     degrees = {
         key: getattr(parallelism, key)
@@ -136,7 +137,7 @@ def _check_degrees(config: Any, world_size: int) -> int:
         degrees["data_parallel_shard_degree"] = world_size // -product
     elif product != world_size:
         raise RunConfigError(f"parallelism: {said} makes {product} ranks, but NGPU x NNODES gives {world_size}")
-    return degrees["data_parallel_replicate_degree"] * degrees["data_parallel_shard_degree"]
+    return degrees["data_parallel_replicate_degree"], degrees["data_parallel_shard_degree"]
 
 
 def _check_batch(config: Any, dp: int) -> None:

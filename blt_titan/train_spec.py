@@ -20,6 +20,7 @@ from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
+from blt_titan.batch import WHOLE_ROW, ContextSlice
 from blt_titan.data.loader import HeldOutRows, RowLoader, RowSource
 from blt_titan.data.order import StreamOrder
 from blt_titan.data.packing import MarkPatchStarts, RowShape
@@ -31,7 +32,8 @@ from blt_titan.model.entropy_model import EntropyModel
 from blt_titan.model.sizes import BLT_FLAVORS, ENTROPY_FLAVORS
 from blt_titan.patching import rule_patch_starts
 from blt_titan.validator import BLTValidator
-from parallelisms.parallelize import parallelize
+from parallelisms.parallelize import parallelize, run_halo_slices
+from parallelisms.pipeline import pipeline
 
 
 def patching_rule(job_config: Any, *, include_next: bool = False) -> MarkPatchStarts:
@@ -57,6 +59,22 @@ def row_source(job_config: Any, split: str, seq_len: int) -> RowSource:
     return RowSource(ShardSet(job_config.training.dataset_path, split), patching_rule(job_config), shape)
 
 
+def context_slice(job_config: Any) -> ContextSlice:
+    """Return the slice of each row that this rank takes: ranks count up through tp, then cp."""
+    parallelism = job_config.parallelism
+    count = parallelism.context_parallel_degree * parallelism.tensor_parallel_degree
+    if count == 1:
+        return WHOLE_ROW
+    args = BLT_FLAVORS[job_config.model.flavor]
+    return ContextSlice(
+        index=dist.get_rank() % count,
+        count=count,
+        window_bytes=args.local_window,
+        reach_bytes=max(args.local_window, *args.hash_ngrams) - 1,
+        halo_slices=run_halo_slices(job_config, args.local_window),
+    )
+
+
 def build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: None, job_config: Any) -> RowLoader:
     """Build the training loader of one data-parallel rank (torchtitan's `build_dataloader_fn`)."""
     source = row_source(job_config, "train", job_config.training.seq_len)
@@ -67,6 +85,7 @@ def build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: None, job_conf
         dp_rank=dp_rank,
         dp_size=dp_world_size,
         rows_per_batch=job_config.training.local_batch_size,
+        part=context_slice(job_config),
         num_workers=settings.num_workers,
         prefetch_factor=settings.prefetch_factor,
         # Pinning is for copies to an accelerator, and needs one.
@@ -91,9 +110,18 @@ def build_validator(
         dp_rank=dp_rank,
         dp_size=dp_world_size,
         rows_per_batch=training.local_batch_size if validation.local_batch_size < 0 else validation.local_batch_size,
+        part=context_slice(job_config),
     )
     return BLTValidator(
-        job_config, rows, parallel_dims=parallel_dims, metrics=metrics_processor, autocast=context["maybe_enable_amp"]
+        job_config,
+        rows,
+        parallel_dims=parallel_dims,
+        metrics=metrics_processor,
+        autocast=context["maybe_enable_amp"],
+        loss_fn=context["loss_fn"],
+        pp_schedule=context["pp_schedule"],
+        has_first_stage=bool(context["pp_has_first_stage"]),
+        has_last_stage=not parallel_dims.pp_enabled or bool(context["pp_has_last_stage"]),
     )
 
 
@@ -109,12 +137,12 @@ def _merge_positions(positions: torch.Tensor) -> torch.Tensor:
     return table.cpu()
 
 
-def _spec(model_cls: Any, flavors: Any) -> TrainSpec:
+def _spec(model_cls: Any, flavors: Any, pipelining_fn: Any = None) -> TrainSpec:
     return TrainSpec(
         model_cls=model_cls,
         model_args=flavors,
         parallelize_fn=parallelize,
-        pipelining_fn=None,
+        pipelining_fn=pipelining_fn,
         build_optimizers_fn=build_optimizers,
         build_lr_schedulers_fn=build_lr_schedulers,
         build_dataloader_fn=build_dataloader,  # pyright: ignore[reportArgumentType]
@@ -125,7 +153,7 @@ def _spec(model_cls: Any, flavors: Any) -> TrainSpec:
     )
 
 
-TRAIN_SPECS = {"blt": _spec(BLT, BLT_FLAVORS), "blt_entropy": _spec(EntropyModel, ENTROPY_FLAVORS)}
+TRAIN_SPECS = {"blt": _spec(BLT, BLT_FLAVORS, pipeline), "blt_entropy": _spec(EntropyModel, ENTROPY_FLAVORS)}
 
 for _name, _train_spec in TRAIN_SPECS.items():
     register_train_spec(_name, _train_spec)

@@ -15,7 +15,6 @@ import blt_titan.titan_device
 
 # isort: split
 from torchtitan.components.dataloader import DataloaderExhaustedError
-from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 
@@ -25,6 +24,8 @@ from blt_titan.byte_vocab import EOS_ID
 from blt_titan.data.collate import Batch
 from blt_titan.loss import ByteCrossEntropy, bits_per_byte
 from blt_titan.metrics import BLTMetrics
+from parallelisms.clipping import clip_grad_norm
+from parallelisms.hash_tables import reduce_partial_gradients
 
 
 class NonFiniteLossError(RuntimeError):
@@ -42,11 +43,13 @@ class BLTTrainer(Trainer):
             # torchtitan makes an autocast to fp32 on the CPU, which torch turns off with a warning; see below.
             warnings.filterwarnings("ignore", message="In CPU autocast")
             super().__init__(job_config)
-        if job_config.training.mixed_precision_param == "float32" or self.parallel_dims.dp_enabled:
-            # Replicas are sharded by one here, so fully_shard casts; torchtitan would enter an autocast on top.
+        if job_config.training.mixed_precision_param == "float32" or self.parallel_dims.world_size > 1:
+            # With more than one rank fully_shard casts; torchtitan would enter an autocast on top.
             self.maybe_enable_amp = nullcontext()
             if job_config.validation.enable:
                 self.validator.autocast = self.maybe_enable_amp  # pyright: ignore[reportAttributeAccessIssue]
+        # Pipeline ranks have the same batch; the last stage's count it, and the loss is theirs.
+        self._counts = not self.parallel_dims.pp_enabled or self.pp_has_last_stage
         self._first_bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
 
     def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:
@@ -78,22 +81,22 @@ class BLTTrainer(Trainer):
         targets = torch.stack([((y != IGNORE_LABEL).sum(), (y == EOS_ID).sum())[i] for i in (0, 1) for _, y in batches])
         global_targets = self._sum_over_ranks(targets.view(2, -1).sum(1).to(self.device))
 
-        self.loss_fn.eos_nats = None
+        self.loss_fn.n_targets, self.loss_fn.eos_nats = global_targets[0], None
+        undivided = torch.ones((), device=self.device)  # torchtitan divides after a pipeline's backward; ours is done
         losses = []
         for inputs, labels in batches:
             loss = self.forward_backward_step(
                 input_dict={name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()},
                 labels=labels.to(self.device, non_blocking=True),
-                global_valid_tokens=global_targets[0],
+                global_valid_tokens=undivided,
             )
             losses.append(loss.detach())
-        grad_norm = dist_utils.clip_grad_norm_(
-            [p for part in self.model_parts for p in part.parameters()],
-            self.job_config.training.max_norm,
-            foreach=True,
-            pp_mesh=self.parallel_dims.get_optional_mesh("pp"),
+        parameters = [p for part in self.model_parts for p in part.parameters()]
+        reduce_partial_gradients(parameters)
+        grad_norm = clip_grad_norm(
+            parameters, self.job_config.training.max_norm, pp_mesh=self.parallel_dims.get_optional_mesh("pp")
         )
-        loss = torch.stack(losses).sum()
+        loss = torch.stack(losses).sum() if self._counts else torch.zeros((), device=self.device)
         self._note_if_bad(loss, grad_norm)
         self.checkpointer.maybe_wait_for_staging()
         self.optimizers.step()
@@ -140,31 +143,33 @@ class BLTTrainer(Trainer):
         dist.barrier()
 
     def _log(self, loss: torch.Tensor, grad_norm: torch.Tensor, lr: float, global_targets: torch.Tensor) -> None:
-        assert self.loss_fn.eos_nats is not None
-        nats = torch.stack([loss, self.loss_fn.eos_nats]).double()
+        eos_nats = self.loss_fn.eos_nats
+        nats = torch.stack([loss, torch.zeros_like(loss) if eos_nats is None else eos_nats]).double()
         counts = self.metrics_processor.take_counts().to(self.device)
         # The one place where the host waits for the device.
         summed = self._sum_over_ranks(torch.cat([nats, counts.double()])).tolist()
         n_targets, n_eos = global_targets.tolist()
-        loss_nats, eos_nats, *interval_counts = summed
+        loss_nats, all_eos_nats, *interval_counts = summed
         self.metrics_processor.log_step(
             self.step,
             loss_nats=loss_nats,
-            bits_per_byte=bits_per_byte(loss_nats * n_targets - eos_nats, n_targets - n_eos),
+            bits_per_byte=bits_per_byte(loss_nats * n_targets - all_eos_nats, n_targets - n_eos),
             grad_norm=grad_norm.item(),
             lr=lr,
             counts=interval_counts,
         )
 
     def _sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
-        mesh = self.parallel_dims.get_optional_mesh("loss")
-        if mesh is not None:
-            dist.all_reduce(tensor, group=mesh.get_group())
+        if not self._counts:
+            tensor = torch.zeros_like(tensor)
+        dist.all_reduce(tensor)
         return tensor
 
     def _note_if_bad(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
         bad = ~(loss.isfinite() & grad_norm.isfinite())
         first = bad & (self._first_bad_step < 0)
+        # Pipeline ranks have the same batch; the last stage's count it, and the loss is theirs.
+        self._counts = not self.parallel_dims.pp_enabled or self.pp_has_last_stage
         self._first_bad_step = torch.where(first, self.step, self._first_bad_step)
 
     def _save_due(self) -> bool:

@@ -17,7 +17,8 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools.utils import device_type
 
 from blt_titan.data.loader import HeldOutRows
-from blt_titan.inference.evaluate import score_batches
+from blt_titan.inference.evaluate import batch_scorer, batch_sums, score_batches
+from blt_titan.loss import ByteCrossEntropy
 from blt_titan.metrics import BLTMetrics
 
 
@@ -32,12 +33,20 @@ class BLTValidator(BaseValidator):
         parallel_dims: ParallelDims,
         metrics: BLTMetrics,
         autocast: AbstractContextManager,
+        loss_fn: ByteCrossEntropy,
+        pp_schedule: Any,
+        has_first_stage: bool,
+        has_last_stage: bool,
     ):
         super().__init__(job_config)
         self.rows = rows
-        self.loss_mesh = parallel_dims.get_optional_mesh("loss")
+        self.n_ranks = parallel_dims.world_size
         self.metrics = metrics
         self.autocast = autocast
+        self.loss_fn = loss_fn
+        self.pp_schedule = pp_schedule
+        self.has_first_stage = has_first_stage
+        self.has_last_stage = has_last_stage
 
     def should_validate(self, step: int) -> bool:
         """Tell whether to validate after `step`."""
@@ -46,17 +55,18 @@ class BLTValidator(BaseValidator):
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
         """Score the held-out rows and log the figure; collective over ranks."""
         began = time.perf_counter()
-        (model,) = model_parts
         steps = self.job_config.validation.steps
-        model.eval()
+        for model in model_parts:
+            model.eval()
         with self.autocast:
             score = score_batches(
-                model,
+                self._score_by_schedule if self.pp_schedule is not None else batch_scorer(model_parts[0]),
                 itertools.islice(self.rows, None if steps < 0 else steps),
                 device=device_type,
-                reduce=self._sum_over_ranks if self.loss_mesh is not None else None,
+                reduce=self._sum_over_ranks if self.n_ranks > 1 else None,
             )
-        model.train()
+        for model in model_parts:
+            model.train()
         self.metrics.log_held_out(
             step,
             bits_per_byte=score.bits_per_byte,
@@ -64,7 +74,21 @@ class BLTValidator(BaseValidator):
             seconds=time.perf_counter() - began,
         )
 
+    def _score_by_schedule(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        """Score a batch through all pipeline stages; the ranks of the last one have the sums."""
+        ids, loss_fn = inputs.pop("input"), self.loss_fn
+        loss_fn.n_targets, loss_fn.eos_nats = 1.0, None
+        losses: list[torch.Tensor] = []
+        self.pp_schedule.eval(
+            *((ids,) if self.has_first_stage else ()),
+            **inputs,
+            **({"target": labels, "losses": losses} if self.has_last_stage else {}),
+        )
+        if not self.has_last_stage:
+            return torch.zeros(4, dtype=torch.float64, device=labels.device)
+        assert loss_fn.eos_nats is not None
+        return batch_sums(torch.stack(losses).sum(), loss_fn.eos_nats, labels)
+
     def _sum_over_ranks(self, sums: torch.Tensor) -> torch.Tensor:
-        assert self.loss_mesh is not None
-        dist.all_reduce(sums, group=self.loss_mesh.get_group())
+        dist.all_reduce(sums if self.has_last_stage else sums.zero_())
         return sums

@@ -25,7 +25,7 @@ from blt_titan.data.loader import HeldOutRows
 from blt_titan.data.prepare import prepare
 from blt_titan.data.shards import ShardSet
 from blt_titan.inference.checkpoint import latest_checkpoint, load_weights
-from blt_titan.inference.evaluate import HeldOutScore, score_batches
+from blt_titan.inference.evaluate import HeldOutScore, batch_scorer, score_batches
 from blt_titan.inference.generate import complete
 from blt_titan.model.blt import BLT
 from blt_titan.model.sizes import BLT_FLAVORS
@@ -127,7 +127,9 @@ def _make_room() -> None:
 def _examine(model: BLT, config, device: torch.device) -> tuple[HeldOutScore, str]:
     source = row_source(config, "validation", config.training.seq_len)
     batches = HeldOutRows(source, rows_per_batch=config.training.local_batch_size)
-    score = score_batches(model, tqdm(batches, desc="     held-out", unit="batch", leave=False), device=device)
+    score = score_batches(
+        batch_scorer(model), tqdm(batches, desc="     held-out", unit="batch", leave=False), device=device
+    )
     text = complete(
         model, PROMPT, mark_starts=patching_rule(config, include_next=True), max_bytes=PROMPT_BYTES, temperature=0.7
     )

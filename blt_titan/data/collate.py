@@ -47,7 +47,8 @@ def collate_rows(
     S, P, C = shape.n_bytes // part.count, shape.n_patches, part.count
     sizes = {"input": S, "labels": S, **{name: P if name.endswith("BP") else S for name in LAYOUT_FIELDS}}
     if C > 1:
-        sizes |= {name: C if name.endswith("BC") else part.reach_bytes for name in SLICE_FIELDS}
+        reach, before = part.reach_bytes, part.window_bytes - 1
+        sizes |= dict(zip(SLICE_FIELDS, (reach, reach, min(before, S), before, 1), strict=True))
     tensors = {
         name: torch.empty(len(rows), size, dtype=torch.int32, pin_memory=pin_memory) for name, size in sizes.items()
     }
@@ -96,16 +97,32 @@ def _lay_out(out: dict[str, np.ndarray], row: Row, shape: RowShape, part: Contex
         _fill(here, "patch_doc_BP", doc_of_patch[first:last])
 
     if C > 1:
-        out["slice_bytes_BC"][:] = np.diff(first_byte)
-        out["slice_patches_BC"][:] = np.diff(first_patch)
-        reach = min(part.reach_bytes, begin)
-        before = part.reach_bytes - reach  # right-aligned
-        for name, values in (
-            ("before_ids_BR", ids[begin - reach : begin]),
-            ("before_doc_BR", _numbers(doc_begins, begin - reach, begin)),
-        ):
-            out[name][:before] = _PADDING_OF.get(name, PADDING)
-            out[name][before:] = values
+        _look_back(out, row, first_byte, doc_begins, part)
+        out["last_patch_B1"][:] = max(end_patch - begin_patch - 1, 0)
+
+
+def _look_back(
+    out: dict[str, np.ndarray], row: Row, first_byte: np.ndarray, doc_begins: np.ndarray, part: ContextSlice
+) -> None:
+    """Fill what a slice needs of the bytes before it."""
+    begin, end = (int(byte) for byte in first_byte[part.index : part.index + 2])
+    reach = min(part.reach_bytes, begin)
+    _fill_right(out, "before_ids_BR", row.ids[begin - reach : begin])
+    _fill_right(out, "before_doc_BR", _numbers(doc_begins, begin - reach, begin))
+    tail = len(out["tail_BT"])
+    _fill_right(out, "tail_BT", np.arange(max(end - begin - tail, 0), end - begin))
+    before = np.arange(max(begin - part.window_bytes + 1, 0), begin)
+    holder = np.searchsorted(first_byte, before, side="right") - 1
+    first_sender = max(part.index - part.halo_slices, 0)
+    assert end == begin or not len(before) or holder[0] >= first_sender, "halo_slices is too small for these segments"
+    place = (holder - first_sender) * tail + tail - (first_byte[holder + 1] - before)
+    _fill_right(out, "halo_BW", place if end > begin else place[:0])
+
+
+def _fill_right(out: dict[str, np.ndarray], name: str, values: np.ndarray) -> None:
+    padding = len(out[name]) - len(values)
+    out[name][:padding] = _PADDING_OF.get(name, PADDING)
+    out[name][padding:] = values
 
 
 def _fill(out: dict[str, np.ndarray], name: str, values: np.ndarray) -> None:

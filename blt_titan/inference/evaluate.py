@@ -33,9 +33,32 @@ class HeldOutScore:
         return (self.byte_nats + self.eos_nats) / n_targets if n_targets else math.nan
 
 
+ScoreBatch = Callable[[dict[str, torch.Tensor], torch.Tensor], torch.Tensor]
+"""Sums of a batch, float64 [4]: nats of bytes, nats of EOS, targets that are bytes, targets that are EOS."""
+
+
+def batch_scorer(model: Callable[..., torch.Tensor]) -> ScoreBatch:
+    """Return the scorer of a model that is called with the ids [B, S] and the layout by name, and returns logits."""
+    loss_fn = ByteCrossEntropy()
+
+    def score(inputs: dict[str, torch.Tensor], labels_BS: torch.Tensor) -> torch.Tensor:
+        loss_fn.eos_nats = None
+        nats = loss_fn(model(inputs.pop("input"), **inputs), labels_BS)
+        assert loss_fn.eos_nats is not None
+        return batch_sums(nats, loss_fn.eos_nats, labels_BS)
+
+    return score
+
+
+def batch_sums(nats: torch.Tensor, eos_nats: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
+    """Return the sums of `ScoreBatch` from the nats of all targets and of EOS."""
+    n_targets, n_eos = (labels_BS != IGNORE_LABEL).sum(), (labels_BS == EOS_ID).sum()
+    return torch.stack([(nats - eos_nats).double(), eos_nats.double(), n_targets - n_eos, n_eos])
+
+
 @torch.no_grad()
 def score_batches(
-    model: Callable[..., torch.Tensor],
+    score: ScoreBatch,
     batches: Iterable[Batch],
     *,
     device: torch.device | str = "cpu",
@@ -44,21 +67,15 @@ def score_batches(
     """Score all targets of `batches`.
 
     Args:
-        model: called with the ids [B, S] and the layout by name; returns logits [B, S, V].
+        score: scores one batch on the device, `batch_scorer(model)` for a model on one.
         batches: inputs and labels, as the loaders yield them.
         device: where the model is.
         reduce: sums a float64 [4] over the ranks that hold other batches; None for one rank.
     """
-    loss_fn = ByteCrossEntropy()
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     for inputs, labels_BS in batches:
         tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
-        labels = labels_BS.to(device, non_blocking=True)
-        loss_fn.eos_nats = None
-        nats = loss_fn(model(tensors.pop("input"), **tensors), labels)
-        n_targets, n_eos = (labels != IGNORE_LABEL).sum(), (labels == EOS_ID).sum()
-        assert loss_fn.eos_nats is not None
-        sums += torch.stack([nats - loss_fn.eos_nats, loss_fn.eos_nats, n_targets - n_eos, n_eos])
+        sums += score(tensors, labels_BS.to(device, non_blocking=True))
     if reduce is not None:
         sums = reduce(sums)
     byte_nats, eos_nats, n_bytes, n_eos = sums.tolist()

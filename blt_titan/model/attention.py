@@ -13,7 +13,10 @@ so 2 * S * W scores exist. On CUDA the same rule is a FlexAttention block mask w
 arithmetic, without looking at S x S and without a host read. Both rely on the batch contract that real bytes lie
 side by side (padding only at the end), so that the distance of two slots is the distance of two bytes.
 
-Letters: B rows, S slots (bytes or patches), H heads, K head size, W window, C block, N blocks.
+A slice of a row sees more keys than it has queries: over bytes the W - 1 that precede it, put before its own; over
+patches those of the whole row. `SlicedMask` says so, and where the other keys come from; `attend` wants them there.
+
+Letters: B rows, S slots (bytes or patches), T slots of keys, H heads, K head size, W window, C block, N blocks.
 """
 
 from dataclasses import dataclass
@@ -49,72 +52,103 @@ class DenseMask:
     visible: torch.Tensor
 
 
-AttentionMask = BlockLocalMask | DenseMask | BlockMask
+@dataclass(frozen=True)
+class SlicedMask:
+    """The mask of a slice whose attention must first bring keys from other devices (see `Attention.attend`)."""
+
+    inner: BlockLocalMask | DenseMask | BlockMask
+    """Over the slice's queries and all keys that they may see."""
+    tail_BT: torch.Tensor
+    """As in `batch.SliceLayout`."""
+    halo_BW: torch.Tensor
+    """As in `batch.SliceLayout`."""
 
 
-def window_mask(doc_BS: torch.Tensor, *, window: int, backend: AttentionBackend = "auto") -> AttentionMask:
+AttentionMask = BlockLocalMask | DenseMask | BlockMask | SlicedMask
+
+
+def window_mask(
+    doc_BS: torch.Tensor,
+    *,
+    window: int,
+    backend: AttentionBackend = "auto",
+    before_doc_BW: torch.Tensor | None = None,
+) -> BlockLocalMask | BlockMask:
     """Build the mask of a local stack: j is seen from i iff i - window < j <= i and both lie in one document.
 
     Args:
         doc_BS: document of each byte slot, integer [B, S], PADDING (-1) where padded. Padding sees padding only.
         window: W, in bytes.
         backend: "auto" takes FlexAttention on CUDA and SDPA elsewhere.
+        before_doc_BW: documents of the W - 1 bytes before the first slot, whose keys then precede the slots' own.
     """
     match _resolve(backend, doc_BS.device):
         case "sdpa":
-            return _block_local_mask(doc_BS, window)
+            return _block_local_mask(doc_BS, window, before_doc_BW)
         case "flex":
             S = doc_BS.shape[1]
-            n_blocks = -(-S // FLEX_BLOCK)
-            # A query block reaches back over the tiles that hold its W - 1 predecessors.
-            reach = -(-(window - 1) // FLEX_BLOCK)
-            last = torch.arange(n_blocks, dtype=torch.int32, device=doc_BS.device)
-            first = (last - reach).clamp(min=0)
+            before = 0 if before_doc_BW is None else before_doc_BW.shape[1]
+            key_doc_BT = doc_BS if before_doc_BW is None else torch.cat([before_doc_BW, doc_BS], dim=1)
+            tile = torch.arange(-(-S // FLEX_BLOCK), dtype=torch.int32, device=doc_BS.device)
+            # A query tile reads from the oldest key of its first query to its last query's own.
+            first = (tile * FLEX_BLOCK + (before - (window - 1))).clamp(min=0) // FLEX_BLOCK
+            last = ((tile + 1) * FLEX_BLOCK - 1 + before).clamp(max=before + S - 1) // FLEX_BLOCK
 
             def visible(b, h, q, kv):
-                return (kv <= q) & (q - kv < window) & (doc_BS[b, q] == doc_BS[b, kv])
+                near = (kv - before <= q) & (q - (kv - before) < window)
+                return near & (doc_BS[b, q] == key_doc_BT[b, kv])
 
-            return _banded_block_mask(first.expand(doc_BS.shape[0], -1), last, S, visible)
+            return _banded_block_mask(first.expand(doc_BS.shape[0], -1), last, (S, before + S), visible)
         case other:
             raise ValueError(f"unknown attention backend {other!r}")
 
 
-def causal_mask(doc_BS: torch.Tensor, *, backend: AttentionBackend = "auto") -> AttentionMask:
+def causal_mask(
+    doc_BS: torch.Tensor, *, backend: AttentionBackend = "auto", queries: range | None = None
+) -> DenseMask | BlockMask:
     """Build the mask of the global stack: j is seen from i iff j <= i and both lie in one document.
 
     Args:
-        doc_BS: document of each patch slot, integer [B, S], PADDING (-1) where padded.
+        doc_BS: document of each patch slot, integer [B, S], PADDING (-1) where padded: at the end of each slice of the
+            row. Padding sees padding only.
         backend: "auto" takes FlexAttention on CUDA and SDPA elsewhere.
+        queries: the slots that ask; None for all. All are keys.
     """
     S = doc_BS.shape[1]
+    asking = queries or range(S)
+    query_doc_BQ = doc_BS[:, asking.start : asking.stop]
     match _resolve(backend, doc_BS.device):
         case "sdpa":
             slot_S = torch.arange(S, device=doc_BS.device)
-            causal_SS = slot_S[:, None] >= slot_S
-            return DenseMask((causal_SS & (doc_BS[:, :, None] == doc_BS[:, None, :]))[:, None])
+            causal_QS = slot_S[asking.start : asking.stop, None] >= slot_S
+            return DenseMask((causal_QS & (query_doc_BQ[:, :, None] == doc_BS[:, None, :]))[:, None])
         case "flex":
-            n_blocks = -(-S // FLEX_BLOCK)
-            last = torch.arange(n_blocks, dtype=torch.int32, device=doc_BS.device)
-            first = _first_slot_of_document(doc_BS)[:, ::FLEX_BLOCK] // FLEX_BLOCK
+            tile = torch.arange(-(-len(asking) // FLEX_BLOCK), dtype=torch.int32, device=doc_BS.device)
+            last = (asking.start + (tile + 1) * FLEX_BLOCK - 1).clamp(max=asking.stop - 1) // FLEX_BLOCK
+            first = _first_key_slot(doc_BS, asking) // FLEX_BLOCK
+            begin = asking.start
 
             def visible(b, h, q, kv):
-                return (kv <= q) & (doc_BS[b, q] == doc_BS[b, kv])
+                return (kv <= q + begin) & (query_doc_BQ[b, q] == doc_BS[b, kv])
 
-            return _banded_block_mask(first.to(torch.int32), last, S, visible)
+            return _banded_block_mask(first.to(torch.int32), last, (len(asking), S), visible)
         case other:
             raise ValueError(f"unknown attention backend {other!r}")
 
 
-def attend(q_BSHK: torch.Tensor, k_BSHK: torch.Tensor, v_BSHK: torch.Tensor, mask: AttentionMask) -> torch.Tensor:
-    """Apply scaled dot-product attention under `mask`: [B, S, H, K] in, [B, S, H, K] out, scale K^-0.5."""
+def attend(q_BSHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHK: torch.Tensor, mask: AttentionMask) -> torch.Tensor:
+    """Apply scaled dot-product attention under `mask`: [B, S, H, K] in, [B, S, H, K] out, scale K^-0.5.
+
+    Keys and values may be longer than the queries, as the mask says.
+    """
     match mask:
         case BlockLocalMask():
-            return _attend_block_local(q_BSHK, k_BSHK, v_BSHK, mask)
+            return _attend_block_local(q_BSHK, k_BTHK, v_BTHK, mask)
         case DenseMask():
-            q, k, v = (x.transpose(1, 2) for x in (q_BSHK, k_BSHK, v_BSHK))
+            q, k, v = (x.transpose(1, 2) for x in (q_BSHK, k_BTHK, v_BTHK))
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.visible).transpose(1, 2)
         case BlockMask():
-            q, k, v = (x.transpose(1, 2).contiguous() for x in (q_BSHK, k_BSHK, v_BSHK))
+            q, k, v = (x.transpose(1, 2).contiguous() for x in (q_BSHK, k_BTHK, v_BTHK))
             attention = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
             return attention(q, k, v, block_mask=mask).transpose(1, 2)  # pyright: ignore[reportAttributeAccessIssue]
         case other:
@@ -133,12 +167,15 @@ def _compiled_flex_attention():
     return torch.compile(flex_attention, dynamic=False)
 
 
-def _block_local_mask(doc_BS: torch.Tensor, window: int) -> BlockLocalMask:
+def _block_local_mask(doc_BS: torch.Tensor, window: int, before_doc_BW: torch.Tensor | None) -> BlockLocalMask:
     B, S = doc_BS.shape
-    C = min(window, S)
+    C = min(window, S) if before_doc_BW is None else window
     N = -(-S // C)
     # -2 marks slots outside the row: no query has it, so they are never seen (nor is anything from them read).
-    doc_BT = F.pad(doc_BS, (C, N * C - S), value=-2)
+    if before_doc_BW is None:
+        before_doc_BW = doc_BS[:, :0]
+    doc_BT = torch.cat([before_doc_BW, F.pad(doc_BS, (0, N * C - S), value=-2)], dim=1)
+    doc_BT = F.pad(doc_BT, (C - before_doc_BW.shape[1], 0), value=-2)
     query_doc_BNC = doc_BT[:, C:].view(B, N, C)
     key_doc_BNK = torch.cat([doc_BT[:, :-C].view(B, N, C), query_doc_BNC], dim=2)
     query_C1 = torch.arange(C, 2 * C, device=doc_BS.device)[:, None]
@@ -147,41 +184,55 @@ def _block_local_mask(doc_BS: torch.Tensor, window: int) -> BlockLocalMask:
     return BlockLocalMask((near_CK & (query_doc_BNC[..., None] == key_doc_BNK[:, :, None]))[:, :, None])
 
 
-def _attend_block_local(q_BSHK, k_BSHK, v_BSHK, mask: BlockLocalMask) -> torch.Tensor:
+def _attend_block_local(q_BSHK, k_BTHK, v_BTHK, mask: BlockLocalMask) -> torch.Tensor:
     B, S, H, K = q_BSHK.shape
     C, N = mask.block, mask.visible.shape[1]
-    pad = (0, 0, 0, 0, 0, N * C - S)
-    q, k, v = (F.pad(x, pad).view(B, N, C, H, K) for x in (q_BSHK, k_BSHK, v_BSHK))
+    q_BNCHK = F.pad(q_BSHK, (0, 0, 0, 0, 0, N * C - S)).view(B, N, C, H, K)
 
-    def with_previous_block(x_BNCHK):
-        previous = F.pad(x_BNCHK, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1]
-        return torch.cat([previous, x_BNCHK], dim=2).flatten(0, 1).transpose(1, 2)
+    def with_previous_block(x_BTHK):
+        # What precedes the first slot is the end of the block before the first.
+        pad = (0, 0, 0, 0, C - (x_BTHK.shape[1] - S), N * C - S)
+        blocks = F.pad(x_BTHK, pad).view(B, N + 1, C, H, K)
+        return torch.cat([blocks[:, :-1], blocks[:, 1:]], dim=2).flatten(0, 1).transpose(1, 2)
 
     out = F.scaled_dot_product_attention(
-        q.flatten(0, 1).transpose(1, 2),
-        with_previous_block(k),
-        with_previous_block(v),
+        q_BNCHK.flatten(0, 1).transpose(1, 2),
+        with_previous_block(k_BTHK),
+        with_previous_block(v_BTHK),
         attn_mask=mask.visible.flatten(0, 1),
     )
     return out.transpose(1, 2).reshape(B, N * C, H, K)[:, :S]
 
 
-def _first_slot_of_document(doc_BS: torch.Tensor) -> torch.Tensor:
+def _first_key_slot(doc_BS: torch.Tensor, asking: range) -> torch.Tensor:
+    """Return for each query tile a slot at or before the first key that one of its real queries may see, [B, tiles].
+
+    Documents are numbered in order, so padding inside a row (at the end of a slice) can be taken for the document
+    before it. A tile of nothing but padding reads that padding alone.
+    """
+    query_doc_BQ = doc_BS[:, asking.start : asking.stop]
+    tiles_BNC = F.pad(query_doc_BQ, (0, -len(asking) % FLEX_BLOCK), value=-1).unflatten(1, (-1, FLEX_BLOCK))
+    of_query = slice(asking.start, asking.stop, FLEX_BLOCK)
+    of_document, of_padding = _first_slot_of_run(doc_BS.cummax(1).values), _first_slot_of_run(doc_BS)
+    return torch.where(tiles_BNC.amax(2) >= 0, of_document[:, of_query], of_padding[:, of_query])
+
+
+def _first_slot_of_run(doc_BS: torch.Tensor) -> torch.Tensor:
     """Return the slot where the run of equal documents around each slot begins, [B, S]."""
     slot_S = torch.arange(doc_BS.shape[1], device=doc_BS.device)
     begins_BS = F.pad(doc_BS[:, 1:] != doc_BS[:, :-1], (1, 0), value=True)
     return torch.where(begins_BS, slot_S, 0).cummax(1).values
 
 
-def _banded_block_mask(first_BQ, last_Q, S: int, visible) -> BlockMask:
+def _banded_block_mask(first_BQ, last_Q, seq_lengths: tuple[int, int], visible) -> BlockMask:
     """Make a block mask in which the query tile i reads the key tiles first[i]..last[i], each masked inside."""
-    n_blocks = last_Q.shape[0]
-    offset = torch.arange(n_blocks, dtype=torch.int32, device=first_BQ.device)
-    kv_indices = (first_BQ[..., None] + offset).clamp(max=n_blocks - 1).to(torch.int32)
+    n_key_tiles = -(-seq_lengths[1] // FLEX_BLOCK)
+    offset = torch.arange(n_key_tiles, dtype=torch.int32, device=first_BQ.device)
+    kv_indices = (first_BQ[..., None] + offset).clamp(max=n_key_tiles - 1).to(torch.int32)
     return BlockMask.from_kv_blocks(
         kv_num_blocks=(last_Q - first_BQ + 1).to(torch.int32)[:, None].contiguous(),
         kv_indices=kv_indices[:, None].contiguous(),
         BLOCK_SIZE=FLEX_BLOCK,
         mask_mod=visible,
-        seq_lengths=(S, S),
+        seq_lengths=seq_lengths,
     )

@@ -36,6 +36,7 @@ class LocalDecoder(nn.Module):
         source_patch_BS: torch.Tensor,
         rotation: Rotation,
         mask: AttentionMask,
+        before_B1G: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Decode rows of bytes.
 
@@ -45,11 +46,14 @@ class LocalDecoder(nn.Module):
             source_patch_BS: the patch each byte reads, integer [B, S], negative for none.
             rotation: RoPE of the byte positions.
             mask: window mask of the row.
+            before_B1G: state of the last patch before the first; bytes that read it have P as their source.
 
         Returns:
             Logits, fp32 [B, S, V].
         """
         source_BS = source_patch_BS.long()
+        if before_B1G is not None:
+            p_BPG = torch.cat([p_BPG, before_B1G], dim=1)
         patch_BPNd = self.patch_projection(p_BPG).unflatten(-1, (self.slots_per_patch, -1))
         for i, block in enumerate(self.layers.values()):
             if i < len(self.cross_attention):

@@ -9,7 +9,7 @@ One stacked table [T * V, d], one block of V rows per (function, n), function ou
 Letters: B rows, S byte slots, T tables, V rows of one table, d local width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
@@ -66,6 +66,10 @@ def ngram_hashes(
     return torch.stack(rows, dim=-1)
 
 
+LookUp = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+"""Sums of table rows, [B, S, d], for ids and documents [B, T] without their first T - S bytes, which are only read."""
+
+
 class HashEmbedding(nn.Module):
     """Sum of T table look-ups per byte. The table holds most parameters of a small BLT and no FLOPs."""
 
@@ -80,13 +84,46 @@ class HashEmbedding(nn.Module):
         self.n_rows = n_rows
         self.n_tables = n_functions * len(self.ngrams)
         self.weight = nn.Parameter(torch.empty(self.n_tables * n_rows, dim))
+        # Set where the columns of the table lie on several devices.
+        self.look_up: LookUp | None = None
 
-    def forward(self, token_ids_BS: torch.Tensor, doc_BS: torch.Tensor) -> torch.Tensor:
-        """Look up and sum: ids [B, S] -> [B, S, d]."""
-        rows_BST = ngram_hashes(
-            token_ids_BS, doc_BS, ngrams=self.ngrams, n_functions=self.n_functions, n_rows=self.n_rows
-        )
+    @property
+    def reach_bytes(self) -> int:
+        """How many bytes before a byte its hashes depend on."""
+        return max(self.ngrams) - 1
+
+    def forward(
+        self,
+        token_ids_BS: torch.Tensor,
+        doc_BS: torch.Tensor,
+        before_ids_BR: torch.Tensor | None = None,
+        before_doc_BR: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Look up and sum.
+
+        Args:
+            token_ids_BS: ids, integer [B, S].
+            doc_BS: document of each byte, integer [B, S].
+            before_ids_BR: ids of the bytes before the first slot, at least `reach_bytes`; None where the row begins.
+            before_doc_BR: their documents.
+
+        Returns:
+            Sums over the tables, [B, S, d].
+        """
+        skip = 0
+        if before_ids_BR is not None and before_doc_BR is not None:
+            skip = self.reach_bytes
+            token_ids_BS = torch.cat([before_ids_BR[:, before_ids_BR.shape[1] - skip :], token_ids_BS], dim=1)
+            doc_BS = torch.cat([before_doc_BR[:, before_doc_BR.shape[1] - skip :], doc_BS], dim=1)
+        if self.look_up is not None:
+            return self.look_up(token_ids_BS, doc_BS, skip)
+        return self.sum_rows(token_ids_BS, doc_BS, skip, self.weight)
+
+    def sum_rows(self, ids_BT: torch.Tensor, doc_BT: torch.Tensor, skip: int, weight: torch.Tensor) -> torch.Tensor:
+        """Sum the rows of `weight`, which may hold only some columns, for all but the first `skip` bytes."""
+        rows_BST = ngram_hashes(ids_BT, doc_BT, ngrams=self.ngrams, n_functions=self.n_functions, n_rows=self.n_rows)
+        rows_BST = rows_BST[:, skip:]
         first_row_T = torch.arange(self.n_tables, device=rows_BST.device) * self.n_rows
         # A bag sums as it reads: [B, S, T, d] is never written.
-        summed = F.embedding_bag((rows_BST + first_row_T).flatten(0, 1), self.weight, mode="sum")
-        return summed.view(*token_ids_BS.shape, -1)
+        summed = F.embedding_bag((rows_BST + first_row_T).flatten(0, 1), weight, mode="sum")
+        return summed.view(*rows_BST.shape[:2], -1)

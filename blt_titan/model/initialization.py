@@ -21,6 +21,9 @@ DepthScaling = Literal["none", "current", "total"]
 WriteParameter = Callable[[nn.Parameter, torch.Tensor], None]
 """Stores a full tensor into a parameter, which may hold only a slice of it."""
 
+ColumnsHere = Callable[[nn.Parameter], tuple[torch.Tensor, range] | None]
+"""The part of a table that is stored here, and which columns it is; None if it is not whole columns."""
+
 _WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module)\.")
 _BLOCK_OUTPUT = re.compile(r"^(?P<stack>(?:\w+\.)?layers)\.(?P<layer>\d+)\.(attention\.wo|feed_forward\.w2)\.weight$")
 
@@ -28,6 +31,11 @@ _BLOCK_OUTPUT = re.compile(r"^(?P<stack>(?:\w+\.)?layers)\.(?P<layer>\d+)\.(atte
 def write_whole(parameter: nn.Parameter, full: torch.Tensor) -> None:
     """Store a full tensor into a parameter that is not split."""
     parameter.copy_(full)
+
+
+def all_columns(parameter: nn.Parameter) -> tuple[torch.Tensor, range]:
+    """Return a table that is not split."""
+    return parameter.data, range(parameter.shape[1])
 
 
 @torch.no_grad()
@@ -38,6 +46,7 @@ def initialize(
     depth_scaling: DepthScaling,
     stack_depths: dict[str, int],
     write: WriteParameter = write_whole,
+    columns_here: ColumnsHere = all_columns,
 ) -> None:
     """Set every parameter of `model`.
 
@@ -48,6 +57,7 @@ def initialize(
             sqrt(2 (l + 1)) ("current") or sqrt(2 (L + 1)) ("total").
         stack_depths: L by stack name (`encoder.layers`, `layers`, `decoder.layers`), of the whole model.
         write: how a full tensor enters a parameter; `parallelisms` passes one that keeps a rank's slice.
+        columns_here: which columns of a hash table to draw.
     """
     for wrapped_name, parameter in model.named_parameters():
         name = _WRAPPERS.sub("", wrapped_name)
@@ -59,8 +69,12 @@ def initialize(
             depths = {"none": None, "current": int(block["layer"]), "total": stack_depths[block["stack"]]}
             if (depth := depths[depth_scaling]) is not None:
                 std /= (2 * (depth + 1)) ** 0.5
-        draw = _draw_by_column if name.startswith("hash_embedding.") else _draw_whole
-        write(parameter, draw(name, parameter, std, seed))
+        if not name.startswith("hash_embedding."):
+            write(parameter, _draw_whole(name, parameter, std, seed))
+        elif (here := columns_here(parameter)) is not None:
+            here[0].copy_(_draw_columns(name, parameter, std, seed, here[1]))
+        else:
+            write(parameter, _draw_columns(name, parameter, std, seed, range(parameter.shape[1])))
 
 
 def _draw_whole(name: str, parameter: nn.Parameter, std: float, seed: int) -> torch.Tensor:
@@ -68,17 +82,17 @@ def _draw_whole(name: str, parameter: nn.Parameter, std: float, seed: int) -> to
     return _truncated_normal(full, std, name, seed)
 
 
-def _draw_by_column(name: str, parameter: nn.Parameter, std: float, seed: int) -> torch.Tensor:
-    columns = [
+def _draw_columns(name: str, parameter: nn.Parameter, std: float, seed: int, columns: range) -> torch.Tensor:
+    drawn = [
         _truncated_normal(
             torch.empty(parameter.shape[0], dtype=parameter.dtype, device=parameter.device),
             std,
             f"{name}/{column}",
             seed,
         )
-        for column in range(parameter.shape[1])
+        for column in columns
     ]
-    return torch.stack(columns, dim=1)
+    return torch.stack(drawn, dim=1)
 
 
 def _truncated_normal(tensor: torch.Tensor, std: float, name: str, seed: int) -> torch.Tensor:

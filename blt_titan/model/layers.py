@@ -3,6 +3,8 @@
 Letters: B rows, S slots (bytes or patches), D width of the stack, H heads, K head size, F hidden width.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -10,6 +12,9 @@ import torch.nn.functional as F
 from blt_titan.model.attention import AttentionMask, attend
 
 NORM_EPS = 1e-5
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionMask], torch.Tensor]
+"""Attention of queries, keys and values [B, S, H, K] under a mask."""
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
 """Cosine and sine of the rotary angles, each fp32 [B, S, 1, K / 2]."""
@@ -47,6 +52,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, n_heads: int):
         super().__init__()
         self.head_dim = dim // n_heads
+        # Replaced where a row lies on several devices: keys and values then come from others too.
+        self.attend: Attend = attend
         self.wq = nn.Linear(dim, dim, bias=False)
         self.wk = nn.Linear(dim, dim, bias=False)
         self.wv = nn.Linear(dim, dim, bias=False)
@@ -56,7 +63,7 @@ class Attention(nn.Module):
         """Attend within the row: [B, S, D] -> [B, S, D]."""
         # -1 heads, not self.n_heads: under tensor parallelism a rank holds a part of them.
         q, k, v = (w(x_BSD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        return self.wo(attend(rotate(q, rotation), rotate(k, rotation), v, mask).flatten(-2))
+        return self.wo(self.attend(rotate(q, rotation), rotate(k, rotation), v, mask).flatten(-2))
 
 
 class FeedForward(nn.Module):

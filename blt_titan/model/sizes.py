@@ -7,7 +7,7 @@ trains in minutes on two CPU cores.
 """
 
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch.nn as nn
 
@@ -33,6 +33,14 @@ def _require_choices(args: "BLTArgs | EntropyModelArgs") -> None:
 
 def _count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+class PartFlops(NamedTuple):
+    """FLOPs of one byte's forward pass."""
+
+    encoder: float
+    global_layer: float
+    decoder: float
 
 
 @dataclass
@@ -117,8 +125,18 @@ class BLTArgs:
         """Take over what a run decides: the seed (torchtitan's hook; reads `debug.seed` only)."""
         self.init_seed = job_config.debug.seed or 0
 
+    @property
+    def vocab_size(self) -> int:
+        """Ids, and so logits of a byte."""
+        return VOCAB_SIZE
+
     def forward_flops_per_byte(self, context_bytes: int, patch_bytes: float) -> float:
-        """Count the FLOPs of one byte's forward pass, 2 per multiply-add.
+        """Count the FLOPs of one byte's forward pass; see `flops_by_part`."""
+        parts = self.flops_by_part(context_bytes, patch_bytes)
+        return parts.encoder + self.global_layers * parts.global_layer + parts.decoder
+
+    def flops_by_part(self, context_bytes: int, patch_bytes: float) -> "PartFlops":
+        """Count the FLOPs of one byte's forward pass by part of the model, 2 per multiply-add.
 
         Weights cost 2 per parameter they hold; attention 4 * width per visible key, half the context on average
         for the causal global stack. Norms, softmax, pooling and the hash look-ups are left out.
@@ -135,20 +153,20 @@ class BLTArgs:
             self.cross_attn_k,
         )
         context_patches = context_bytes / patch_bytes
-        global_blocks = self.global_layers * (2 * (4 * G * G + 3 * G * f_G) + 4 * G * context_patches / 2)
-        projections = 2 * d * self.patch_dim + 2 * self.patch_dim * G
-        if self.patch_dim != G:
-            projections += 2 * self.patch_dim * G
-        local_blocks = (self.encoder_layers + self.decoder_layers) * (
-            2 * (4 * d * d + 3 * d * f_d) + 4 * d * self.local_window
-        )
-        n_cross = (self.encoder_layers if self.encoder_cross_attn_all_layers else 1) + (
-            self.decoder_layers if self.decoder_cross_attn_all_layers else 1
-        )
+        global_layer = 2 * (4 * G * G + 3 * G * f_G) + 4 * G * context_patches / 2
+        into_global = 2 * d * self.patch_dim + (2 * self.patch_dim * G if self.patch_dim != G else 0)
+        out_of_global = 2 * self.patch_dim * G
+        local_layer = 2 * (4 * d * d + 3 * d * f_d) + 4 * d * self.local_window
         # Two projections on the bytes' side, two on the k slots of a patch, k scores and k sums per byte.
-        cross = n_cross * (4 * d * d + 4 * d * d * k / patch_bytes + 4 * d * k)
+        cross = 4 * d * d + 4 * d * d * k / patch_bytes + 4 * d * k
+        encoder_cross = self.encoder_layers if self.encoder_cross_attn_all_layers else 1
+        decoder_cross = self.decoder_layers if self.decoder_cross_attn_all_layers else 1
         head = 2 * d * VOCAB_SIZE
-        return (global_blocks + projections) / patch_bytes + local_blocks + cross + head
+        return PartFlops(
+            encoder=self.encoder_layers * local_layer + encoder_cross * cross + into_global / patch_bytes,
+            global_layer=global_layer / patch_bytes,
+            decoder=self.decoder_layers * local_layer + decoder_cross * cross + out_of_global / patch_bytes + head,
+        )
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         """Return all parameters, and training FLOPs per byte (3 forwards) in rows of `seq_len` bytes."""

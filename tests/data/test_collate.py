@@ -9,7 +9,8 @@ from blt_titan.byte_vocab import BOS_ID, EOS_ID, document_ids
 from blt_titan.data.collate import collate_rows
 from blt_titan.data.packing import PatchedIds, Row, RowShape, empty_row, pack_row
 
-REACH = 5
+WINDOW = 12  # longer than some slices
+REACH = 13
 
 
 def random_rows(shape: RowShape, count: int, seed: int) -> list[Row]:
@@ -59,13 +60,21 @@ def slice_byte_by_byte(row: Row, shape: RowShape, part: ContextSlice) -> dict[st
         out["patch_pos_BP"] += padded(patches, slots, 0)
         out["patch_doc_BP"] += padded([doc_of[cuts[p]] for p in patches], slots, PADDING)
     if part.count > 1:
-        in_slice = [[p for p in range(len(cuts) - 1) if slice_of_patch[p] == c] for c in range(part.count)]
-        out["slice_patches_BC"] = [len(patches) for patches in in_slice]
-        out["slice_bytes_BC"] = [sum(cuts[p + 1] - cuts[p] for p in patches) for patches in in_slice]
-        begin = sum(out["slice_bytes_BC"][: part.index])
+        slice_of = [slice_of_patch[patch] for patch in patch_of]
+        begin = sum(c < part.index for c in slice_of)
         before = [i if i >= 0 else None for i in range(begin - part.reach_bytes, begin)]
         out["before_ids_BR"] = [0 if i is None else ids[i] for i in before]
         out["before_doc_BR"] = [PADDING if i is None else doc_of[i] for i in before]
+        out["last_patch_B1"] = [max(len(own_patches) - 1, 0)]
+        # The tails that arrive, by what they hold: a halo must find the bytes before the slice in them.
+        tail = min(part.window_bytes - 1, S)
+        out["tail_BT"] = [slot if slot >= 0 else PADDING for slot in range(len(mine) - tail, len(mine))]
+        arrived = []
+        for sender in range(max(part.index - part.halo_slices, 0), part.index):
+            held = [i for i in range(row.n_ids) if slice_of[i] == sender][-tail:]
+            arrived += [None] * (tail - len(held)) + held
+        before = range(begin - part.window_bytes + 1, begin)
+        out["halo_BW"] = [arrived.index(i) if i >= 0 and mine else PADDING for i in before]
     return out
 
 
@@ -79,7 +88,7 @@ def test_slices_are_those_of_the_byte_by_byte_twin(shape, count):
     rows = random_rows(shape, 40, seed=count)
     slices_with_foreign_source = 0
     for index in range(count):
-        part = ContextSlice(index, count, REACH)
+        part = ContextSlice(index, count, window_bytes=WINDOW, reach_bytes=REACH, halo_slices=count - 1)
         inputs, labels = collate_rows(rows, shape, part)
         assert set(inputs) == {"input", *LAYOUT_FIELDS, *(SLICE_FIELDS if count > 1 else ())}
         for i, row in enumerate(rows):
@@ -95,7 +104,7 @@ def test_the_example_of_the_module():
     ids = np.arange(10, 24, dtype=np.int16)
     shape = RowShape(2, 6, 3)
     row = pack_row(PatchedIds(ids, np.cumsum([0, 1, 3, 4, 2, 4])), shape)
-    halves = [collate_rows([row], shape, ContextSlice(index, 2, 3))[0] for index in (0, 1)]
+    halves = [collate_rows([row], shape, ContextSlice(index, 2, 4, 3, 1))[0] for index in (0, 1)]
     pad, before = PADDING, 3
     assert [half["byte_patch_BS"][0].tolist() for half in halves] == [[0, 1, 1, 1, pad, pad], [0, 0, 0, 0, 1, 1]]
     assert [half["source_patch_BS"][0].tolist() for half in halves] == [
@@ -107,5 +116,7 @@ def test_the_example_of_the_module():
         assert half["patch_pos_BP"][0].tolist() == [0, 1, 0, 2, 3, 0]
         assert half["patch_doc_BP"][0].tolist() == [0, 0, pad, 0, 0, pad]
     assert halves[1]["before_ids_BR"][0].tolist() == [11, 12, 13]
+    assert halves[1]["halo_BW"][0].tolist() == [0, 1, 2]
+    assert halves[0]["tail_BT"][0].tolist() == [1, 2, 3]
     whole = collate_rows([row], shape, WHOLE_ROW)[0]
     assert whole["source_patch_BS"][0].tolist() == [0, 0, 0, 1, 1, 1, 1, 2, 2, 3, pad, pad]

@@ -13,7 +13,7 @@ from blt_titan.data.packing import RowShape
 from blt_titan.data.prepare import prepare
 from blt_titan.data.shards import ShardSet
 from blt_titan.inference.checkpoint import latest_checkpoint, load_weights
-from blt_titan.inference.evaluate import score_batches
+from blt_titan.inference.evaluate import batch_scorer, score_batches
 from blt_titan.inference.generate import complete
 from blt_titan.model.blt import BLT
 from blt_titan.model.sizes import BLTArgs
@@ -54,7 +54,7 @@ def test_held_out_score_equals_documents_alone(model, tmp_path):
         # One row holds all documents, so that none loses context at a row border.
         RowShape(segments=2, segment_bytes=128, segment_patches=40),
     )
-    score = score_batches(model, HeldOutRows(source, rows_per_batch=2))
+    score = score_batches(batch_scorer(model), HeldOutRows(source, rows_per_batch=2))
 
     byte_nats = eos_nats = 0.0
     for text in DOCUMENTS:

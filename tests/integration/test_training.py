@@ -12,7 +12,7 @@ import torch
 from blt_titan.data.order import StreamOrder
 from blt_titan.data.shards import ShardSet
 from blt_titan.inference.checkpoint import latest_checkpoint, load_weights
-from blt_titan.inference.evaluate import score_batches
+from blt_titan.inference.evaluate import batch_scorer, score_batches
 from blt_titan.model.blt import BLT
 from blt_titan.model.sizes import BLT_FLAVORS
 from tests.distributed import run_distributed
@@ -43,7 +43,7 @@ def train_and_evaluate(out: str, overrides: list[str]) -> tuple[float, float]:
     load_weights(model, latest_checkpoint(f"{out}/checkpoint"))
     config = load_run_config([f"--job.config_file={CONFIG_FILE}", *overrides])
     rows = HeldOutRows(row_source(config, "validation", config.training.seq_len), rows_per_batch=5)
-    return score_batches(model, rows).bits_per_byte, metrics(out)[-1]["heldout_bits_per_byte"]
+    return score_batches(batch_scorer(model), rows).bits_per_byte, metrics(out)[-1]["heldout_bits_per_byte"]
 
 
 def test_blt_learns_and_its_checkpoint_scores_what_validation_said(small_run, tmp_path):

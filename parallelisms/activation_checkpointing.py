@@ -1,0 +1,45 @@
+"""Activation checkpointing: torchtitan's on the global blocks, a switch of its own for the local models."""
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch._higher_order_ops import flex_attention
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+import blt_titan.titan_device  # noqa: F401
+
+# isort: split
+from torchtitan.distributed.activation_checkpoint import apply_ac
+
+OPS_TO_SAVE = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    flex_attention,
+}
+"""Results that selective activation checkpointing keeps, because they cost most to compute again."""
+
+
+def checkpoint_global_blocks(model: nn.Module, settings: Any, *, compiled: bool, dump_folder: str) -> None:
+    """Wrap the blocks in `layers` as `[activation_checkpoint]` says."""
+    apply_ac(
+        model,
+        settings,
+        model_compile_enabled=compiled,
+        op_sac_save_list=OPS_TO_SAVE,  # pyright: ignore[reportArgumentType]
+        base_folder=dump_folder,
+    )
+
+
+def checkpoint_local_blocks(model: nn.Module) -> None:
+    """Wrap every block and every cross-attention of encoder and decoder: each is computed again in backward."""
+    for name in ("encoder", "decoder"):
+        part = getattr(model, name, None)
+        if part is None:
+            continue
+        for stack in (part.layers, part.cross_attention):
+            for key, module in list(stack.named_children()):
+                stack.register_module(key, checkpoint_wrapper(module, preserve_rng_state=False))

@@ -1,0 +1,42 @@
+"""Float8 on exactly the linears of the global transformer.
+
+torchtitan's converter excludes modules by parts of their names; what a later module is called would decide its
+precision. Ours, under torchtitan's name for it, includes by name.
+"""
+
+import dataclasses
+import re
+
+import torch.nn as nn
+
+import blt_titan.titan_device  # noqa: F401
+
+# isort: split
+from torchtitan.components.quantization.float8 import Float8LinearConverter
+from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.protocols import model_converter
+
+CONVERTER = "quantize.linear.float8"
+
+_GLOBAL_LINEAR = re.compile(r"^layers\.\d+\.(attention\.w[qkvo]|feed_forward\.w[123])$")
+
+
+class GlobalFloat8Converter(Float8LinearConverter):
+    """torchtitan's converter with an include list, and with `emulate` for recipes too."""
+
+    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims):
+        super().__init__(job_config, parallel_dims)
+        self.filter_fn = lambda module, name: isinstance(module, nn.Linear) and bool(_GLOBAL_LINEAR.match(name))
+        self.config = dataclasses.replace(self.config, emulate=job_config.quantize.linear.float8.emulate)
+        if parallel_dims.cp_enabled and job_config.quantize.linear.float8.enable_fsdp_float8_all_gather:
+            # torchtitan asks for dp_shard > 1, but cp ranks shard the global weights too.
+            self.config = dataclasses.replace(self.config, enable_fsdp_float8_all_gather=True)
+
+
+model_converter._registry_model_converter_cls[CONVERTER] = GlobalFloat8Converter
+
+
+def uses_float8(job_config: JobConfig) -> bool:
+    """Tell whether a run converts the global linears to float8."""
+    return CONVERTER in job_config.model.converters

@@ -1,0 +1,200 @@
+"""What a run's parallelisms cannot do, found before any device work, each as one sentence that names the settings."""
+
+import importlib.util
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
+
+import blt_titan.titan_device  # noqa: F401
+
+# isort: split
+from torchtitan.tools.utils import device_type, has_cuda_capability
+
+from parallelisms.float8 import CONVERTER, uses_float8
+from parallelisms.pipeline import V_SCHEDULES, n_stages
+
+TENSOR, CONTEXT, PIPELINE = (f"parallelism.{axis}_parallel_degree" for axis in ("tensor", "context", "pipeline"))
+
+
+def unsupported_settings(job_config: Any, model_args: Any, dp_shard: int) -> list[str]:
+    """Return a sentence for each setting, or pair of settings, that is refused; empty if all is well.
+
+    Args:
+        job_config: the run's settings.
+        model_args: sizes of the model.
+        dp_shard: `parallelism.data_parallel_shard_degree`, or what -1 there comes to.
+    """
+    checks = (_check_features, _check_model, _check_context, _check_pipeline, _check_float8, _check_compile)
+    return [sentence for check in checks for sentence in check(job_config, model_args, dp_shard)]
+
+
+def _degrees(job_config: Any) -> tuple[int, int, int]:
+    parallelism = job_config.parallelism
+    return (
+        parallelism.context_parallel_degree,
+        parallelism.tensor_parallel_degree,
+        parallelism.pipeline_parallel_degree,
+    )
+
+
+def _check_features(job_config: Any, model_args: Any, dp_shard: int) -> Iterator[str]:
+    parallelism = job_config.parallelism
+    if parallelism.expert_parallel_degree != 1:
+        yield f"parallelism.expert_parallel_degree = {parallelism.expert_parallel_degree}: a BLT has no experts; set 1"
+    if job_config.activation_checkpoint.mode == "memory_budget" and not job_config.compile.enable:
+        yield "activation_checkpoint.mode = 'memory_budget' needs compile.enable = true"
+    if job_config.fault_tolerance.enable:
+        yield "fault_tolerance.enable = true is not supported"
+    if job_config.comm.mode != "default":
+        yield f"comm.mode = {job_config.comm.mode!r}: only 'default' is supported"
+    if parallelism.enable_async_tensor_parallel:
+        yield "parallelism.enable_async_tensor_parallel = true is not supported: it needs compiled tensor parallelism"
+    if parallelism.context_parallel_rotate_method != "allgather":
+        yield (
+            f"parallelism.context_parallel_rotate_method = {parallelism.context_parallel_rotate_method!r}: keys and "
+            "values are gathered, so only 'allgather' is supported"
+        )
+    if parallelism.context_parallel_load_balancer is not None:
+        yield (
+            f"parallelism.context_parallel_load_balancer = {parallelism.context_parallel_load_balancer!r}: slices of a "
+            "row are contiguous; leave it out"
+        )
+
+
+def _check_model(job_config: Any, model_args: Any, dp_shard: int) -> Iterator[str]:
+    cp, tp, pp = _degrees(job_config)
+    if job_config.model.name != "blt":
+        for key, degree in ((CONTEXT, cp), (TENSOR, tp), (PIPELINE, pp)):
+            if degree > 1:
+                yield f"{key} = {degree} with model.name = {job_config.model.name!r}: only blt is split that way"
+        return
+    for what, size in (("heads", model_args.global_heads), ("hidden features", model_args.global_ffn_hidden)):
+        if size % tp:
+            yield f"{TENSOR} = {tp} must divide the {size} {what} of the global blocks of model.flavor = " + repr(
+                job_config.model.flavor
+            )
+    if job_config.hash_embedding.sharding == "columns":
+        together = dp_shard * cp * tp
+        if model_args.local_dim % together:
+            yield (
+                f"hash_embedding.sharding = 'columns' with dp_shard {dp_shard} x cp {cp} x tp {tp} = {together} ranks: "
+                f"must divide the local width {model_args.local_dim} of model.flavor = {job_config.model.flavor!r}; "
+                "raise parallelism.data_parallel_replicate_degree instead, or set 'fsdp'"
+            )
+        if job_config.training.enable_cpu_offload:
+            yield "hash_embedding.sharding = 'columns' with training.enable_cpu_offload = true: set sharding = 'fsdp'"
+
+
+def _check_context(job_config: Any, model_args: Any, dp_shard: int) -> Iterator[str]:
+    cp, tp, _ = _degrees(job_config)
+    for section in ("training", "validation"):
+        seq_len = getattr(job_config, section).seq_len
+        segments = seq_len // job_config.data.segment_bytes
+        if seq_len > 0 and segments % (cp * tp):
+            yield (
+                f"{section}.seq_len = {seq_len} / data.segment_bytes = {job_config.data.segment_bytes} makes "
+                f"{segments} segments in a row, which {CONTEXT} = {cp} x {TENSOR} = {tp} must divide"
+            )
+
+
+def _check_pipeline(job_config: Any, model_args: Any, dp_shard: int) -> Iterator[str]:
+    parallelism, training, validation = job_config.parallelism, job_config.training, job_config.validation
+    pp = parallelism.pipeline_parallel_degree
+    if pp == 1 or job_config.model.name != "blt":
+        return
+    if parallelism.fsdp_reshard_after_forward == "always":
+        yield (
+            f"parallelism.fsdp_reshard_after_forward = 'always' with {PIPELINE} = {pp}: split-backward schedules lose "
+            "gradients then; use 'default' or 'never'"
+        )
+    for key, wanted in (
+        ("pipeline_parallel_schedule_csv", ("", None)),
+        ("module_fqns_per_model_part", (None,)),
+        ("pipeline_parallel_first_stage_less_layers", (1,)),
+        ("pipeline_parallel_last_stage_less_layers", (1,)),
+    ):
+        if (value := getattr(parallelism, key)) not in wanted:
+            yield f"parallelism.{key} = {value!r} is not supported: stages are cut by their FLOPs; leave it out"
+    name = parallelism.pipeline_parallel_schedule
+    try:
+        schedule = get_schedule_class(name)
+    except ValueError as error:
+        yield f"parallelism.pipeline_parallel_schedule = {name!r}: {error}"
+        return
+    if name in V_SCHEDULES and device_type == "cpu":
+        yield f"parallelism.pipeline_parallel_schedule = {name!r} needs an accelerator: on gloo it sends to itself"
+    stages, n_layers = n_stages(job_config, model_args.global_layers), model_args.global_layers
+    said = f"parallelism.pipeline_parallel_schedule = {name!r} with {PIPELINE} = {pp}"
+    if parallelism.pipeline_parallel_layers_per_stage:
+        said += (
+            f" and parallelism.pipeline_parallel_layers_per_stage = {parallelism.pipeline_parallel_layers_per_stage}"
+        )
+    single = issubclass(schedule, PipelineScheduleSingle)
+    if stages % pp or (stages != pp if single else stages < 2 * pp):
+        yield f"{said} makes {stages} stages: it needs {'one' if single else 'two or more'} per rank"
+    if stages - 2 > n_layers:
+        yield f"{said} makes {stages} stages, too many for the {n_layers} global layers of the model"
+    micro = parallelism.pipeline_parallel_microbatch_size
+    if micro < 1 or training.local_batch_size % micro:
+        yield (
+            f"training.local_batch_size = {training.local_batch_size} must be a multiple of "
+            f"parallelism.pipeline_parallel_microbatch_size = {micro}"
+        )
+    elif not single and (training.local_batch_size // micro) % pp:
+        yield (
+            f"{said}: training.local_batch_size = {training.local_batch_size} / "
+            f"parallelism.pipeline_parallel_microbatch_size = {micro} makes {training.local_batch_size // micro} "
+            f"micro-batches, which must be a multiple of {pp}"
+        )
+    if validation.enable:
+        for key in ("local_batch_size", "seq_len"):
+            value, wanted = getattr(validation, key), getattr(training, key)
+            if value not in (-1, wanted):
+                yield f"validation.{key} = {value} with {PIPELINE} = {pp}: must be training.{key} = {wanted}"
+
+
+def _check_float8(job_config: Any, model_args: Any, dp_shard: int) -> Iterator[str]:
+    if others := [name for name in job_config.model.converters if name != CONVERTER]:
+        yield f"model.converters = {others}: only {CONVERTER!r} is supported"
+    if not uses_float8(job_config):
+        return
+    if job_config.model.name != "blt":
+        yield f"model.converters = ['{CONVERTER}'] with model.name = {job_config.model.name!r}: only blt is converted"
+    if importlib.util.find_spec("torchao") is None:
+        yield f"model.converters = ['{CONVERTER}'] needs the package torchao: pip install 'blt_titan[float8]'"
+    settings = job_config.quantize.linear.float8
+    if settings.filter_fqns:
+        yield (
+            f"quantize.linear.float8.filter_fqns = {settings.filter_fqns}: exactly the linears of the global "
+            "transformer are converted; leave it out"
+        )
+    if settings.recipe_name is not None and settings.enable_fsdp_float8_all_gather:
+        yield (
+            f"quantize.linear.float8.recipe_name = {settings.recipe_name!r} with "
+            "quantize.linear.float8.enable_fsdp_float8_all_gather = true: only tensorwise scaling (no recipe) has it"
+        )
+    if settings.emulate and job_config.compile.enable:
+        yield "quantize.linear.float8.emulate = true with compile.enable = true: emulation is for eager runs"
+    if not settings.emulate and not has_cuda_capability(8, 9):
+        yield (
+            "quantize.linear.float8.emulate = false needs a GPU of compute capability 8.9 or later; emulate = true "
+            "runs anywhere"
+        )
+    tp = job_config.parallelism.tensor_parallel_degree
+    width = (
+        math.gcd(model_args.global_dim, model_args.global_ffn_hidden) // tp if job_config.model.name == "blt" else 16
+    )
+    if width % 16:
+        yield f"{TENSOR} = {tp} with float8: widths of {width} per rank are not multiples of 16"
+
+
+def _check_compile(job_config: Any, model_args: Any, dp_shard: int) -> Iterator[str]:
+    tp = job_config.parallelism.tensor_parallel_degree
+    if job_config.compile.enable and tp > 1 and torch.__version__ >= "2.13":
+        yield (
+            f"compile.enable = true with {TENSOR} = {tp}: torch {torch.__version__} cannot compile tensor-parallel "
+            "blocks ('Tensor' object has no attribute '_local_tensor'); turn one of them off"
+        )
