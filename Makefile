@@ -1,11 +1,12 @@
 # make setup   .venv with what running needs        make test    the whole CPU test suite
 # make demo    from raw text to a trained BLT       make check   format, lint, types, import contracts
-.PHONY: help setup setup-dev demo test check format
+# make test-full   every layout too, about an hour
+.PHONY: help setup setup-dev demo test test-full check format
 
 VENV_PYTHON := .venv/bin/python
 
 help:
-	@sed -n '1,2s/^# //p' Makefile
+	@sed -n '1,3s/^# //p' Makefile
 
 setup: .venv/.installed-demo
 setup-dev: .venv/.installed-dev
@@ -17,6 +18,9 @@ demo: setup
 	@OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(VENV_PYTHON) -m scripts.demo
 
 test: setup-dev
+	$(VENV_PYTHON) -m pytest -m "not full"
+
+test-full: setup-dev
 	$(VENV_PYTHON) -m pytest
 
 check: setup-dev

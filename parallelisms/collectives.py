@@ -9,17 +9,23 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh
 
+# torch 2.13 calls them all_gather_single, and warns of the names that 2.11 has.
+_all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+_all_gather_autograd = (
+    getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
+)
+
 
 def gather_along_dim_1(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
     """Concatenate the ranks' tensors, in rank order: [B, S, ...] -> [B, ranks * S, ...]; backward sums and scatters."""
     n, (B, S) = mesh.size(), x.shape[:2]
-    gathered = _wait(collectives.all_gather_tensor_autograd(x.contiguous(), 0, mesh.get_group()))
+    gathered = _wait(_all_gather_autograd(x.contiguous(), 0, mesh.get_group()))
     return gathered.view(n, B, S, *x.shape[2:]).transpose(0, 1).reshape(B, n * S, *x.shape[2:])
 
 
 def gather_rows(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
     """Concatenate the ranks' tensors along dim 0, without gradient: [B, ...] -> [ranks * B, ...]."""
-    return _wait(collectives.all_gather_tensor(x.contiguous(), 0, mesh.get_group()))
+    return _wait(_all_gather(x.contiguous(), 0, mesh.get_group()))
 
 
 def receive_from_before(x: torch.Tensor, mesh: DeviceMesh, *, reach: int) -> torch.Tensor:

@@ -143,17 +143,26 @@ def _check_pipeline(job_config: Any, model_args: Any, dp_shard: int) -> Iterator
             f"training.local_batch_size = {training.local_batch_size} must be a multiple of "
             f"parallelism.pipeline_parallel_microbatch_size = {micro}"
         )
-    elif not single and (training.local_batch_size // micro) % pp:
+    elif wanted := _wanted_micro_batches(name, single, training.local_batch_size // micro, pp):
         yield (
             f"{said}: training.local_batch_size = {training.local_batch_size} / "
             f"parallelism.pipeline_parallel_microbatch_size = {micro} makes {training.local_batch_size // micro} "
-            f"micro-batches, which must be a multiple of {pp}"
+            f"micro-batches, {wanted}"
         )
     if validation.enable:
         for key in ("local_batch_size", "seq_len"):
             value, wanted = getattr(validation, key), getattr(training, key)
             if value not in (-1, wanted):
                 yield f"validation.{key} = {value} with {PIPELINE} = {pp}: must be training.{key} = {wanted}"
+
+
+def _wanted_micro_batches(schedule: str, single: bool, micro_batches: int, pp: int) -> str | None:
+    """Return what a schedule asks of the number of micro-batches, if it is not so."""
+    if schedule == "1F1B" and micro_batches < pp:
+        return f"which must be at least {pp}"
+    if not single and micro_batches % max(1, micro_batches // pp):
+        return f"which must be a multiple of {pp}"
+    return None
 
 
 def _check_float8(job_config: Any, model_args: Any, dp_shard: int) -> Iterator[str]:

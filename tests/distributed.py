@@ -10,6 +10,7 @@ import os
 import pickle
 import socket
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -23,8 +24,10 @@ import torch.multiprocessing as mp
 TIMEOUT_S = 300
 
 
-def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, **kwargs: Any) -> list[Any]:
-    """Call `fn(*args, **kwargs)` on `world_size` fresh processes in one gloo group.
+def run_distributed(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: int = TIMEOUT_S, **kwargs: Any
+) -> list[Any]:
+    """Call `fn(*args, **kwargs)` on `world_size` fresh processes in one gloo group, `timeout_s` at most.
 
     Returns:
         The values, by rank.
@@ -41,16 +44,17 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, **kwarg
             context.Process(target=_rank, args=(rank, world_size, port, folder, fn, args, kwargs))
             for rank in range(world_size)
         ]
+        deadline = time.monotonic() + timeout_s
         for process in ranks:
             process.start()
         for process in ranks:
-            process.join(TIMEOUT_S)
+            process.join(max(0.0, deadline - time.monotonic()) or 0.01)
         hung = [rank for rank, process in enumerate(ranks) if process.is_alive()]
         for process in ranks:
             process.kill()
         failures = [path.read_text() for path in sorted(Path(folder).glob("*.error"))]
         assert not failures, "\n".join(failures)
-        assert not hung, f"ranks {hung} did not end within {TIMEOUT_S} s"
+        assert not hung, f"ranks {hung} did not end within {timeout_s} s"
         codes = [process.exitcode for process in ranks]
         assert codes == [0] * world_size, f"exit codes {codes}"
         return [pickle.loads((Path(folder) / f"{rank}.value").read_bytes()) for rank in range(world_size)]

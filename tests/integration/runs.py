@@ -30,6 +30,11 @@ def gather_parameters(trainer: BLTTrainer) -> dict[str, torch.Tensor]:
     return {name: whole(p).detach().clone() for part in trainer.model_parts for name, p in part.named_parameters()}
 
 
+def plain_name(name: str) -> str:
+    """Return a parameter's name without what activation checkpointing and compile put into it."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
 

@@ -1,0 +1,115 @@
+"""Hash tables by columns: what travels, by counting the bytes of each collective."""
+
+import pytest
+import torch
+import torch.nn as nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from blt_titan.model.hash_embedding import HashEmbedding
+from parallelisms.hash_tables import columns_here, shard_columns
+from tests.distributed import run_distributed
+
+pytestmark = pytest.mark.slow
+
+ROW_BYTES = 24_576
+DIM = 1024
+NGRAMS = (3, 4, 5, 6, 7, 8)
+REAL_ROWS = 500_002
+RANKS = 2
+
+
+class SentBytes(TorchDispatchMode):
+    """Counts the bytes that a rank sends in each kind of collective."""
+
+    def __init__(self, ranks: int):
+        super().__init__()
+        self.ranks = ranks
+        self.sent: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._overloadpacket.__name__
+        others = self.ranks - 1
+        if name in ("all_gather_into_tensor", "_allgather_base_"):
+            # The functional one takes what is sent; the other what is filled, and then what is sent.
+            self._add("all_gather", args[0 if name == "all_gather_into_tensor" else 1].nbytes * others)
+        elif name == "_reduce_scatter_base_":
+            self._add("reduce_scatter", args[1].nbytes * others // self.ranks)
+        elif name == "reduce_scatter_tensor":
+            self._add("reduce_scatter", args[0].nbytes * others // self.ranks)
+        elif name == "all_to_all_single":
+            self._add("all_to_all", args[0].nbytes * others // self.ranks)
+        else:
+            sends_nothing = ("wait_tensor", "_wrap_tensor_autograd")
+            assert "c10d" not in func.namespace or name in sends_nothing, f"not counted: {func}"
+        return func(*args, **(kwargs or {}))
+
+    def _add(self, kind: str, n_bytes: int) -> None:
+        self.sent[kind] = self.sent.get(kind, 0) + n_bytes
+
+
+def traffic(sharding: str, n_rows: int) -> dict[str, int]:
+    """Bytes that this rank sends for its part of one row, forward and backward, with bf16 outside the tables."""
+    mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("bytes",))
+    module: nn.Module = HashEmbedding(DIM, ngrams=NGRAMS, n_functions=1, n_rows=n_rows)
+    nn.init.normal_(module.weight)
+    if sharding == "columns":
+        shard_columns(module, mesh, compute_dtype=torch.bfloat16)
+    else:
+        # Both dtypes bf16, in favour of FSDP: by default it sums gradients in fp32.
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        module.set_force_sum_reduction_for_comms(True)
+        module.set_gradient_divide_factor(1.0)
+    S = ROW_BYTES // RANKS
+    ids = torch.randint(4, 260, (1, S), dtype=torch.int32)
+    before = torch.zeros(1, 7, dtype=torch.int32)
+    with SentBytes(RANKS) as counter:
+        out = module(ids, torch.zeros_like(ids), before, before)
+        assert out.dtype == torch.bfloat16
+        assert out.shape == (1, S, DIM)
+        out.sum().backward()
+    assert module.weight.grad is not None
+    return counter.sent
+
+
+def all_traffic() -> dict[tuple[str, int], dict[str, int]]:
+    return {(sharding, n): traffic(sharding, n) for sharding in ("columns", "fsdp") for n in (1_001, 2_002)}
+
+
+def test_columns_move_a_tenth_of_what_gathering_the_tables_moves():
+    by_run = run_distributed(all_traffic, RANKS)[0]
+    total = {run: sum(sent.values()) for run, sent in by_run.items()}
+    # The columns' traffic is of the bytes looked up, FSDP's of the tables' size.
+    assert by_run["columns", 1_001] == by_run["columns", 2_002]
+    assert total["fsdp", 2_002] == 2 * total["fsdp", 1_001]
+    expected_tables = 2 * len(NGRAMS) * 1_001 * DIM * 2 * (RANKS - 1) // RANKS
+    assert total["fsdp", 1_001] == expected_tables, "all-gather and reduce-scatter of all tables, bf16"
+    fsdp = total["fsdp", 1_001] * REAL_ROWS / 1_001
+    # A rank has its columns of all bytes, keeps its own bytes' and sends the rest; backward likewise.
+    columns_of_all = ROW_BYTES * DIM // RANKS * 2
+    assert by_run["columns", 1_001] == {
+        "all_gather": (ROW_BYTES // RANKS + 7) * 4 * (RANKS - 1),
+        "all_to_all": 2 * columns_of_all * (RANKS - 1) // RANKS,
+    }
+    share = total["columns", 1_001] / fsdp
+    print(f"a rank of {RANKS} sends {total['columns', 1_001]:,} bytes by columns, {fsdp:,.0f} by FSDP: {share:.2%}")
+    assert share <= 0.10
+
+
+def drawn_columns() -> list[int]:
+    """Return the columns that are drawn here: a rank never holds the table as a whole."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_replicate", "bytes"))
+    with torch.device("meta"):
+        module = HashEmbedding(8, ngrams=NGRAMS, n_functions=1, n_rows=11)
+    shard_columns(module, mesh, compute_dtype=torch.float32)
+    module.to_empty(device="cpu")
+    here = columns_here(module.weight)
+    assert here is not None
+    assert here[0].shape == (66, 4)
+    return list(here[1])
+
+
+def test_a_rank_draws_its_own_columns():
+    assert run_distributed(drawn_columns, 4) == [[0, 1, 2, 3], [4, 5, 6, 7]] * 2

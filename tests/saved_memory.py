@@ -1,0 +1,36 @@
+"""What autograd keeps between forward and backward."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn as nn
+
+
+class SavedBytes:
+    """Sizes of the storages that were saved for backward, each counted once, parameters left out."""
+
+    def __init__(self, model: nn.Module):
+        self._parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self._storages: dict[int, int] = {}
+        self._alive: list[torch.Tensor] = []  # so that no address is used twice
+
+    @property
+    def total(self) -> int:
+        return sum(self._storages.values())
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._parameters:
+            self._storages[storage.data_ptr()] = storage.nbytes()
+            self._alive.append(tensor)
+        return tensor
+
+
+@contextmanager
+def saved_bytes(model: nn.Module) -> Iterator[SavedBytes]:
+    """Count what is saved inside the block."""
+    counter = SavedBytes(model)
+    with torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor):
+        yield counter
+    counter._alive.clear()
