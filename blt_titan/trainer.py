@@ -1,5 +1,6 @@
 """The trainer: torchtitan's, with a step that counts bytes, asks the device for nothing, and stops on a bad loss."""
 
+import logging
 import shutil
 import time
 import warnings
@@ -30,6 +31,24 @@ from parallelisms.hash_tables import reduce_partial_gradients
 
 class NonFiniteLossError(RuntimeError):
     """The loss or the gradient norm became NaN or infinite."""
+
+
+class _NotTrueHere(logging.Filter):
+    """Drops warnings of torchtitan that do not hold for us, and would send users looking for a mistake."""
+
+    texts = (
+        # fully_shard is always applied.
+        "Mixed precision training with TP or PP is only supported when FSDP/HSDP/CP is enabled",
+        # The loss is summed over ranks, and rank 0 logs it.
+        "Pipeline Parallel loss is not visible",
+    )
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Tell whether the record may pass."""
+        return not any(text in record.getMessage() for text in self.texts)
+
+
+logger.addFilter(_NotTrueHere())
 
 
 class BLTTrainer(Trainer):

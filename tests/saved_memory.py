@@ -1,10 +1,14 @@
 """What autograd keeps between forward and backward."""
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class SavedBytes:
@@ -34,3 +38,27 @@ def saved_bytes(model: nn.Module) -> Iterator[SavedBytes]:
     with torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor):
         yield counter
     counter._alive.clear()
+
+
+class LiveBytes(TorchDispatchMode):
+    """Storages that were made inside the block and are alive when asked.
+
+    Selective checkpointing keeps results where no saved-tensor hook sees them.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self._storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return result
+
+    @property
+    def total(self) -> int:
+        gc.collect()
+        return sum(n_bytes for storage, n_bytes in self._storages.values() if not storage.expired())

@@ -1,6 +1,6 @@
 """The local encoder: bytes in, byte states and patch states out (paper, section 3.2).
 
-Letters: B rows, S byte slots, P patch slots, d local width, k slots of a patch (written N), G global width.
+Letters: B rows, S byte slots, P patch slots, d local width, k slots of a patch (written N), G global width, X = k * d.
 """
 
 import torch
@@ -56,17 +56,16 @@ class LocalEncoder(nn.Module):
         # Bytes that belong to no patch go to slot P, which the pooling drops.
         patch_BS = torch.where(byte_patch_BS < 0, n_patches, byte_patch_BS).long()
         h_BSd = self.tok_embeddings(token_ids_BS) + hash_embedding_BSd
-        patch_BPNd = None
+        p_BPX = None
         first_cross = len(self.layers) - len(self.cross_attention)
         for i, block in enumerate(self.layers.values()):
             h_BSd = block(h_BSd, rotation, mask)
             if i < first_cross:
                 continue
-            if patch_BPNd is None:
-                pooled_BPd = max_bytes(h_BSd, patch_BS, n_patches + 1)[:, :n_patches]
-                patch_BPNd = self.patch_projection(pooled_BPd).unflatten(-1, (self.slots_per_patch, -1))
+            if p_BPX is None:
+                p_BPX = self.patch_projection(max_bytes(h_BSd, patch_BS, n_patches + 1)[:, :n_patches])
+            slots_BPNd = p_BPX.unflatten(-1, (self.slots_per_patch, -1))
             # CrossAttention already added its queries: the residual is doubled, as the released weights expect.
-            patch_BPNd = patch_BPNd + self.cross_attention[i - first_cross](patch_BPNd, h_BSd, patch_BS)
-        assert patch_BPNd is not None
-        p_BPG = patch_BPNd.flatten(2)
-        return h_BSd, p_BPG if self.global_projection is None else self.global_projection(p_BPG)
+            p_BPX = p_BPX + self.cross_attention[i - first_cross](slots_BPNd, h_BSd, patch_BS).flatten(2)
+        assert p_BPX is not None
+        return h_BSd, p_BPX if self.global_projection is None else self.global_projection(p_BPX)

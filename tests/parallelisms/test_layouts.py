@@ -76,7 +76,12 @@ def train_layout(out: str, overrides: list[str]) -> dict[str, Any]:
 
 def train_reference(out: str, overrides: list[str], layouts: list[Layout]) -> None:
     for layout in layouts:
-        torch.save(train_layout(out, [*overrides, *layout.overrides]), f"{out}/reference-{layout.short}.pt")
+        seen = train_layout(out, [*overrides, *layout.overrides])
+        _, _, n_bytes, byte_slots, patches, patch_slots = seen["counts"]
+        assert n_bytes < byte_slots, "the test means to have padded bytes"
+        assert patches < patch_slots, "the test means to have padded patches"
+        assert n_bytes % patches, "the test means to have ragged patches"
+        torch.save(seen, f"{out}/reference-{layout.short}.pt")
 
 
 def compare_layouts(out: str, overrides: list[str], layouts: list[Layout]) -> dict[str, dict[str, Any]]:
