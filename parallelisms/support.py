@@ -204,6 +204,6 @@ def _check_compile(job_config: Any, model_args: Any, dp_shard: int) -> Iterator[
     tp = job_config.parallelism.tensor_parallel_degree
     if job_config.compile.enable and tp > 1 and torch.__version__ >= "2.13":
         yield (
-            f"compile.enable = true with {TENSOR} = {tp}: torch {torch.__version__} cannot compile tensor-parallel "
-            "blocks ('Tensor' object has no attribute '_local_tensor'); turn one of them off"
+            f"compile.enable = true with {TENSOR} = {tp}: torch {torch.__version__} fails to compile tensor-parallel "
+            "blocks; turn one of them off"
         )
