@@ -51,9 +51,9 @@ def parallelize_part(model: Any, meshes: Meshes | None, job_config: Any) -> nn.M
             apply_context_parallel(model, meshes, halo_slices=run_halo_slices(job_config, model.args.local_window))
         if meshes.tp.size() > 1:
             float8 = job_config.quantize.linear.float8
-            apply_tensor_parallel(
-                model, meshes.tp, float8_all_gather=uses_float8(job_config) and float8.recipe_name is None
-            )
+            # Emulation is for CPUs too, and gloo moves no float8.
+            gathers_float8 = uses_float8(job_config) and float8.recipe_name is None and not float8.emulate
+            apply_tensor_parallel(model, meshes.tp, float8_all_gather=gathers_float8)
         table = getattr(model, "hash_embedding", None)
         if table is not None and job_config.hash_embedding.sharding == "columns":
             shard_columns(table, meshes.bytes, compute_dtype=param_dtype)
