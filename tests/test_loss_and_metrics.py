@@ -45,6 +45,7 @@ def test_bits_per_byte():
 def test_counts_are_of_real_bytes_and_patches():
     inputs = {
         "byte_doc_BS": torch.tensor([[0, 0, 0, 1, 1, -1]]),
+        "byte_patch_BS": torch.tensor([[0, 1, 1, 2, 2, -1]]),
         "patch_doc_BP": torch.tensor([[0, 0, 1, -1]]),
     }
     labels = torch.tensor([[70, EOS_ID, IGNORE_LABEL, 71, 72, IGNORE_LABEL]])

@@ -196,7 +196,7 @@ def test_columns_of_hash_tables_are_independent_of_each_other():
 
 
 def test_write_decides_what_a_rank_keeps():
-    """The full tensor is handed over; a rank that keeps half of the columns has half of the single process's."""
+    """A rank that keeps half of the columns has half of the single process's, and draws no more of the hash tables."""
     model = BLT(args())
     whole = weights(materialize(BLT, args()))
     halves = {}
@@ -206,7 +206,12 @@ def test_write_decides_what_a_rank_keeps():
         assert not full.requires_grad
         halves[id(parameter)] = full[..., full.shape[-1] // 2 :].clone()
 
+    def right_half(parameter):
+        columns = range(parameter.shape[1] // 2, parameter.shape[1])
+        halves[id(parameter)] = torch.empty(parameter.shape[0], len(columns))
+        return halves[id(parameter)], columns
+
     depths = {"encoder.layers": 2, "layers": 4, "decoder.layers": 3}
-    initialize(model, seed=0, depth_scaling="none", stack_depths=depths, write=keep_right_half)
+    initialize(model, seed=0, depth_scaling="none", stack_depths=depths, write=keep_right_half, columns_here=right_half)
     for name, parameter in model.named_parameters():
         assert torch.equal(halves[id(parameter)], whole[name][..., whole[name].shape[-1] // 2 :]), name
