@@ -100,9 +100,9 @@ def test_the_watch_sees_a_dense_mask():
 
 
 def listed_blocks(num_blocks, indices) -> torch.Tensor:
-    """Decode block lists [B, 1, N], [B, 1, N, N] to bool [B, N, N]: list i names block j."""
+    """Decode block lists [B, 1, N], [B, 1, N, M] to bool [B, N, M]: list i names block j."""
     B, _, N = num_blocks.shape
-    listed = torch.zeros(B, N, N, dtype=torch.bool)
+    listed = torch.zeros(B, N, indices.shape[-1], dtype=torch.bool)
     for b in range(B):
         for i in range(N):
             names = indices[b, 0, i, : num_blocks[b, 0, i]].tolist()
@@ -111,17 +111,17 @@ def listed_blocks(num_blocks, indices) -> torch.Tensor:
     return listed
 
 
-def check_block_mask(mask: BlockMask, visible_BSS: torch.Tensor):
+def check_block_mask(mask: BlockMask, visible_BQS: torch.Tensor):
     """The mask function is the rule, and every visible pair lies in a listed block, seen from keys and from queries."""
-    B, S = visible_BSS.shape[:2]
-    b, q, kv = torch.arange(B)[:, None, None], torch.arange(S)[:, None], torch.arange(S)
-    assert torch.equal(mask.mask_mod(b, torch.tensor(0), q, kv), visible_BSS)
-    assert mask.seq_lengths == (S, S)
+    B, Q, S = visible_BQS.shape
+    b, q, kv = torch.arange(B)[:, None, None], torch.arange(Q)[:, None], torch.arange(S)
+    assert torch.equal(mask.mask_mod(b, torch.tensor(0), q, kv), visible_BQS)
+    assert mask.seq_lengths == (Q, S)
     assert mask.BLOCK_SIZE == (FLEX_BLOCK, FLEX_BLOCK)
     assert mask.full_kv_num_blocks is None, "no block may skip the mask function"
     listed = listed_blocks(mask.kv_num_blocks, mask.kv_indices)
-    pad = -S % FLEX_BLOCK
-    tiles = F.pad(visible_BSS, (0, pad, 0, pad)).unflatten(2, (-1, FLEX_BLOCK)).unflatten(1, (-1, FLEX_BLOCK))
+    padded = F.pad(visible_BQS, (0, -S % FLEX_BLOCK, 0, -Q % FLEX_BLOCK))
+    tiles = padded.unflatten(2, (-1, FLEX_BLOCK)).unflatten(1, (-1, FLEX_BLOCK))
     needed = tiles.any(4).any(2)
     assert not (needed & ~listed).any(), "a visible pair lies in no listed block"
     from_queries = listed_blocks(mask.q_num_blocks, mask.q_indices)
@@ -171,6 +171,76 @@ def test_flex_computes_what_sdpa_does(S):
         q, k, v = (x.detach().transpose(1, 2) for x in qkv)
         flex = flex_attention(q, k, v, block_mask=block_mask).transpose(1, 2)
         torch.testing.assert_close(flex, attend(*qkv, of("sdpa")).detach(), atol=CPU_ATOL, rtol=CPU_ATOL)
+
+
+SLICES = [(64, 20, 16, 16), (64, 40, 24, 16), (64, 16, 48, 16), (50, 33, 9, 16), (50, 15, 7, 16), (40, 20, 20, 1)]
+
+
+@pytest.mark.parametrize(("S", "begin", "size", "window"), SLICES)
+def test_windows_of_a_slice_equal_those_of_the_row(S, begin, size, window):
+    """A slice with the W - 1 keys before it gives its part of the row: outputs, and gradients of all that it saw."""
+    doc_BS = documents(S)
+    q, k, v = leaves(3, S)
+    own, seen = slice(begin, begin + size), slice(begin - (window - 1), begin + size)
+    mask = window_mask(doc_BS[:, own], window=window, before_doc_BW=doc_BS[:, begin - (window - 1) : begin])
+    ours = outputs_and_gradients(lambda q, k, v: attend(q[:, own], k[:, seen], v[:, seen], mask), (q, k, v))
+    visible = dense_visible(doc_BS, window)[:, own]
+    dense = outputs_and_gradients(lambda q, k, v: dense_attention(q[:, own], k, v, visible), (q, k, v))
+    real = doc_BS[:, own] >= 0  # padding sees padding of the window, whatever the row holds before it
+    for got, expected in zip(ours, dense, strict=True):
+        torch.testing.assert_close(got, expected, atol=CPU_ATOL, rtol=CPU_ATOL)
+    assert real.any()
+
+
+@pytest.mark.parametrize("S", [128, 300])
+@pytest.mark.parametrize("window", [1, 64, 130, 200])
+def test_flex_window_mask_of_a_slice(S, window):
+    begin = 230
+    doc_BS = documents(begin + S)
+    own, seen = slice(begin, begin + S), slice(begin - (window - 1), begin + S)
+    before_doc_BW = doc_BS[:, begin - (window - 1) : begin]
+    with NoHostRead():
+        mask = window_mask(doc_BS[:, own], window=window, backend="flex", before_doc_BW=before_doc_BW)
+    listed, _ = check_block_mask(mask, dense_visible(doc_BS, window)[:, own, seen])
+    assert listed.sum(-1).max() <= 2 + -(-(window - 1) // FLEX_BLOCK)
+
+
+def rows_of_slices(slots: int, slices: int) -> torch.Tensor:
+    """Documents that cross slices, each slice with padding at its end: one row full, one ragged, one that ends early."""
+    real = torch.tensor(
+        [[slots] * slices, [slots - 7 * (c + 1) for c in range(slices)], [slots // 2, *[0] * (slices - 1)]]
+    )
+    rows = []
+    for counts in real:
+        position = 0
+        row = torch.full((slices, slots), -1)
+        for c, count in enumerate(counts.tolist()):
+            row[c, :count] = torch.arange(position, position + count) // (slots * slices // 3)
+            position += count
+        rows.append(row.flatten())
+    return torch.stack(rows).int()
+
+
+@pytest.mark.parametrize("part", [range(0, 200), range(200, 400), range(600, 800), range(0, 800)], ids=str)
+def test_causal_masks_of_a_part_of_the_row(part):
+    doc_BS = rows_of_slices(200, 4)
+    visible = dense_visible(doc_BS)[:, part.start : part.stop]
+    dense = causal_mask(doc_BS, backend="sdpa", queries=part)
+    assert torch.equal(dense.visible[:, 0], visible)
+    with NoHostRead():
+        mask = causal_mask(doc_BS, backend="flex", queries=part)
+    # A padded query needs no key of another slice's padding.
+    needed = visible & (doc_BS[:, part.start : part.stop, None] >= 0)
+    listed = listed_blocks(mask.kv_num_blocks, mask.kv_indices)
+    padded = F.pad(needed, (0, -800 % FLEX_BLOCK, 0, -len(part) % FLEX_BLOCK))
+    tiles = padded.unflatten(2, (-1, FLEX_BLOCK)).unflatten(1, (-1, FLEX_BLOCK)).any(4).any(2)
+    assert not (tiles & ~listed).any(), "a visible pair lies in no listed block"
+    assert listed.any(-1).all(), "a tile without keys would give NaN"
+    b, q, kv = torch.arange(3)[:, None, None], torch.arange(len(part))[:, None], torch.arange(800)
+    assert torch.equal(mask.mask_mod(b, torch.tensor(0), q, kv), visible)
+    if part.start:
+        # The row that ends early, after 160 slots: a tile of padding reads padding, not the document before it.
+        assert not listed[2, :, : 160 // FLEX_BLOCK].any()
 
 
 def test_unknown_backends_and_masks_are_refused():
