@@ -206,15 +206,13 @@ def test_flex_window_mask_of_a_slice(S, window):
 
 
 def rows_of_slices(slots: int, slices: int) -> torch.Tensor:
-    """Documents that cross slices, each slice with padding at its end: one row full, one ragged, one that ends early."""
-    real = torch.tensor(
-        [[slots] * slices, [slots - 7 * (c + 1) for c in range(slices)], [slots // 2, *[0] * (slices - 1)]]
-    )
+    """Documents that cross slices, padding at the end of each: one row full, one ragged, one that ends early."""
+    ragged, ends_early = [slots - 7 * (c + 1) for c in range(slices)], [4 * slots // 5, *[0] * (slices - 1)]
     rows = []
-    for counts in real:
+    for counts in ([slots] * slices, ragged, ends_early):
         position = 0
         row = torch.full((slices, slots), -1)
-        for c, count in enumerate(counts.tolist()):
+        for c, count in enumerate(counts):
             row[c, :count] = torch.arange(position, position + count) // (slots * slices // 3)
             position += count
         rows.append(row.flatten())
