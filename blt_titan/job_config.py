@@ -104,6 +104,16 @@ class Parallelism:
 
     context_parallel_load_balancer: str | None = None
     """Slices of a row are contiguous: only None."""
+    pipeline_parallel_expert_parallel_overlap: bool = False
+    """There are no experts: only false."""
+
+
+@dataclass
+class Compile:
+    """Defaults that differ from torchtitan's."""
+
+    components: list[Literal["model", "loss"]] = field(default_factory=lambda: ["model"])
+    """Each transformer block is compiled on its own; the loss is not: only ["model"]."""
 
 
 @dataclass
@@ -118,3 +128,4 @@ class JobConfig:
     hash_embedding: HashEmbedding = field(default_factory=HashEmbedding)
     local_blocks: LocalBlocks = field(default_factory=LocalBlocks)
     parallelism: Parallelism = field(default_factory=Parallelism)
+    compile: Compile = field(default_factory=Compile)

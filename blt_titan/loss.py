@@ -38,6 +38,11 @@ class ByteCrossEntropy:
         return nats_BS.sum() / self.n_targets
 
 
+def count_targets(labels_BS: torch.Tensor) -> torch.Tensor:
+    """Count all targets and those that are EOS, int64 [2]."""
+    return torch.stack([(labels_BS != IGNORE_LABEL).sum(), (labels_BS == EOS_ID).sum()])
+
+
 def bits_per_byte(byte_nats: float, n_bytes: float) -> float:
     """Return nats over byte targets (EOS left out) per byte, in bits; NaN without bytes."""
     return byte_nats / math.log(2) / n_bytes if n_bytes else math.nan

@@ -22,9 +22,8 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
-from blt_titan.batch import IGNORE_LABEL
-from blt_titan.byte_vocab import EOS_ID
 from blt_titan.data.collate import Batch
+from blt_titan.loss import count_targets
 
 COUNTS = ("byte_targets", "eos_targets", "bytes", "byte_slots", "patches", "patch_slots")
 """What is counted of each batch, in this order. `bytes` are all real positions, BOS and EOS too."""
@@ -35,7 +34,7 @@ _KNOWN_DEVICES = ("A100", "H100", "H200", "H20", "B200", "MI250", "MI300X", "MI3
 def count_batch(batch: Batch, n_slices: int = 1) -> torch.Tensor:
     """Count a batch of one slice of each row on the host, before it moves to a device: int64 [len(COUNTS)]."""
     inputs, labels_BS = batch
-    n_targets, n_eos = (labels_BS != IGNORE_LABEL).sum(), (labels_BS == EOS_ID).sum()
+    n_targets, n_eos = count_targets(labels_BS)
     n_bytes = (inputs["byte_doc_BS"] >= 0).sum()
     # Of the own slice; the patch fields are of the whole row.
     n_patches = (inputs["byte_patch_BS"].amax(1) + 1).sum()

@@ -21,9 +21,8 @@ from torchtitan.train import Trainer
 
 import blt_titan.train_spec  # noqa: F401  (registers the models)
 from blt_titan.batch import IGNORE_LABEL
-from blt_titan.byte_vocab import EOS_ID
 from blt_titan.data.collate import Batch
-from blt_titan.loss import ByteCrossEntropy, bits_per_byte
+from blt_titan.loss import ByteCrossEntropy, bits_per_byte, count_targets
 from blt_titan.metrics import BLTMetrics
 from parallelisms.clipping import clip_grad_norm
 from parallelisms.hash_tables import reduce_partial_gradients
@@ -97,8 +96,10 @@ class BLTTrainer(Trainer):
         lr = float(self.lr_schedulers.schedulers[0].get_last_lr()[0])
         batches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
         # Targets and EOS targets of the global batch; the loss is divided by their number, whoever holds them.
-        targets = torch.stack([((y != IGNORE_LABEL).sum(), (y == EOS_ID).sum())[i] for i in (0, 1) for _, y in batches])
-        global_targets = self._sum_over_ranks(targets.view(2, -1).sum(1).to(self.device))
+        targets = torch.stack([count_targets(labels) for _, labels in batches]).sum(0)
+        if self.device.type == "cuda":
+            targets = targets.pin_memory()  # else the copy would wait for the device
+        global_targets = self._sum_over_ranks(targets.to(self.device, non_blocking=True))
 
         self.loss_fn.n_targets, self.loss_fn.eos_nats = global_targets[0], None
         undivided = torch.ones((), device=self.device)  # torchtitan divides after a pipeline's backward; ours is done
@@ -187,8 +188,6 @@ class BLTTrainer(Trainer):
     def _note_if_bad(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
         bad = ~(loss.isfinite() & grad_norm.isfinite())
         first = bad & (self._first_bad_step < 0)
-        # Pipeline ranks have the same batch; the last stage's count it, and the loss is theirs.
-        self._counts = not self.parallel_dims.pp_enabled or self.pp_has_last_stage
         self._first_bad_step = torch.where(first, self.step, self._first_bad_step)
 
     def _save_due(self) -> bool:

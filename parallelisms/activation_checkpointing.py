@@ -19,8 +19,15 @@ OPS_TO_SAVE = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     flex_attention,
+    # What tensor parallelism sent, and what float8 scales with.
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    torch.ops.aten.max.default,
 }
-"""Results that selective activation checkpointing keeps, because they cost most to compute again."""
+"""Results that selective activation checkpointing keeps, because they cost most to compute again.
+
+Where blocks are not compiled but run on CUDA, FlexAttention is a compiled region of its own, which the policy does not
+see: it is computed again.
+"""
 
 
 def checkpoint_global_blocks(model: nn.Module, settings: Any, *, compiled: bool, dump_folder: str) -> None:

@@ -28,10 +28,12 @@ class GlobalFloat8Converter(Float8LinearConverter):
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims):
         super().__init__(job_config, parallel_dims)
         self.filter_fn = lambda module, name: isinstance(module, nn.Linear) and bool(_GLOBAL_LINEAR.match(name))
-        self.config = dataclasses.replace(self.config, emulate=job_config.quantize.linear.float8.emulate)
-        if parallel_dims.cp_enabled and job_config.quantize.linear.float8.enable_fsdp_float8_all_gather:
+        settings = job_config.quantize.linear.float8
+        self.config = dataclasses.replace(self.config, emulate=settings.emulate)
+        if parallel_dims.cp_enabled and settings.enable_fsdp_float8_all_gather:
             # torchtitan asks for dp_shard > 1, but cp ranks shard the global weights too.
             self.config = dataclasses.replace(self.config, enable_fsdp_float8_all_gather=True)
+            self.precompute_scale = settings.precompute_float8_dynamic_scale_for_fsdp
 
 
 model_converter._registry_model_converter_cls[CONVERTER] = GlobalFloat8Converter

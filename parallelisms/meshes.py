@@ -48,6 +48,16 @@ def build_meshes(parallel_dims: ParallelDims) -> Meshes:
     by_byte = world._unflatten(0, (pp, replicas, shards * cp * tp), ("pp", "dp_replicate", "bytes"))
     by_row = world._unflatten(0, (pp * replicas * shards, cp * tp), ("rows", "context"))
     by_part = world._unflatten(0, (pp * replicas * shards, cp, tp), ("rows", "cp", "tp"))
+    # torchtitan sets the timeouts of a run (`comm.*_timeout_seconds`) on the axes that it finds there.
+    parallel_dims._meshes |= {
+        "blt_fsdp": dense["fsdp"],
+        "blt_fsdp_replicate": dense["dp_replicate"],
+        "blt_tp": dense["tp"],
+        "blt_bytes": by_byte["bytes"],
+        "blt_bytes_replicate": by_byte["dp_replicate"],
+        "blt_context": by_row["context"],
+        "blt_cp": by_part["cp"],
+    }
     replicated = replicas > 1
     return Meshes(
         patches=dense["dp_replicate", "fsdp"] if replicated else dense["fsdp"],

@@ -44,7 +44,7 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
 def parallelize_part(model: Any, meshes: Meshes | None, job_config: Any) -> nn.Module:
     """Split a model or a pipeline stage of one; `meshes` is None on a single device."""
     param_dtype = TORCH_DTYPE_MAP[job_config.training.mixed_precision_param]
-    compile_model = job_config.compile.enable and "model" in job_config.compile.components
+    compile_model = compiles_model(job_config)
     ignored = []
     if meshes is not None:
         if meshes.context.size() > 1:
@@ -86,6 +86,11 @@ def parallelize_part(model: Any, meshes: Meshes | None, job_config: Any) -> nn.M
     for name, function in (("write_parameter", write_shard), ("columns_here", columns_here)):
         setattr(model, name, function)
     return model
+
+
+def compiles_model(job_config: Any) -> bool:
+    """Tell whether a run compiles its blocks."""
+    return job_config.compile.enable and "model" in job_config.compile.components
 
 
 def apply_compile(model: nn.Module, *, backend: str) -> None:

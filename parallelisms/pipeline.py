@@ -27,8 +27,14 @@ from torchtitan.tools.logging import logger
 from parallelisms.meshes import build_meshes
 from parallelisms.parallelize import parallelize_part
 
+SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+"""What `parallelism.pipeline_parallel_schedule` may be, as written here."""
+
 V_SCHEDULES = ("ZBVZeroBubble", "DualPipeV")
-"""Schedules whose ranks hold a stage from the front and one from the back."""
+"""Schedules whose ranks hold one stage from the front and one from the back."""
+
+SPLIT_BACKWARD_SCHEDULES = ("InterleavedZeroBubble", *V_SCHEDULES)
+"""Schedules that compute gradients of inputs and of weights apart."""
 
 
 def cut_layers(encoder_cost: float, layer_costs: Sequence[float], decoder_cost: float, n_stages: int) -> list[range]:

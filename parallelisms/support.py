@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
 import blt_titan.titan_device  # noqa: F401
 
@@ -14,7 +13,8 @@ import blt_titan.titan_device  # noqa: F401
 from torchtitan.tools.utils import device_type, has_cuda_capability
 
 from parallelisms.float8 import CONVERTER, uses_float8
-from parallelisms.pipeline import V_SCHEDULES, n_stages
+from parallelisms.parallelize import compiles_model
+from parallelisms.pipeline import SCHEDULES, SPLIT_BACKWARD_SCHEDULES, V_SCHEDULES, n_stages
 
 TENSOR, CONTEXT, PIPELINE = (f"parallelism.{axis}_parallel_degree" for axis in ("tensor", "context", "pipeline"))
 
@@ -44,8 +44,10 @@ def _check_features(job_config: Any, model_args: Any, dp_shard: int) -> Iterator
     parallelism = job_config.parallelism
     if parallelism.expert_parallel_degree != 1:
         yield f"parallelism.expert_parallel_degree = {parallelism.expert_parallel_degree}: a BLT has no experts; set 1"
-    if job_config.activation_checkpoint.mode == "memory_budget" and not job_config.compile.enable:
+    if job_config.activation_checkpoint.mode == "memory_budget" and not compiles_model(job_config):
         yield "activation_checkpoint.mode = 'memory_budget' needs compile.enable = true"
+    if job_config.compile.enable and job_config.compile.components != ["model"]:
+        yield f"compile.components = {job_config.compile.components}: only ['model'] is compiled; leave it out"
     if job_config.fault_tolerance.enable:
         yield "fault_tolerance.enable = true is not supported"
     if job_config.comm.mode != "default":
@@ -70,6 +72,11 @@ def _check_model(job_config: Any, model_args: Any, dp_shard: int) -> Iterator[st
         for key, degree in ((CONTEXT, cp), (TENSOR, tp), (PIPELINE, pp)):
             if degree > 1:
                 yield f"{key} = {degree} with model.name = {job_config.model.name!r}: only blt is split that way"
+        if job_config.local_blocks.activation_checkpoint != "none":
+            yield (
+                f"local_blocks.activation_checkpoint = {job_config.local_blocks.activation_checkpoint!r} with "
+                f"model.name = {job_config.model.name!r}: it has no local blocks; use activation_checkpoint.mode"
+            )
         return
     for what, size in (("heads", model_args.global_heads), ("hidden features", model_args.global_ffn_hidden)):
         if size % tp:
@@ -90,7 +97,7 @@ def _check_model(job_config: Any, model_args: Any, dp_shard: int) -> Iterator[st
 
 def _check_context(job_config: Any, model_args: Any, dp_shard: int) -> Iterator[str]:
     cp, tp, _ = _degrees(job_config)
-    for section in ("training", "validation"):
+    for section in ("training", "validation") if job_config.validation.enable else ("training",):
         seq_len = getattr(job_config, section).seq_len
         segments = seq_len // job_config.data.segment_bytes
         if seq_len > 0 and segments % (cp * tp):
@@ -119,11 +126,11 @@ def _check_pipeline(job_config: Any, model_args: Any, dp_shard: int) -> Iterator
         if (value := getattr(parallelism, key)) not in wanted:
             yield f"parallelism.{key} = {value!r} is not supported: stages are cut by their FLOPs; leave it out"
     name = parallelism.pipeline_parallel_schedule
-    try:
-        schedule = get_schedule_class(name)
-    except ValueError as error:
-        yield f"parallelism.pipeline_parallel_schedule = {name!r}: {error}"
+    if name not in SCHEDULES:
+        yield f"parallelism.pipeline_parallel_schedule = {name!r}: must be one of {', '.join(SCHEDULES)}"
         return
+    if parallelism.pipeline_parallel_expert_parallel_overlap:
+        yield "parallelism.pipeline_parallel_expert_parallel_overlap = true: a BLT has no experts; leave it out"
     if name in V_SCHEDULES and device_type == "cpu":
         yield f"parallelism.pipeline_parallel_schedule = {name!r} needs an accelerator: on gloo it sends to itself"
     stages, n_layers = n_stages(job_config, model_args.global_layers), model_args.global_layers
@@ -132,9 +139,14 @@ def _check_pipeline(job_config: Any, model_args: Any, dp_shard: int) -> Iterator
         said += (
             f" and parallelism.pipeline_parallel_layers_per_stage = {parallelism.pipeline_parallel_layers_per_stage}"
         )
-    single = issubclass(schedule, PipelineScheduleSingle)
-    if stages % pp or (stages != pp if single else stages < 2 * pp):
-        yield f"{said} makes {stages} stages: it needs {'one' if single else 'two or more'} per rank"
+    per_rank, wanted = stages / pp, "two or more"
+    fits = per_rank >= 2 and stages % pp == 0
+    if name in ("GPipe", "1F1B"):
+        fits, wanted = per_rank == 1, "one"
+    elif name in V_SCHEDULES:
+        fits, wanted = per_rank == 2, "two"
+    if not fits:
+        yield f"{said} makes {stages} stages: it needs {wanted} per rank"
     if stages - 2 > n_layers:
         yield f"{said} makes {stages} stages, too many for the {n_layers} global layers of the model"
     micro = parallelism.pipeline_parallel_microbatch_size
@@ -143,7 +155,7 @@ def _check_pipeline(job_config: Any, model_args: Any, dp_shard: int) -> Iterator
             f"training.local_batch_size = {training.local_batch_size} must be a multiple of "
             f"parallelism.pipeline_parallel_microbatch_size = {micro}"
         )
-    elif wanted := _wanted_micro_batches(name, single, training.local_batch_size // micro, pp):
+    elif wanted := _wanted_micro_batches(name, training.local_batch_size // micro, pp):
         yield (
             f"{said}: training.local_batch_size = {training.local_batch_size} / "
             f"parallelism.pipeline_parallel_microbatch_size = {micro} makes {training.local_batch_size // micro} "
@@ -156,12 +168,14 @@ def _check_pipeline(job_config: Any, model_args: Any, dp_shard: int) -> Iterator
                 yield f"validation.{key} = {value} with {PIPELINE} = {pp}: must be training.{key} = {wanted}"
 
 
-def _wanted_micro_batches(schedule: str, single: bool, micro_batches: int, pp: int) -> str | None:
-    """Return what a schedule asks of the number of micro-batches, if it is not so."""
-    if schedule == "1F1B" and micro_batches < pp:
-        return f"which must be at least {pp}"
-    if not single and micro_batches % max(1, micro_batches // pp):
-        return f"which must be a multiple of {pp}"
+def _wanted_micro_batches(schedule: str, micro_batches: int, pp: int) -> str | None:
+    """Return what torch's schedule asks of the number of micro-batches, if it is not so."""
+    least = {"1F1B": pp, "DualPipeV": 2 * pp}.get(schedule, 1)
+    if micro_batches < least:
+        return f"which must be at least {least}"
+    rounds = max(1, micro_batches // pp)
+    if schedule in ("Interleaved1F1B", "InterleavedZeroBubble") and micro_batches % rounds:
+        return f"which must be a multiple of {rounds}, the rounds over {pp} ranks; a multiple of {pp} is"
     return None
 
 
@@ -185,14 +199,31 @@ def _check_float8(job_config: Any, model_args: Any, dp_shard: int) -> Iterator[s
             f"quantize.linear.float8.recipe_name = {settings.recipe_name!r} with "
             "quantize.linear.float8.enable_fsdp_float8_all_gather = true: only tensorwise scaling (no recipe) has it"
         )
-    if settings.emulate and job_config.compile.enable:
+    if settings.enable_fsdp_float8_all_gather and dp_shard * job_config.parallelism.context_parallel_degree == 1:
+        yield (
+            "quantize.linear.float8.enable_fsdp_float8_all_gather = true with dp_shard x cp = 1: there is nothing to "
+            "gather"
+        )
+    if settings.emulate and compiles_model(job_config):
         yield "quantize.linear.float8.emulate = true with compile.enable = true: emulation is for eager runs"
     if not settings.emulate and not has_cuda_capability(8, 9):
         yield (
             "quantize.linear.float8.emulate = false needs a GPU of compute capability 8.9 or later; emulate = true "
             "runs anywhere"
         )
-    tp = job_config.parallelism.tensor_parallel_degree
+    parallelism = job_config.parallelism
+    if not settings.emulate and job_config.model.name == "blt":
+        pipelined = parallelism.pipeline_parallel_degree > 1
+        rows = parallelism.pipeline_parallel_microbatch_size if pipelined else job_config.training.local_batch_size
+        segments = job_config.training.seq_len // job_config.data.segment_bytes
+        patches = rows * segments * job_config.data.segment_patches // parallelism.context_parallel_degree
+        if patches % 16:
+            yield (
+                f"float8 multiplies {patches} patch slots at once ({rows} rows of {segments} segments of "
+                f"data.segment_patches = {job_config.data.segment_patches}, over {CONTEXT} = "
+                f"{parallelism.context_parallel_degree}), which must be a multiple of 16"
+            )
+    tp = parallelism.tensor_parallel_degree
     width = (
         math.gcd(model_args.global_dim, model_args.global_ffn_hidden) // tp if job_config.model.name == "blt" else 16
     )
@@ -202,7 +233,15 @@ def _check_float8(job_config: Any, model_args: Any, dp_shard: int) -> Iterator[s
 
 def _check_compile(job_config: Any, model_args: Any, dp_shard: int) -> Iterator[str]:
     tp = job_config.parallelism.tensor_parallel_degree
-    if job_config.compile.enable and tp > 1 and torch.__version__ >= "2.13":
+    if not compiles_model(job_config):
+        return
+    schedule = job_config.parallelism.pipeline_parallel_schedule
+    if job_config.parallelism.pipeline_parallel_degree > 1 and schedule in SPLIT_BACKWARD_SCHEDULES:
+        yield (
+            f"compile.enable = true with parallelism.pipeline_parallel_schedule = {schedule!r}: torch cannot split the "
+            "backward of compiled blocks; use 1F1B or Interleaved1F1B, or turn compile off"
+        )
+    if tp > 1 and torch.__version__ >= "2.13":
         yield (
             f"compile.enable = true with {TENSOR} = {tp}: torch {torch.__version__} fails to compile tensor-parallel "
             "blocks; turn one of them off"

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from blt_titan.batch import IGNORE_LABEL
-from blt_titan.byte_vocab import EOS_ID
 from blt_titan.data.collate import Batch
-from blt_titan.loss import ByteCrossEntropy, bits_per_byte
+from blt_titan.loss import ByteCrossEntropy, bits_per_byte, count_targets
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ def batch_scorer(model: Callable[..., torch.Tensor]) -> ScoreBatch:
 
 def batch_sums(nats: torch.Tensor, eos_nats: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
     """Return the sums of `ScoreBatch` from the nats of all targets and of EOS."""
-    n_targets, n_eos = (labels_BS != IGNORE_LABEL).sum(), (labels_BS == EOS_ID).sum()
+    n_targets, n_eos = count_targets(labels_BS)
     return torch.stack([(nats - eos_nats).double(), eos_nats.double(), n_targets - n_eos, n_eos])
 
 

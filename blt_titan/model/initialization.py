@@ -72,9 +72,11 @@ def initialize(
         if not name.startswith("hash_embedding."):
             write(parameter, _draw_whole(name, parameter, std, seed))
         elif (here := columns_here(parameter)) is not None:
-            here[0].copy_(_draw_columns(name, parameter, std, seed, here[1]))
+            _draw_columns(*here, name, std, seed)
         else:
-            write(parameter, _draw_columns(name, parameter, std, seed, range(parameter.shape[1])))
+            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            _draw_columns(whole, range(parameter.shape[1]), name, std, seed)
+            write(parameter, whole)
 
 
 def _draw_whole(name: str, parameter: nn.Parameter, std: float, seed: int) -> torch.Tensor:
@@ -82,17 +84,9 @@ def _draw_whole(name: str, parameter: nn.Parameter, std: float, seed: int) -> to
     return _truncated_normal(full, std, name, seed)
 
 
-def _draw_columns(name: str, parameter: nn.Parameter, std: float, seed: int, columns: range) -> torch.Tensor:
-    drawn = [
-        _truncated_normal(
-            torch.empty(parameter.shape[0], dtype=parameter.dtype, device=parameter.device),
-            std,
-            f"{name}/{column}",
-            seed,
-        )
-        for column in columns
-    ]
-    return torch.stack(drawn, dim=1)
+def _draw_columns(out: torch.Tensor, columns: range, name: str, std: float, seed: int) -> None:
+    for stored, column in zip(out.unbind(1), columns, strict=True):
+        stored.copy_(_truncated_normal(torch.empty_like(stored), std, f"{name}/{column}", seed))
 
 
 def _truncated_normal(tensor: torch.Tensor, std: float, name: str, seed: int) -> torch.Tensor:

@@ -46,11 +46,20 @@ def test_exactly_the_global_linears_are_converted(recipe, small_run, tmp_path):
     assert len(kinds) > len(GLOBAL_LINEARS) + 10
 
 
-def train_runs(out: str, overrides: list[str], runs: dict[str, list[str]]) -> None:
+def train_runs(out: str, overrides: list[str], runs: dict[str, list[str]]) -> dict[str, set[str]]:
+    """Train, and return the names of the converted linears of this rank, by run."""
+    converted = {}
     for name, settings in runs.items():
         trainer = make_trainer(f"{out}/{name}", *overrides, *settings, "--checkpoint.no-enable")
+        converted[name] = {
+            plain_name(module_name)
+            for part in trainer.model_parts
+            for module_name, module in part.named_modules()
+            if "Float8Linear" in type(module).__name__
+        }
         trainer.train()
         trainer.close()
+    return converted
 
 
 def mean_of_last(out, steps: int) -> float:
@@ -90,8 +99,11 @@ def test_float8_in_layouts_follows_one_process(small_run, tmp_path):
     settings = [*small_run, *BF16, *CONVERT, "--training.steps=8"]
     run_distributed(train_runs, 1, str(tmp_path), settings, {"one": []}, timeout_s=1000)
     run_distributed(train_runs, 1, str(tmp_path), [*settings, *RECIPES["rowwise"]], {"one_rowwise": []}, timeout_s=1000)
-    run_distributed(train_runs, 2, str(tmp_path), settings, LAYOUTS, timeout_s=1000)
+    run_distributed(train_runs, 1, str(tmp_path), [*small_run, *BF16, "--training.steps=8"], {"bf16": []})
+    by_rank = run_distributed(train_runs, 2, str(tmp_path), settings, LAYOUTS, timeout_s=1000)
     for name in LAYOUTS:
+        assert [rank[name] for rank in by_rank] == [GLOBAL_LINEARS] * 2
+        assert losses(tmp_path / name) != losses(tmp_path / "bf16")
         expected = losses(tmp_path / ("one_rowwise" if "rowwise" in name else "one"))
         for step, loss in losses(tmp_path / name).items():
             assert abs(loss - expected[step]) <= LOSS_RTOL * expected[step], f"{name}, step {step}"

@@ -7,8 +7,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from blt_titan.model import initialization
 from blt_titan.model.hash_embedding import HashEmbedding
 from parallelisms.hash_tables import columns_here, shard_columns
+from parallelisms.weights import write_shard
 from tests.distributed import run_distributed
 
 pytestmark = pytest.mark.slow
@@ -98,18 +100,33 @@ def test_columns_move_a_tenth_of_what_gathering_the_tables_moves():
     assert share <= 0.10
 
 
-def drawn_columns() -> list[int]:
-    """Return the columns that are drawn here: a rank never holds the table as a whole."""
+def drawn_columns() -> list[str]:
+    """Return what is drawn here: a rank never holds the table as a whole."""
+    drawn = []
+    draw = initialization._truncated_normal
+
+    def noted(tensor, std, name, seed):
+        drawn.append(name)
+        assert tensor.shape == (66,)
+        return draw(tensor, std, name, seed)
+
+    initialization._truncated_normal = noted
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_replicate", "bytes"))
     with torch.device("meta"):
         module = HashEmbedding(8, ngrams=NGRAMS, n_functions=1, n_rows=11)
     shard_columns(module, mesh, compute_dtype=torch.float32)
     module.to_empty(device="cpu")
-    here = columns_here(module.weight)
-    assert here is not None
-    assert here[0].shape == (66, 4)
-    return list(here[1])
+    parent = nn.Module()
+    parent.hash_embedding = module
+    initialization.initialize(
+        parent, seed=0, depth_scaling="none", stack_depths={}, write=write_shard, columns_here=columns_here
+    )
+    local = module.weight.to_local()
+    assert local.shape == (66, 4)
+    assert local.std() > 0
+    return drawn
 
 
 def test_a_rank_draws_its_own_columns():
-    assert run_distributed(drawn_columns, 4) == [[0, 1, 2, 3], [4, 5, 6, 7]] * 2
+    names = [f"hash_embedding.weight/{column}" for column in range(8)]
+    assert run_distributed(drawn_columns, 4) == [names[:4], names[4:]] * 2

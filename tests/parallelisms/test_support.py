@@ -1,8 +1,13 @@
 """What is refused at start-up, in one sentence that names the settings."""
 
 import pytest
+import torch
 
+from blt_titan.model.sizes import BLT_FLAVORS
 from blt_titan.run_config import RunConfigError, check_run, load_run_config
+from parallelisms.parallelize import run_halo_slices
+from parallelisms.support import unsupported_settings
+from tests.parallelisms.layouts import LAYOUTS, SHORT_LAYOUTS
 
 CONFIG_FILE = "train_configs/debug.toml"
 PP2 = ["parallelism.pipeline_parallel_degree=2", "validation.local_batch_size=-1"]
@@ -10,7 +15,9 @@ FLOAT8 = ["model.converters=quantize.linear.float8"]
 
 
 def check(settings: list[str], small_run: list[str], ranks: int) -> None:
-    config = load_run_config([f"--job.config_file={CONFIG_FILE}", *small_run, *(f"--{s}" for s in settings)])
+    # Words without a dot are further values of the setting before them.
+    overrides = [f"--{setting}" if "." in setting else setting for setting in settings]
+    config = load_run_config([f"--job.config_file={CONFIG_FILE}", *small_run, *overrides])
     check_run(config, world_size=ranks, verify_data=False)
 
 
@@ -37,6 +44,21 @@ def check(settings: list[str], small_run: list[str], ranks: int) -> None:
         ([*PP2, "training.local_batch_size=1"], 2, ["local_batch_size = 1", "microbatch_size = 1", "at least 2"]),
         ([*PP2, "training.local_batch_size=4", "parallelism.pipeline_parallel_microbatch_size=3"], 2,
          ["local_batch_size = 4", "pipeline_parallel_microbatch_size = 3"]),
+        ([*PP2, "training.local_batch_size=4", "parallelism.pipeline_parallel_schedule=zbvzerobubble"], 2,
+         ["pipeline_parallel_schedule = 'zbvzerobubble'", "must be one of", "ZBVZeroBubble"]),
+        ([*PP2, "training.local_batch_size=4", "parallelism.pipeline_parallel_expert_parallel_overlap"], 2,
+         ["pipeline_parallel_expert_parallel_overlap = true"]),
+        ([*PP2, "training.local_batch_size=5", "training.global_batch_size=5",
+          "parallelism.pipeline_parallel_schedule=Interleaved1F1B"], 2,
+         ["local_batch_size = 5", "multiple of 2, the rounds over 2 ranks"]),
+        ([*PP2, "training.local_batch_size=4", "compile.enable",
+          "parallelism.pipeline_parallel_schedule=InterleavedZeroBubble"], 2,
+         ["compile.enable = true", "pipeline_parallel_schedule = 'InterleavedZeroBubble'"]),
+        (["compile.enable", "compile.components", "model", "loss"], 1, ["compile.components", "only ['model']"]),
+        (["model.name=blt_entropy", "local_blocks.activation_checkpoint=full"], 1,
+         ["local_blocks.activation_checkpoint = 'full'", "model.name = 'blt_entropy'"]),
+        ([*FLOAT8, "quantize.linear.float8.emulate", "quantize.linear.float8.enable_fsdp_float8_all_gather"], 1,
+         ["enable_fsdp_float8_all_gather = true", "nothing to gather"]),
         ([*PP2, "training.local_batch_size=4", "parallelism.pipeline_parallel_layers_per_stage=1"], 2,
          ["pipeline_parallel_layers_per_stage = 1", "makes 3 stages"]),
         ([*PP2, "training.local_batch_size=4", "parallelism.pipeline_parallel_first_stage_less_layers=2"], 2,
@@ -49,8 +71,11 @@ def check(settings: list[str], small_run: list[str], ranks: int) -> None:
         ([*FLOAT8], 1, ["quantize.linear.float8.emulate = false", "8.9"]),
         ([*FLOAT8, "quantize.linear.float8.emulate", "compile.enable"], 1, ["emulate = true", "compile.enable"]),
         ([*FLOAT8, "quantize.linear.float8.emulate", "quantize.linear.float8.filter_fqns=wq"], 1, ["filter_fqns"]),
-        (["compile.enable", "parallelism.tensor_parallel_degree=2"], 2,
-         ["compile.enable = true", "tensor_parallel_degree = 2"]),
+        pytest.param(
+            ["compile.enable", "parallelism.tensor_parallel_degree=2"], 2,
+            ["compile.enable = true", "tensor_parallel_degree = 2"],
+            marks=pytest.mark.skipif(torch.__version__ < "2.13", reason="torch before 2.13 compiles it"),
+        ),
     ],
     ids=lambda value: "-".join(value)[-60:] if isinstance(value, list) else str(value),
 )  # fmt: skip
@@ -61,6 +86,23 @@ def test_refusals_name_the_settings(settings, ranks, named, small_run):
         assert words in str(refused.value)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_what_is_not_refused(ranks, small_run):
-    check([f"parallelism.data_parallel_shard_degree={ranks}"], small_run, ranks)
+@pytest.mark.parametrize("also", [[], [*FLOAT8, "quantize.linear.float8.emulate"]], ids=["plain", "float8"])
+def test_what_is_not_refused(also, small_run):
+    """No layout of the table, alone or with float8."""
+    for layout in [*LAYOUTS, *SHORT_LAYOUTS]:
+        settings = [override.removeprefix("--") for override in layout.overrides]
+        config = load_run_config(
+            [f"--{s}" for s in ["data.streams=8", "training.global_batch_size=8", *settings, *also]]
+        )
+        assert not unsupported_settings(config, BLT_FLAVORS["debug"], layout.dp_shard), layout.name
+
+
+def test_the_halo_reaches_far_enough_for_the_shorter_rows(small_run):
+    """A slice of a shorter validation row has fewer segments, so a window reaches over more of them."""
+    row = ["training.seq_len=2048", "data.segment_bytes=64", "data.segment_patches=40", "patching.max_patch_bytes=32"]
+    settings = [*row, "parallelism.context_parallel_degree=4"]
+    long = load_run_config([f"--{s}" for s in settings])
+    both = load_run_config([f"--{s}" for s in [*settings, "validation.enable", "validation.seq_len=256"]])
+    # A slice has 8 segments of at least 33 bytes, and then one.
+    assert run_halo_slices(long, window_bytes=64) == 1
+    assert run_halo_slices(both, window_bytes=64) == 2
