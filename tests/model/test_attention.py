@@ -265,3 +265,28 @@ def test_flex_on_cuda_equals_sdpa_on_cpu(S, window):
     cpu, cuda = attention_on("cpu"), attention_on("cuda")
     for i, (expected, got) in enumerate(zip(cpu, cuda, strict=True)):
         torch.testing.assert_close(got.cpu(), expected, atol=GPU_GRADIENT_ATOL if i else GPU_ATOL, rtol=GPU_ATOL)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("kind", ["window", "causal"])
+def test_flex_on_cuda_equals_sdpa_on_cpu_for_a_slice(kind):
+    """More keys than queries: the W - 1 before a slice, or the patches of the whole row."""
+    begin, size, window = 230, 300, 130
+
+    def attention_on(device):
+        if kind == "window":
+            doc_BS = documents(begin + size).to(device)
+            before_doc_BW = doc_BS[:, begin - (window - 1) : begin]
+            mask = window_mask(doc_BS[:, begin:], window=window, before_doc_BW=before_doc_BW)
+            n_queries, n_keys = size, window - 1 + size
+        else:
+            mask = causal_mask(rows_of_slices(200, 4).to(device), queries=range(400, 600))
+            n_queries, n_keys = 200, 800
+        q, _, _ = leaves(3, n_queries, K=32, device=device)
+        _, k, v = leaves(3, n_keys, K=32, device=device)
+        return outputs_and_gradients(lambda *qkv: attend(*qkv, mask), (q, k, v))
+
+    cpu, cuda = attention_on("cpu"), attention_on("cuda")
+    for i, (expected, got) in enumerate(zip(cpu, cuda, strict=True)):
+        torch.testing.assert_close(got.cpu(), expected, atol=GPU_GRADIENT_ATOL if i else GPU_ATOL, rtol=GPU_ATOL)
