@@ -103,7 +103,7 @@ LAYOUTS = [
     Layout(dp_shard=2, pp=2, schedule="InterleavedZeroBubble"),
     Layout(cp=2, tp=2, quick=True),
     Layout(cp=2, pp=2, schedule="Interleaved1F1B"),
-    Layout(tp=2, pp=2, quick=True),
+    Layout(tp=2, pp=2),
     # Triples.
     Layout(dp_shard=2, tp=2, pp=2),
     Layout(dp_shard=2, cp=2, pp=2, schedule="InterleavedZeroBubble"),
@@ -120,7 +120,6 @@ SHORT_LAYOUTS = [
     Layout(cp=4, short=True, quick=True),
     Layout(tp=4, short=True),
     Layout(cp=2, tp=2, short=True),
-    Layout(cp=8, short=True),
     Layout(cp=4, tp=2, short=True),
 ]
 

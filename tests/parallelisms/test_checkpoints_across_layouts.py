@@ -19,13 +19,12 @@ LATER_LOSS_ATOL = 1e-4
 
 # A -> B -> A, four ranks each, by tensor and pipeline changes.
 PAIRS = {
-    "dp4_to_tp2pp2": (Layout(dp_shard=4), Layout(tp=2, pp=2)),
+    "fsdp_tables_to_tp2pp2": (Layout(dp_shard=4, hash_sharding="fsdp"), Layout(tp=2, pp=2)),
     "cp2tp2_to_dp2pp2": (Layout(cp=2, tp=2), Layout(dp_shard=2, pp=2)),
     "pp4_to_hsdp": (Layout(pp=4), Layout(dp_replicate=2, dp_shard=2)),
     "tp4_to_cp4": (Layout(tp=4), Layout(cp=4)),
     "interleaved_to_cp2tp2": (Layout(dp_shard=2, pp=2, schedule="Interleaved1F1B"), Layout(cp=2, tp=2)),
     "zero_bubble_to_dp2tp2": (Layout(cp=2, pp=2, schedule="InterleavedZeroBubble"), Layout(dp_shard=2, tp=2)),
-    "fsdp_tables_to_columns": (Layout(dp_shard=4, hash_sharding="fsdp"), Layout(dp_shard=2, tp=2)),
 }
 QUICK = ("cp2tp2_to_dp2pp2",)
 ASYNC = ("pp4_to_hsdp", "cp2tp2_to_dp2pp2")
@@ -108,7 +107,7 @@ def test_to_another_layout_and_back(small_run, undisturbed, tmp_path):
 
 @pytest.mark.full
 @pytest.mark.timeout(2000)
-def test_six_more_pairs(small_run, undisturbed, tmp_path):
+def test_the_other_pairs(small_run, undisturbed, tmp_path):
     check_pairs([pair for pair in PAIRS if pair not in QUICK], tmp_path, small_run, undisturbed)
 
 
