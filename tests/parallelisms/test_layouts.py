@@ -42,7 +42,7 @@ OVERRIDES = [
 
 
 def train_layout(out: str, overrides: list[str]) -> dict[str, Any]:
-    """Train 20 steps. Gradients: whole, of the first step, clipped; `sgd`: this rank's parameters after a step of SGD."""
+    """Train 20 steps. Gradients are the first step's, whole and clipped; `sgd` is a step of SGD, this rank's part."""
     trainer = make_trainer(out, *overrides)
     parameters = {plain_name(n): p for part in trainer.model_parts for n, p in part.named_parameters()}
     seen: dict[str, Any] = {"losses": [], "norms": [], "held_out": []}
