@@ -20,10 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import blt_titan.titan_device  # noqa: F401
 
@@ -32,13 +30,11 @@ from torchtitan.distributed import ParallelDims
 
 from benchmarks.loader_throughput import machine
 from blt_titan.batch import IGNORE_LABEL, ContextSlice
-from blt_titan.byte_vocab import document_ids
 from blt_titan.data.collate import collate_rows
-from blt_titan.data.packing import PatchedIds, Row, RowShape, pack_row
+from blt_titan.data.packing import RowShape
 from blt_titan.loss import ByteCrossEntropy
 from blt_titan.model.blt import BLT
 from blt_titan.model.sizes import BLT_FLAVORS
-from blt_titan.patching import rule_patch_starts
 from parallelisms.clipping import clip_grad_norm
 from parallelisms.collectives import gather_along_dim_1
 from parallelisms.context import apply_context_parallel
@@ -47,49 +43,12 @@ from parallelisms.hash_tables import columns_here, shard_columns
 from parallelisms.meshes import Meshes, build_meshes
 from parallelisms.tensor import apply_tensor_parallel
 from parallelisms.weights import write_shard
+from tests.distributed import run_distributed
+from tests.sent_bytes import SentBytes
+from tests.word_rows import word_rows
 
 SHAPE = RowShape(segments=8, segment_bytes=1024, segment_patches=320)
 WINDOW_REACH = 1  # slices hold more bytes than the window
-
-
-class SentBytes(TorchDispatchMode):
-    """Counts what this rank sends in collectives, by the size of each group."""
-
-    def __init__(self):
-        super().__init__()
-        self.sent = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name, kwargs = func._overloadpacket.__name__, kwargs or {}
-        result = func(*args, **kwargs)
-        if name in ("all_gather_into_tensor", "_allgather_base_"):
-            small, large = (args[0], result) if name == "all_gather_into_tensor" else (args[1], args[0])
-            self.sent += large.nbytes - small.nbytes
-        elif name in ("reduce_scatter_tensor", "_reduce_scatter_base_"):
-            small, large = (result, args[0]) if name == "reduce_scatter_tensor" else (args[0], args[1])
-            self.sent += large.nbytes - small.nbytes
-        elif name == "all_to_all_single":
-            # Input splits, without what stays here.
-            splits = args[2]
-            own = splits[dist.get_rank() % len(splits)] if splits else 0
-            rows = args[0].shape[0] or 1
-            self.sent += args[0].nbytes * (rows - own) // rows
-        elif name in ("all_reduce", "allreduce_"):
-            tensors = args[0] if isinstance(args[0], list) else [args[0]]
-            self.sent += sum(tensor.nbytes for tensor in tensors)
-        return result
-
-
-def make_rows(count: int) -> list[Row]:
-    """Return rows of random words cut at spaces."""
-    rng = np.random.default_rng(0)
-    rows = []
-    for _ in range(count):
-        words = [bytes(rng.integers(97, 123, size=n)) for n in rng.integers(1, 9, size=SHAPE.n_bytes // 3)]
-        ids = document_ids(b" ".join(words))
-        starts = np.flatnonzero(rule_patch_starts(ids, rule="space", max_patch_bytes=64))
-        rows.append(pack_row(PatchedIds(ids, np.append(starts, len(ids))), SHAPE))
-    return rows
 
 
 def build(plan: str, meshes: Meshes, flavor: str) -> tuple[Any, ContextSlice]:
@@ -149,7 +108,7 @@ def run(cp: int, tp: int, flavor: str, repetitions: int) -> dict[str, dict[str, 
     """Measure both plans on this rank."""
     dims = ParallelDims(dp_replicate=1, dp_shard=1, cp=cp, tp=tp, pp=1, ep=1, etp=1, world_size=cp * tp)
     meshes = build_meshes(dims)
-    rows = make_rows(1)
+    rows = word_rows(1, SHAPE)
     plans = {plan: build(plan, meshes, flavor) for plan in ("context", "repeated")}
     seconds: dict[str, list[float]] = {plan: [] for plan in plans}
     sent: dict[str, int] = {}
@@ -168,7 +127,7 @@ def run(cp: int, tp: int, flavor: str, repetitions: int) -> dict[str, dict[str, 
             if repetition == 0:
                 with counter:
                     loss_fn(model(inputs.pop("input"), **inputs), labels).backward()
-                sent[plan] = counter.sent
+                sent[plan] = counter.total
                 norms[plan] = clip_grad_norm(model.parameters(), 1e9, pp_mesh=None).item()
                 continue
             loss_fn(model(inputs.pop("input"), **inputs), labels).backward()
@@ -188,12 +147,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repetitions", type=int, default=5, help="measured steps of each plan (default %(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the figures as JSON")
     args = parser.parse_args(arguments)
-    if "RANK" not in os.environ:
-        from tests.distributed import run_distributed
-
-        by_rank = run_distributed(run, args.cp * args.tp, args.cp, args.tp, args.flavor, args.repetitions)
-    else:
+    if "RANK" in os.environ:
         raise SystemExit("start it without torchrun: it starts its own ranks")
+    by_rank = run_distributed(run, args.cp * args.tp, args.cp, args.tp, args.flavor, args.repetitions)
     plans = {}
     for plan in ("context", "repeated"):
         plans[plan] = {

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -15,7 +16,8 @@ class SavedBytes:
     """Sizes of the storages that were saved for backward, each counted once, parameters left out."""
 
     def __init__(self, model: nn.Module):
-        self._parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+        self._parameters = {tensor.untyped_storage().data_ptr() for tensor in local}
         self._storages: dict[int, int] = {}
         self._alive: list[torch.Tensor] = []  # so that no address is used twice
 

@@ -11,8 +11,13 @@ it has handed out, so what workers made ahead is neither lost nor repeated. The 
 gathered over ranks at a save; it fits any number of ranks and workers.
 """
 
+import ctypes
 import itertools
 import json
+import multiprocessing
+import os
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +40,8 @@ Block = list[tuple[Row, np.ndarray]]
 
 _NO_SNAPSHOTS = 1 << 62
 """torchdata's own state is not used: it refuses another number of workers."""
+_PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl(2)."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +197,7 @@ class RowLoader:
                 num_workers=self.num_workers,
                 prefetch_factor=self._prefetch_factor if self.num_workers else None,
                 snapshot_every_n_steps=_NO_SNAPSHOTS,
+                worker_init_fn=_die_with_the_trainer,
             )
         )
         # Workers answer in turn, each with every W-th row. An error is a value to them and is raised here, after which
@@ -279,3 +287,16 @@ class HeldOutRows:
 
 def _unchanged(block: Any) -> Any:
     return block
+
+
+def _die_with_the_trainer(_worker: int) -> None:
+    """Have the kernel kill this worker when its trainer dies, even of SIGKILL.
+
+    torch's own watch only ends the worker's loop: a row that fills the pipe would then be waited for, for ever, because
+    every worker holds the reading end too.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        trainer = multiprocessing.parent_process()
+        if trainer is not None and not trainer.is_alive():
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -1,6 +1,7 @@
 import itertools
 import multiprocessing
 import shutil
+import time
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -289,6 +290,43 @@ def test_a_damaged_record_batch_is_named(data, tmp_path, num_workers):
         list(itertools.islice(batches, 200))
     assert str(error.value).startswith(f"{info.shard_path}: record batch {info.batch_in_shard}: the bytes have crc32")
     assert not multiprocessing.active_children(), "workers that are left to the garbage collector take 5 s each to end"
+
+
+def serve_one_long_row(directory: Path, workers: "multiprocessing.Queue[list[int]]") -> None:
+    shape = RowShape(64, 4096, 4096)  # more than a pipe holds, so that its writer waits for its reader
+    shards = ShardSet(directory, "train")
+    loader = RowLoader(
+        RowSource(shards, mark_starts, shape), StreamOrder(len(shards), 2, 0), rows_per_batch=1, num_workers=2
+    )
+    batches = iter(loader)
+    next(batches)
+    workers.put([child.pid for child in multiprocessing.active_children() if child.pid])
+    time.sleep(3600)
+
+
+def test_workers_die_with_a_trainer_that_is_killed(tmp_path):
+    write(tmp_path / "data", [b"some words " * 100] * 300)
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    trainer = context.Process(target=serve_one_long_row, args=(tmp_path / "data", queue))
+    trainer.start()
+    workers = queue.get(timeout=60)
+    assert len(workers) == 2
+    assert all(is_running(worker) for worker in workers)
+    trainer.kill()
+    trainer.join()
+    deadline = time.monotonic() + 20
+    while any(is_running(worker) for worker in workers):
+        assert time.monotonic() < deadline, "workers outlive their trainer"
+        time.sleep(0.1)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"  # dead, and not yet collected by whoever inherited it
 
 
 def held_out(directory: Path, *, rows_per_batch=ROWS_PER_BATCH, **changes) -> HeldOutRows:

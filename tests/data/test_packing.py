@@ -202,11 +202,13 @@ def test_a_long_first_patch_becomes_one_and_the_rest():
 
 
 def test_a_row_does_not_write_to_its_source():
-    ids = document_ids(b"some words of text")
-    source = PatchedIds(ids, np.append(np.flatnonzero(spaces(ids)), len(ids)))
-    for array in source:
-        array.setflags(write=False)
-    pack_row(source, RowShape(1, 8, 8))
+    source = from_lengths(np.arange(10, 16, dtype=np.int16), [4, 2])
+    before = PatchedIds(*(array.copy() for array in source))
+    row = pack_row(source, RowShape(1, 8, 8))
+    # What is split or appended for the row is a copy, whatever of the source it shares otherwise.
+    assert row.cuts[1] == 1 != source.cuts[1]
+    for array, was in zip(source, before, strict=True):
+        np.testing.assert_array_equal(array, was)
 
 
 @pytest.mark.parametrize(

@@ -174,8 +174,12 @@ def test_a_flipped_byte_names_file_and_record_batch(tmp_path, share):
 
 def test_sound_data_verifies(three_shards):
     shard_set = ShardSet(three_shards, "train")
-    shard_set.verify_structure()
-    shard_set.verify_checksums()
+    assert shard_set.verify_structure() is None
+    assert shard_set.verify_checksums() is None
+    # What was verified is every file that the manifest names.
+    (three_shards / "train-00002.arrow").unlink()
+    with pytest.raises(DataError, match=r"train-00002\.arrow"):
+        shard_set.verify_structure()
 
 
 def test_a_truncated_shard_is_refused_at_construction(three_shards):

@@ -322,6 +322,8 @@ def test_cuda_forward_and_backward_never_wait_for_the_device():
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        training_loss(model, ids, labels, layout).backward()
+        loss = training_loss(model, ids, labels, layout)
+        loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode(mode)
+    assert loss.isfinite()

@@ -116,7 +116,8 @@ def test_every_blt_flavor_builds(flavor):
 def test_every_entropy_flavor_builds(flavor):
     args = ENTROPY_FLAVORS[flavor]
     args.validate()
-    on_meta(EntropyModel, args)
+    model = on_meta(EntropyModel, args)
+    assert args.get_nparams_and_flops(model, 8192)[0] == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,10 @@ class Layout:
 
     @property
     def local_rows(self) -> int:
-        """Rows of a step's half on each data-parallel rank: gradients accumulate over two, where there are two."""
-        return max(GLOBAL_ROWS // (self.dp_replicate * self.dp_shard) // 2, 1)
+        """Rows of half a step on each data-parallel rank: gradients accumulate over two."""
+        rows = GLOBAL_ROWS // (self.dp_replicate * self.dp_shard)
+        assert rows % 2 == 0, f"{self.name}: an odd number of rows on a rank"
+        return rows // 2
 
     @property
     def overrides(self) -> list[str]:
@@ -87,7 +89,6 @@ LAYOUTS = [
     Layout(cp=4),
     Layout(tp=4),
     Layout(pp=4),
-    Layout(dp_shard=8),
     # Pipeline schedules.
     Layout(pp=2, schedule="GPipe"),
     Layout(pp=2, schedule="GPipe", micro_rows=2),
@@ -102,6 +103,7 @@ LAYOUTS = [
     Layout(dp_shard=2, tp=2),
     Layout(dp_shard=2, pp=2, schedule="InterleavedZeroBubble"),
     Layout(cp=2, tp=2, quick=True),
+    Layout(dp_shard=4, tp=2),
     Layout(cp=2, pp=2, schedule="Interleaved1F1B"),
     Layout(tp=2, pp=2),
     # Triples.

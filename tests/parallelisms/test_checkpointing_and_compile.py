@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from small_rows import debug_batch
 
 import blt_titan.titan_device  # noqa: F401
 
 # isort: split
 from torchtitan.config import ActivationCheckpoint
 
+from blt_titan.data.collate import collate_rows
+from blt_titan.data.packing import RowShape
 from blt_titan.loss import ByteCrossEntropy
 from blt_titan.model.blt import BLT
 from blt_titan.model.sizes import BLT_FLAVORS
@@ -18,6 +19,7 @@ from parallelisms.activation_checkpointing import checkpoint_global_blocks, chec
 from tests.distributed import run_distributed
 from tests.integration.runs import losses, make_trainer, plain_name, train
 from tests.saved_memory import LiveBytes
+from tests.word_rows import word_rows
 
 pytestmark = pytest.mark.slow
 
@@ -33,6 +35,7 @@ CHECKPOINTING = {
     "local": [LOCAL],
     "full_and_local": ["--activation_checkpoint.mode=full", LOCAL],
 }
+SHAPE = RowShape(segments=2, segment_bytes=512, segment_patches=160)
 COMPILED = ["--compile.enable", "--compile.components=model"]
 LAYOUTS = {
     1: {"one": []},
@@ -77,7 +80,7 @@ def saved_with(mode: str, option: str, local: bool) -> int:
         checkpoint_global_blocks(model, settings, compiled=False, dump_folder="")
     if local:
         checkpoint_local_blocks(model)
-    inputs, labels = debug_batch(rows=2, seq_len=1024)
+    inputs, labels = collate_rows(word_rows(2, SHAPE), SHAPE)
     with LiveBytes() as live:
         loss = ByteCrossEntropy()(model(inputs.pop("input"), **inputs), labels)
     assert loss.requires_grad

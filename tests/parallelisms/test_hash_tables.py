@@ -5,13 +5,13 @@ import torch
 import torch.nn as nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from blt_titan.model import initialization
 from blt_titan.model.hash_embedding import HashEmbedding
 from parallelisms.hash_tables import columns_here, shard_columns
 from parallelisms.weights import write_shard
 from tests.distributed import run_distributed
+from tests.sent_bytes import SentBytes
 
 pytestmark = pytest.mark.slow
 
@@ -20,35 +20,6 @@ DIM = 1024
 NGRAMS = (3, 4, 5, 6, 7, 8)
 REAL_ROWS = 500_002
 RANKS = 2
-
-
-class SentBytes(TorchDispatchMode):
-    """Counts the bytes that a rank sends in each kind of collective."""
-
-    def __init__(self, ranks: int):
-        super().__init__()
-        self.ranks = ranks
-        self.sent: dict[str, int] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._overloadpacket.__name__
-        others = self.ranks - 1
-        if name in ("all_gather_into_tensor", "_allgather_base_"):
-            # The functional one takes what is sent; the other what is filled, and then what is sent.
-            self._add("all_gather", args[0 if name == "all_gather_into_tensor" else 1].nbytes * others)
-        elif name == "_reduce_scatter_base_":
-            self._add("reduce_scatter", args[1].nbytes * others // self.ranks)
-        elif name == "reduce_scatter_tensor":
-            self._add("reduce_scatter", args[0].nbytes * others // self.ranks)
-        elif name == "all_to_all_single":
-            self._add("all_to_all", args[0].nbytes * others // self.ranks)
-        else:
-            sends_nothing = ("wait_tensor", "_wrap_tensor_autograd")
-            assert "c10d" not in func.namespace or name in sends_nothing, f"not counted: {func}"
-        return func(*args, **(kwargs or {}))
-
-    def _add(self, kind: str, n_bytes: int) -> None:
-        self.sent[kind] = self.sent.get(kind, 0) + n_bytes
 
 
 def traffic(sharding: str, n_rows: int) -> dict[str, int]:
@@ -67,13 +38,13 @@ def traffic(sharding: str, n_rows: int) -> dict[str, int]:
     S = ROW_BYTES // RANKS
     ids = torch.randint(4, 260, (1, S), dtype=torch.int32)
     before = torch.zeros(1, 7, dtype=torch.int32)
-    with SentBytes(RANKS) as counter:
+    with SentBytes() as counter:
         out = module(ids, torch.zeros_like(ids), before, before)
         assert out.dtype == torch.bfloat16
         assert out.shape == (1, S, DIM)
         out.sum().backward()
     assert module.weight.grad is not None
-    return counter.sent
+    return counter.by_kind
 
 
 def all_traffic() -> dict[tuple[str, int], dict[str, int]]:
