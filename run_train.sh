@@ -28,7 +28,7 @@ if [[ -z "${PYTHON:-}" ]]; then
     [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python
 fi
 
-if [[ "$CONFIG_FILE" == train_configs/debug.toml && ! -e data/stdlib/manifest.json ]]; then
+if [[ "$CONFIG_FILE" == train_configs/*debug.toml && ! -e data/stdlib/manifest.json ]]; then
     "$PYTHON" -m scripts.prepare_data --source python-stdlib --out data/stdlib \
         --validation-fraction 0.05 --seed 0 --max-bytes 4MB --record-batch-bytes 16KiB
 fi

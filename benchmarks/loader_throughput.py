@@ -1,11 +1,13 @@
 """Measure how fast rows come out of the loader: real bytes per second, in the process and through a worker.
 
     python -m benchmarks.loader_throughput --out benchmarks/results/loader_throughput.json
+    python -m benchmarks.loader_throughput --scored --out benchmarks/results/loader_throughput_scored.json
 
 It writes synthetic documents (random words, exponential lengths of mean 5 KB) as shards into a temporary directory and
-reads rows of 16,384 byte slots, cut at spaces. A figure is the median over repetitions, which alternate between the two
-ways because the machine may be shared. Starting the worker and opening the streams are not measured. A CPU-second is
-one of this process or of its worker, so the second figure of `num_workers_1` holds the transfer on both its ends.
+reads rows of 16,384 byte slots, cut at spaces, or by entropies from a sidecar of made-up values. A figure is the median
+over repetitions, which alternate between the two ways because the machine may be shared. Starting the worker and
+opening the streams are not measured. A CPU-second is one of this process or of its worker, so the second figure of
+`num_workers_1` holds the transfer on both its ends.
 """
 
 import argparse
@@ -27,13 +29,22 @@ import torch
 from tqdm import tqdm
 
 from blt_titan.batch import PADDING
+from blt_titan.data.calibration import calibrate, read_sample
 from blt_titan.data.collate import Batch
+from blt_titan.data.entropies import (
+    EntropySidecar,
+    SidecarSettings,
+    SidecarWriter,
+    begin_sidecar,
+    complete_sidecar,
+    sidecar_directory,
+)
 from blt_titan.data.loader import RowLoader, RowSource
 from blt_titan.data.order import StreamOrder
 from blt_titan.data.packing import RowShape
 from blt_titan.data.prepare import prepare
 from blt_titan.data.shards import ShardSet
-from blt_titan.patching import rule_patch_starts
+from blt_titan.patching import entropy_patch_starts, rule_patch_starts
 
 MEAN_DOCUMENT_BYTES = 5000
 VOCABULARY_WORDS = 20_000
@@ -61,6 +72,36 @@ def write_documents(directory: Path, total_bytes: int, seed: int) -> Path:
             left_bytes -= size
     prepare([source], directory / "shards", validation_fraction=0, seed=seed, progress=False)
     return directory / "shards"
+
+
+def write_entropies(directory: Path, seed: int) -> None:
+    """Write a sidecar of random entropies."""
+    settings = SidecarSettings("float16", {}, "made up", "float32")
+    begin_sidecar(directory, "default", settings)
+    shards, rng = ShardSet(directory, "train"), np.random.default_rng(seed)
+    writers = {e.file: SidecarWriter(sidecar_directory(directory, "default"), e, "float16") for e in shards.entries}
+    for batch in shards:
+        entropies = rng.gamma(1.2, 0.8, len(batch.text)).astype(np.float32)
+        writers[batch.shard_path.name].add(batch.batch_in_shard, entropies, batch.crc32)
+    for writer in writers.values():
+        writer.finish()
+    complete_sidecar(directory, "default", settings)
+
+
+def source_of(directory: Path, *, scored: bool) -> RowSource:
+    """Return what makes the rows: patches of about 4.5 bytes."""
+    shards = ShardSet(directory, "train")
+    if not scored:
+        return RowSource(shards, partial(rule_patch_starts, rule="space", max_patch_bytes=MAX_PATCH_BYTES), SHAPE)
+    sidecar = EntropySidecar(directory, "default", shards)
+    found = calibrate(read_sample(shards, sidecar, sample_bytes=2_000_000), 4.5, max_patch_bytes=MAX_PATCH_BYTES)
+
+    def mark(entropies_nats: np.ndarray, begins: np.ndarray) -> np.ndarray:
+        return entropy_patch_starts(
+            entropies_nats, threshold=found.threshold, begins=begins, max_patch_bytes=MAX_PATCH_BYTES
+        )
+
+    return RowSource(shards, mark, SHAPE, sidecar)
 
 
 class Rates(NamedTuple):
@@ -120,6 +161,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=3, help="length of one measurement (default %(default)s)")
     parser.add_argument("--repetitions", type=int, default=5, help="measurements of each way (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the documents and their order (default %(default)s)")
+    parser.add_argument("--scored", action="store_true", help="cut by entropies from a sidecar instead of at spaces")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the figures as JSON")
     return parser.parse_args(arguments)
 
@@ -127,13 +169,15 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
     torch.set_num_threads(1)  # a figure per core; the training process has other work for the rest
-    mark_starts = partial(rule_patch_starts, rule="space", max_patch_bytes=MAX_PATCH_BYTES)
     rates: dict[int, list[Rates]] = {0: [], 1: []}
     kept: list[Batch] = []
     load_before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as directory:
-        shards = ShardSet(write_documents(Path(directory), int(args.megabytes * 1e6), args.seed), "train")
-        source = RowSource(shards, mark_starts, SHAPE)
+        written = write_documents(Path(directory), int(args.megabytes * 1e6), args.seed)
+        if args.scored:
+            write_entropies(written, args.seed)
+        source = source_of(written, scored=args.scored)
+        shards = source.shards
         order = StreamOrder(len(shards), STREAMS, args.seed)
         for num_workers in tqdm([0, 1] * args.repetitions, desc="measuring"):
             loader = RowLoader(source, order, rows_per_batch=ROWS_PER_BATCH, num_workers=num_workers)
@@ -151,7 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
         "machine": machine() | {"load_average_before": round(load_before, 2)},
         "data": data,
         "row": {"segments": SHAPE.segments, "bytes": SHAPE.n_bytes, "patches": SHAPE.n_patches},
-        "rule": {"rule": "space", "max_patch_bytes": MAX_PATCH_BYTES},
+        "rule": {"rule": "global" if args.scored else "space", "max_patch_bytes": MAX_PATCH_BYTES},
         "rows_per_batch": ROWS_PER_BATCH,
         "median": {way: {k: round(statistics.median(v)) for k, v in by.items()} for way, by in by_way.items()},
         "all": {way: {k: [round(x) for x in v] for k, v in by.items()} for way, by in by_way.items()},

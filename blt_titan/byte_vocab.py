@@ -15,6 +15,7 @@ EOS_ID = 2
 RESERVED_ID = 3  # the released models reserve it for a BPE delimiter
 BYTE_OFFSET = 4
 VOCAB_SIZE = BYTE_OFFSET + 256
+NEWLINE_ID = BYTE_OFFSET + ord("\n")
 
 
 def bytes_to_ids(text: bytes) -> np.ndarray:

@@ -23,8 +23,18 @@ class Data:
     """Byte slots of one segment of a row; must divide training.seq_len and hold patching.max_patch_bytes."""
     segment_patches: int = 512
     """Patch slots of one segment of a row."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """
+    Several directories of byte shards and their weights, shares of bytes, instead of training.dataset_path.
+    Held-out data is their `validation` splits, one after the other.
+    """
     seed: int = 0
     """Another seed, another order of the data."""
+    on_damage: Literal["stop", "quarantine"] = "stop"
+    """
+    What a record batch does that fails its checksum, or whose entropies do: 'stop' ends the run and names it,
+    'quarantine' passes over it, names it in the log, and counts it in metrics and checkpoint. Validation always stops.
+    """
     verify_bytes_at_start: int = 256 * 1024 * 1024
     """
     Data up to this size is checked byte by byte before training; of larger data only the structure, and each record
@@ -36,10 +46,27 @@ class Data:
 class Patching:
     """Where patches begin."""
 
-    rule: Literal["space", "static", "byte"] = "space"
-    """'space': at spaces and punctuation; 'static': every `stride` bytes; 'byte': everywhere."""
+    rule: Literal["space", "static", "byte", "global", "monotonic", "add"] = "space"
+    """
+    'space': at spaces and punctuation; 'static': every `stride` bytes; 'byte': everywhere. By the entropy of the next
+    byte, 'global': where it is above `threshold`; 'monotonic': where it rises by more; 'add': where it is above
+    `threshold` and rises by more than `threshold_add`.
+    """
     stride: int | None = None
     """Bytes of a patch under rule = 'static'."""
+    threshold: float | None = None
+    """Nats, of the rules by entropy; scripts.calibrate_threshold chooses it."""
+    threshold_add: float | None = None
+    """Nats, of rule = 'add'."""
+    source: Literal["sidecar", "online"] = "sidecar"
+    """
+    Where entropies come from. 'sidecar': from files that scripts.score_entropies made; 'online': from the model
+    of `entropy_checkpoint`, which scores the text on the training device just before it is packed.
+    """
+    sidecar: str = "default"
+    """Name of the sidecar, in <training.dataset_path>/entropies."""
+    entropy_checkpoint: str | None = None
+    """The entropy model of source = 'online': a checkpoint, or the folder of a run."""
     max_patch_bytes: int = 512
     """Longer patches are split; at most data.segment_bytes."""
 
@@ -91,6 +118,14 @@ class HashEmbedding:
 
 
 @dataclass
+class EntropyModel:
+    """The byte-level model `blt_entropy`."""
+
+    reset_at_newline: bool = False
+    """A byte sees nothing from before its line. Kept in the checkpoint; scoring and generation follow."""
+
+
+@dataclass
 class LocalBlocks:
     """The local encoder and decoder; `[activation_checkpoint]` is about the global transformer alone."""
 
@@ -126,6 +161,7 @@ class JobConfig:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     validation: Validation = field(default_factory=Validation)
     hash_embedding: HashEmbedding = field(default_factory=HashEmbedding)
+    entropy_model: EntropyModel = field(default_factory=EntropyModel)
     local_blocks: LocalBlocks = field(default_factory=LocalBlocks)
     parallelism: Parallelism = field(default_factory=Parallelism)
     compile: Compile = field(default_factory=Compile)

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,17 @@ from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
 from blt_titan.data.collate import Batch
+from blt_titan.data.mixture import dataset_names
 from blt_titan.loss import count_targets
 
-COUNTS = ("byte_targets", "eos_targets", "bytes", "byte_slots", "patches", "patch_slots")
-"""What is counted of each batch, in this order. `bytes` are all real positions, BOS and EOS too."""
+COUNTS = ("byte_targets", "eos_targets", "bytes", "byte_slots", "patches", "patch_slots", "quarantined")
+"""What is counted of each batch, in this order. `bytes` are all real positions, BOS and EOS too; `quarantined` are the
+record batches that were passed over on the way to it."""
 
 _KNOWN_DEVICES = ("A100", "H100", "H200", "H20", "B200", "MI250", "MI300X", "MI325X", "MI355X")
 
 
-def count_batch(batch: Batch, n_slices: int = 1) -> torch.Tensor:
+def count_batch(batch: Batch, n_slices: int = 1, quarantined: int = 0) -> torch.Tensor:
     """Count a batch of one slice of each row on the host, before it moves to a device: int64 [len(COUNTS)]."""
     inputs, labels_BS = batch
     n_targets, n_eos = count_targets(labels_BS)
@@ -40,7 +43,10 @@ def count_batch(batch: Batch, n_slices: int = 1) -> torch.Tensor:
     n_patches = (inputs["byte_patch_BS"].amax(1) + 1).sum()
     byte_slots, patch_slots = inputs["byte_doc_BS"].numel(), inputs["patch_doc_BP"].numel() // n_slices
     return torch.stack(
-        [n_targets - n_eos, n_eos, n_bytes, torch.tensor(byte_slots), n_patches, torch.tensor(patch_slots)]
+        [
+            *(n_targets - n_eos, n_eos, n_bytes, torch.tensor(byte_slots), n_patches),
+            *(torch.tensor(patch_slots), torch.tensor(quarantined)),
+        ]
     )
 
 
@@ -89,6 +95,11 @@ class BLTMetrics(MetricsProcessor):
         is_writer = torch.distributed.get_rank() == 0
         self.json_lines = JsonLines(Path(job_config.job.dump_folder) / "metrics.jsonl") if is_writer else None
         device_name = self.device_memory_monitor.device_name
+        self._datasets = dataset_names(list(job_config.data.mixture))
+        self._counts_quarantined = job_config.data.on_damage == "quarantine"
+        self.online_seconds: Callable[[], float] | None = None
+        """Seconds spent on scoring text so far, where the run does so."""
+        self._online_seconds_before = 0.0
         self.peak_flops = utils.get_peak_flops(device_name) if _is_known(device_name) else None
 
     def resume_at(self, step: int) -> None:
@@ -96,9 +107,9 @@ class BLTMetrics(MetricsProcessor):
         if self.json_lines is not None:
             self.json_lines.resume_at(step)
 
-    def count(self, batch: Batch, waited_s: float) -> None:
-        """Count a batch that arrived, and the time that training waited for it."""
-        self.counts += count_batch(batch, self.n_slices)
+    def count(self, batch: Batch, waited_s: float, *, quarantined: int = 0) -> None:
+        """Count a batch that arrived, the time that training waited for it, and what was passed over before it."""
+        self.counts += count_batch(batch, self.n_slices, quarantined)
         self.data_loading_times.append(waited_s)
 
     def take_counts(self) -> torch.Tensor:
@@ -107,7 +118,15 @@ class BLTMetrics(MetricsProcessor):
         return counts
 
     def log_step(
-        self, step: int, *, loss_nats: float, bits_per_byte: float, grad_norm: float, lr: float, counts: list[float]
+        self,
+        step: int,
+        *,
+        loss_nats: float,
+        bits_per_byte: float,
+        grad_norm: float,
+        lr: float,
+        counts: list[float],
+        dataset_ids: Sequence[float] = (),
     ) -> None:
         """Write the figures of a step and of the steps since the last line.
 
@@ -118,6 +137,7 @@ class BLTMetrics(MetricsProcessor):
             grad_norm: before clipping.
             lr: learning rate of the step.
             counts: COUNTS since the last line, summed over ranks.
+            dataset_ids: ids of each data set of the mixture since the run began, summed over ranks.
         """
         now = time.perf_counter()
         seconds = now - self.time_last_log
@@ -137,6 +157,14 @@ class BLTMetrics(MetricsProcessor):
             "lr": lr,
             "data_wait_share": sum(self.data_loading_times) / seconds,
         }
+        for name, ids in zip(self._datasets, dataset_ids, strict=True):
+            metrics[f"share/{name}"] = ids / sum(dataset_ids)
+        if self._counts_quarantined:
+            metrics["quarantined_record_batches"] = count["quarantined"]
+        if self.online_seconds is not None:
+            spent = self.online_seconds()
+            metrics["online_entropy_share"] = (spent - self._online_seconds_before) / seconds
+            self._online_seconds_before = spent
         if self.peak_flops is not None:
             flops = 3 * self.model_args.forward_flops_per_byte(self.job_config.training.seq_len, mean_patch_bytes)
             metrics["mfu"] = flops * per_device / self.peak_flops

@@ -22,8 +22,15 @@ from torchtitan.config import ConfigManager
 from torchtitan.tools.utils import device_type
 
 from blt_titan.data.errors import DataError
-from blt_titan.data.shards import ShardSet
-from blt_titan.train_spec import TRAIN_SPECS
+from blt_titan.inference.checkpoint import CheckpointError, load_entropy_model
+from blt_titan.train_spec import (
+    TRAIN_SPECS,
+    dataset_paths,
+    goes_by_entropy,
+    open_shards,
+    open_sidecars,
+    stream_order,
+)
 from parallelisms.support import unsupported_settings
 
 CONFIG_MODULE = "blt_titan.job_config"
@@ -149,7 +156,12 @@ def _check_batch(config: Any, dp: int) -> None:
             f"training.local_batch_size = {training.local_batch_size} x {dp} data-parallel ranks = {together}"
         )
     if config.data.streams % dp:
-        raise RunConfigError(f"data.streams = {config.data.streams}: must be a multiple of {dp} data-parallel ranks")
+        streams = config.data.streams
+        fitting = ", ".join(str(ranks) for ranks in range(1, streams + 1) if streams % ranks == 0)
+        raise RunConfigError(
+            f"data.streams = {streams}: must be a multiple of {dp} data-parallel ranks; with as many streams there may "
+            f"be {fitting} ranks, and a run keeps its streams"
+        )
 
 
 def _check_rows(config: Any) -> None:
@@ -173,6 +185,36 @@ def _check_rows(config: Any) -> None:
             f"patching.rule = {patching.rule!r} with patching.stride = {patching.stride}: 'static' needs a stride of "
             "at least 1 byte, the other rules take none"
         )
+    _check_entropy_rule(config)
+
+
+def _check_entropy_rule(config: Any) -> None:
+    patching = config.patching
+    for key, rules in (("threshold", ("global", "monotonic", "add")), ("threshold_add", ("add",))):
+        if (patching.rule in rules) != (getattr(patching, key) is not None):
+            needs = "needs" if patching.rule in rules else "takes no"
+            raise RunConfigError(
+                f"patching.rule = {patching.rule!r} {needs} patching.{key}, in nats; `python -m "
+                "scripts.calibrate_threshold` prints the lines for your data"
+            )
+    if not goes_by_entropy(config):
+        return
+    if (patching.source == "online") != (patching.entropy_checkpoint is not None):
+        raise RunConfigError(
+            f"patching.source = {patching.source!r} with patching.entropy_checkpoint = "
+            f"{patching.entropy_checkpoint!r}: 'online' needs a checkpoint of an entropy model, 'sidecar' takes none"
+        )
+    shared = {
+        key: degree
+        for key in ("context_parallel_degree", "tensor_parallel_degree", "pipeline_parallel_degree")
+        if (degree := getattr(config.parallelism, key)) > 1
+    }
+    if patching.source == "online" and shared:
+        listed = ", ".join(f"parallelism.{key} = {degree}" for key, degree in shared.items())
+        raise RunConfigError(
+            f"patching.source = 'online' with {listed}: ranks that share rows must cut the same patches, and would "
+            "each score them; score the data with `python -m scripts.score_entropies` instead"
+        )
 
 
 def _check_device(config: Any) -> None:
@@ -190,24 +232,34 @@ def _check_device(config: Any) -> None:
 
 
 def _check_data(config: Any, dp: int, verify_data: bool) -> None:
-    path = config.training.dataset_path
-    if path is None:
-        raise RunConfigError("training.dataset_path is not set: name a directory made by scripts.prepare_data")
-    if not Path(path).is_dir():
+    if config.data.mixture and config.training.dataset_path is not None:
         raise RunConfigError(
-            f"training.dataset_path = {path!r}: no such directory; make it with python -m scripts.prepare_data"
+            f"training.dataset_path = {config.training.dataset_path!r} with data.mixture of {len(config.data.mixture)} "
+            "directories: set one of them"
         )
-    train = ShardSet(path, "train")
-    held_out = [ShardSet(path, "validation")] if config.validation.enable else []
+    if not config.data.mixture and config.training.dataset_path is None:
+        raise RunConfigError("training.dataset_path is not set: name a directory made by scripts.prepare_data")
+    for path in dataset_paths(config):
+        if not Path(path).is_dir():
+            key = f"data.mixture: {path!r}" if config.data.mixture else f"training.dataset_path = {path!r}"
+            raise RunConfigError(f"{key}: no such directory; make it with python -m scripts.prepare_data")
+    train = open_shards(config, "train")
+    held_out = [open_shards(config, "validation")] if config.validation.enable else []
+    stream_order(config, train)
     if len(train) < config.data.streams:
         raise RunConfigError(
-            f"data.streams = {config.data.streams}: {path} has only {len(train)} record batches, and every stream "
-            f"needs one; set data.streams = {len(train) // dp * dp}, or prepare the data with smaller "
-            "--record-batch-bytes"
+            f"data.streams = {config.data.streams}: {', '.join(dataset_paths(config))} has only {len(train)} record "
+            f"batches, and every stream needs one; set data.streams = {len(train) // dp * dp}, or prepare the data "
+            "with smaller --record-batch-bytes"
         )
-    if verify_data:
+    if goes_by_entropy(config) and config.patching.source == "sidecar":
         for shards in [train, *held_out]:
-            if shards.text_bytes <= config.data.verify_bytes_at_start:
+            open_sidecars(config, shards)
+    elif goes_by_entropy(config):
+        load_entropy_model(config.patching.entropy_checkpoint)
+    if verify_data:
+        for shards in [s for sets in [train, *held_out] for s in sets.sets]:
+            if shards.text_bytes <= config.data.verify_bytes_at_start and config.data.on_damage == "stop":
                 shards.verify_checksums()
             else:
                 shards.verify_structure()
@@ -258,6 +310,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, option) for option in options)
     if origin is list:
         return isinstance(value, list) and all(_fits(item, options[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(item, options[1]) for item in value.values())
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:
@@ -273,6 +327,8 @@ def _describe(hint: Any) -> str:
         return " or ".join(_describe(option) for option in options if option is not type(None))
     if origin is list:
         return f"a list of {_describe(options[0])}"
+    if origin is dict:
+        return f"a table of {_describe(options[1])}"
     names = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
     return names.get(hint) or str(hint)
 
@@ -283,7 +339,7 @@ def main() -> None:
     world_size = int(os.environ.get("NGPU", "1")) * int(os.environ.get("NNODES", "1"))
     try:
         check_run(load_run_config(sys.argv[1:]), world_size=world_size, verify_data=True)
-    except (RunConfigError, DataError) as error:
+    except (RunConfigError, DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

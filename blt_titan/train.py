@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
 
 from blt_titan.data.errors import DataError
+from blt_titan.inference.checkpoint import CheckpointError
 from blt_titan.run_config import RunConfigError, check_run, load_run_config
-from blt_titan.trainer import BLTTrainer, NonFiniteLossError
+from blt_titan.trainer import BLTTrainer, NonFiniteLossError, RunStateError
 
 # isort: split
 from torchtitan.tools.logging import init_logger, logger
@@ -32,7 +33,7 @@ def main() -> None:
             logger.info("Wrote the seed checkpoint")
         else:
             trainer.train()
-    except (RunConfigError, DataError, NonFiniteLossError) as error:
+    except (RunConfigError, DataError, CheckpointError, NonFiniteLossError, RunStateError) as error:
         # A worker process hands over its traceback as text; its last line is the sentence.
         logger.error(str(error).strip().splitlines()[-1])
         # torchrun prints it as the cause also where this rank's own output is filtered out.

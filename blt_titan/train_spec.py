@@ -3,9 +3,10 @@
 Importing this module registers both. Everything a run needs beside the trainer is named here.
 """
 
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import Any, get_args
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -21,22 +22,26 @@ from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
 from blt_titan.batch import WHOLE_ROW, ContextSlice
-from blt_titan.data.loader import HeldOutRows, RowLoader, RowSource
+from blt_titan.data.entropies import EntropySidecar, EntropySidecars
+from blt_titan.data.loader import HeldOutRows, ReadEntropies, RowLoader, RowSource
+from blt_titan.data.mixture import MixtureOrder, ShardSets, mixture_order
 from blt_titan.data.order import StreamOrder
-from blt_titan.data.packing import MarkPatchStarts, RowShape
+from blt_titan.data.packing import MarkByEntropy, MarkPatchStarts, RowShape
 from blt_titan.data.shards import ShardSet
+from blt_titan.inference.checkpoint import load_entropy_model
+from blt_titan.inference.entropies import EntropyScorer, OnlineEntropies
 from blt_titan.loss import ByteCrossEntropy
 from blt_titan.metrics import BLTMetrics
 from blt_titan.model.blt import BLT
 from blt_titan.model.entropy_model import EntropyModel
 from blt_titan.model.sizes import BLT_FLAVORS, ENTROPY_FLAVORS
-from blt_titan.patching import rule_patch_starts
+from blt_titan.patching import EntropyRule, entropy_patch_starts, rule_patch_starts
 from blt_titan.validator import BLTValidator
 from parallelisms.parallelize import parallelize, run_halo_slices
 from parallelisms.pipeline import pipeline
 
 
-def patching_rule(job_config: Any, *, include_next: bool = False) -> MarkPatchStarts:
+def text_rule(job_config: Any, *, include_next: bool = False) -> MarkPatchStarts:
     """Return the run's rule as a function of ids; with `include_next` it also marks the position after the last."""
     patching = job_config.patching
     return partial(
@@ -48,15 +53,91 @@ def patching_rule(job_config: Any, *, include_next: bool = False) -> MarkPatchSt
     )
 
 
+def entropy_rule(job_config: Any, *, include_next: bool = False) -> MarkByEntropy:
+    """Return the run's rule as a function of entropies and of where documents begin."""
+    patching = job_config.patching
+    return partial(
+        _mark_by_entropy,
+        rule=patching.rule,
+        threshold=patching.threshold,
+        threshold_add=patching.threshold_add,
+        max_patch_bytes=patching.max_patch_bytes,
+        include_next=include_next,
+    )
+
+
+def _mark_by_entropy(entropies_nats: np.ndarray, begins: np.ndarray, **options: Any) -> np.ndarray:
+    return entropy_patch_starts(entropies_nats, begins=begins, **options)
+
+
+def goes_by_entropy(job_config: Any) -> bool:
+    """Tell whether the run's patching rule asks for entropies."""
+    return job_config.patching.rule in get_args(EntropyRule)
+
+
 def row_source(job_config: Any, split: str, seq_len: int) -> RowSource:
     """Return what makes the rows of one split.
 
     Raises:
-        DataError: if the data is missing or damaged.
+        DataError: if the data or its entropies are missing or damaged.
+        CheckpointError: if the entropy model of `patching.source = "online"` cannot be loaded.
     """
     data = job_config.data
     shape = RowShape(seq_len // data.segment_bytes, data.segment_bytes, data.segment_patches)
-    return RowSource(ShardSet(job_config.training.dataset_path, split), patching_rule(job_config), shape)
+    shards = open_shards(job_config, split)
+    if not goes_by_entropy(job_config):
+        return RowSource(shards, text_rule(job_config), shape)
+    return RowSource(shards, entropy_rule(job_config), shape, _read_entropies(job_config, shards))
+
+
+def dataset_paths(job_config: Any) -> list[str]:
+    """Return the directories of the run's byte shards."""
+    return list(job_config.data.mixture) or [job_config.training.dataset_path]
+
+
+def open_shards(job_config: Any, split: str) -> ShardSets:
+    """Open one split of the run's data.
+
+    Raises:
+        DataError: a directory is missing or damaged, or has no such split.
+    """
+    return ShardSets([ShardSet(path, split) for path in dataset_paths(job_config)])
+
+
+def stream_order(job_config: Any, shards: ShardSets) -> StreamOrder | MixtureOrder:
+    """Return the order of the run's training data.
+
+    Raises:
+        DataError: the weights of a mixture cannot be had.
+    """
+    data = job_config.data
+    if not data.mixture:
+        return StreamOrder(len(shards), data.streams, data.seed)
+    return mixture_order(shards, list(data.mixture.values()), streams=data.streams, seed=data.seed)
+
+
+def open_sidecars(job_config: Any, shards: ShardSets) -> EntropySidecars:
+    """Open the entropies of one split, of each of the run's directories.
+
+    Raises:
+        DataError: a sidecar is missing, incomplete or of another text.
+    """
+    name = job_config.patching.sidecar
+    paths = dataset_paths(job_config)
+    return EntropySidecars([EntropySidecar(path, name, s) for path, s in zip(paths, shards.sets, strict=True)])
+
+
+def _read_entropies(job_config: Any, shards: ShardSets) -> ReadEntropies:
+    patching = job_config.patching
+    if patching.source == "sidecar":
+        return open_sidecars(job_config, shards)
+    return OnlineEntropies(_online_scorer(patching.entropy_checkpoint))
+
+
+@cache
+def _online_scorer(checkpoint: str) -> EntropyScorer:
+    """One for training and validation."""
+    return EntropyScorer(load_entropy_model(checkpoint, device=device_type))
 
 
 def context_slice(job_config: Any) -> ContextSlice:
@@ -79,20 +160,24 @@ def build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: None, job_conf
     """Build the training loader of one data-parallel rank (torchtitan's `build_dataloader_fn`)."""
     source = row_source(job_config, "train", job_config.training.seq_len)
     settings = job_config.training.dataloader
+    online = isinstance(source.read_entropies, OnlineEntropies)
+    if online and settings.num_workers:
+        logger.info("patching.source = 'online': rows are made in the training process, without worker processes")
     loader = RowLoader(
         source,
-        StreamOrder(len(source.shards), job_config.data.streams, job_config.data.seed),
+        stream_order(job_config, open_shards(job_config, "train")),
         dp_rank=dp_rank,
         dp_size=dp_world_size,
         rows_per_batch=job_config.training.local_batch_size,
         part=context_slice(job_config),
-        num_workers=settings.num_workers,
+        num_workers=0 if online else settings.num_workers,
         prefetch_factor=settings.prefetch_factor,
         # Pinning is for copies to an accelerator, and needs one.
         pin_memory=settings.pin_memory and device_type != "cpu",
+        quarantine=job_config.data.on_damage == "quarantine",
         merge_positions=_merge_positions if dp_world_size > 1 else None,
     )
-    if loader.num_workers != settings.num_workers:
+    if loader.num_workers != settings.num_workers and not online:
         logger.info(
             f"training.dataloader.num_workers = {settings.num_workers} lowered to {loader.num_workers}, a divisor of "
             f"the {job_config.data.streams // dp_world_size} streams of a rank"

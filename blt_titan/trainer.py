@@ -1,11 +1,13 @@
 """The trainer: torchtitan's, with a step that counts bytes, asks the device for nothing, and stops on a bad loss."""
 
+import json
 import logging
 import shutil
 import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,24 @@ from torchtitan.train import Trainer
 import blt_titan.train_spec  # noqa: F401  (registers the models)
 from blt_titan.batch import IGNORE_LABEL
 from blt_titan.data.collate import Batch
+from blt_titan.data.loader import RowLoader
+from blt_titan.inference.entropies import OnlineEntropies
 from blt_titan.loss import ByteCrossEntropy, bits_per_byte, count_targets
-from blt_titan.metrics import BLTMetrics
+from blt_titan.metrics import COUNTS, BLTMetrics
 from parallelisms.clipping import clip_grad_norm
 from parallelisms.hash_tables import reduce_partial_gradients
 
 
 class NonFiniteLossError(RuntimeError):
     """The loss or the gradient norm became NaN or infinite."""
+
+
+class RunStateError(RuntimeError):
+    """A checkpoint that this run cannot continue from."""
+
+
+_NOT_OF_THE_MODEL = ("init_seed", "attention_backend", "nominal_patch_bytes")
+"""Arguments that change neither weights nor what is computed with them."""
 
 
 class _NotTrueHere(logging.Filter):
@@ -55,6 +67,7 @@ class BLTTrainer(Trainer):
 
     metrics_processor: BLTMetrics
     loss_fn: ByteCrossEntropy
+    dataloader: RowLoader  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, job_config: Any):
         with warnings.catch_warnings():
@@ -68,6 +81,9 @@ class BLTTrainer(Trainer):
                 self.validator.autocast = self.maybe_enable_amp  # pyright: ignore[reportAttributeAccessIssue]
         # Pipeline ranks have the same batch; the last stage's count it, and the loss is theirs.
         self._counts = not self.parallel_dims.pp_enabled or self.pp_has_last_stage
+        read_entropies = self.dataloader.source.read_entropies
+        if isinstance(read_entropies, OnlineEntropies):
+            self.metrics_processor.online_seconds = lambda: read_entropies.seconds
         self._first_bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
 
     def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:
@@ -79,7 +95,8 @@ class BLTTrainer(Trainer):
                 batch = next(batches)
             except StopIteration as ended:
                 raise DataloaderExhaustedError from ended
-            self.metrics_processor.count(batch, time.perf_counter() - began)
+            waited_s = time.perf_counter() - began
+            self.metrics_processor.count(batch, waited_s, quarantined=self.dataloader.take_quarantined())
             self.ntokens_seen += int((batch[1] != IGNORE_LABEL).sum())
             yield batch
 
@@ -128,9 +145,28 @@ class BLTTrainer(Trainer):
         if log_due or self._save_due():
             self._stop_if_bad()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint says beside weights, optimizer and data: the step, and what model it is."""
+        args = {
+            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.model_args).items()
+        }
+        return super().state_dict() | {"model": json.dumps({"name": self.job_config.model.name, "args": args})}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a checkpoint's step."""
+        """Continue from a checkpoint's step.
+
+        Raises:
+            RunStateError: the checkpoint is of a model that computes something else with weights of the same shapes.
+        """
         super().load_state_dict(state_dict)
+        saved, here = (json.loads(state["model"]) for state in (state_dict, self.state_dict()))
+        for key, value in (saved["args"] | {"model": saved["name"]}).items():
+            mine = (here["args"] | {"model": here["name"]}).get(key)
+            if key not in _NOT_OF_THE_MODEL and mine != value:
+                raise RunStateError(
+                    f"the checkpoint is of a model with {key} = {value!r}, this run has {mine!r}: set it as it was, or "
+                    "begin in another job.dump_folder"
+                )
         self.metrics_processor.resume_at(self.step)
         self._set_later_checkpoints_aside()
         if not self.should_continue_training():
@@ -167,16 +203,18 @@ class BLTTrainer(Trainer):
         nats = torch.stack([loss, torch.zeros_like(loss) if eos_nats is None else eos_nats]).double()
         counts = self.metrics_processor.take_counts().to(self.device)
         # The one place where the host waits for the device.
-        summed = self._sum_over_ranks(torch.cat([nats, counts.double()])).tolist()
+        dataset_ids = torch.from_numpy(self.dataloader.ids_by_dataset()).to(self.device)
+        summed = self._sum_over_ranks(torch.cat([nats, counts.double(), dataset_ids.double()])).tolist()
         n_targets, n_eos = global_targets.tolist()
-        loss_nats, all_eos_nats, *interval_counts = summed
+        loss_nats, all_eos_nats, *rest = summed
         self.metrics_processor.log_step(
             self.step,
             loss_nats=loss_nats,
             bits_per_byte=bits_per_byte(loss_nats * n_targets - all_eos_nats, n_targets - n_eos),
             grad_norm=grad_norm.item(),
             lr=lr,
-            counts=interval_counts,
+            counts=rest[: len(COUNTS)],
+            dataset_ids=rest[len(COUNTS) :],
         )
 
     def _sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,11 @@
-"""From raw text to a trained BLT in a few minutes: what `make demo` runs.
+"""From raw text to a trained BLT in about ten minutes: what `make demo` runs.
 
     python -m scripts.demo                       # as `make demo`
-    python -m scripts.demo --steps 50            # a shorter look
+    python -m scripts.demo --steps 50            # a shorter look: 50 steps of either model
 
-Prepares byte shards from the Python standard library's sources, trains the debug model with `run_train.sh`, scores a
-held-out split before and after, and leaves figures, pictures and a checkpoint under outputs/demo.
+The two stages of the paper, on the Python standard library's sources: an entropy model is trained with `run_train.sh`,
+scores the text, and a threshold is chosen; then a BLT is trained on the patches that it cuts. Held-out text is scored
+before and after. Figures, pictures, a page of patches and checkpoints stay under outputs/demo.
 """
 
 import argparse
@@ -20,24 +21,36 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from blt_titan.data.calibration import best_budgets, calibrate, read_sample
+from blt_titan.data.entropies import EntropySidecar
 from blt_titan.data.errors import DataError
 from blt_titan.data.loader import HeldOutRows
+from blt_titan.data.packing import MarkPatchStarts
 from blt_titan.data.prepare import prepare
 from blt_titan.data.shards import ShardSet
-from blt_titan.inference.checkpoint import latest_checkpoint, load_weights
+from blt_titan.inference.checkpoint import CheckpointError, latest_checkpoint, load_entropy_model, load_weights
+from blt_titan.inference.entropies import EntropyScorer, mark_by_model
 from blt_titan.inference.evaluate import HeldOutScore, batch_scorer, score_batches
 from blt_titan.inference.generate import complete
+from blt_titan.inference.patch_page import patch_page
+from blt_titan.inference.score_data import score_data, sidecar_settings
 from blt_titan.model.blt import BLT
 from blt_titan.model.sizes import BLT_FLAVORS
 from blt_titan.run_config import load_run_config
-from blt_titan.train_spec import patching_rule, row_source
+from blt_titan.train_spec import entropy_rule, row_source
 
 CONFIG_FILE = "train_configs/debug.toml"
-DATA = Path("data/stdlib")
+ENTROPY_CONFIG_FILE = "train_configs/entropy_debug.toml"
 OUT = Path("outputs/demo")
+DATA = OUT / "data"
+DATA_BYTES = 3_000_000
+TARGET_PATCH_BYTES = 4.5
+SEGMENT_PATCHES = 128
+MAX_PATCH_BYTES = 512
 FREE_DISK_GIB = 1
 PROMPT = b"def read_file(path):\n    "
 PROMPT_BYTES = 200
+PAGE_BYTES = 4000
 
 
 class DemoError(RuntimeError):
@@ -51,44 +64,62 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         run(arguments.steps)
-    except (DemoError, DataError, OSError) as error:
+    except (DemoError, DataError, CheckpointError, OSError) as error:
         print(f"demo: error: {error}", file=sys.stderr)
         sys.exit(1)
 
 
 def run(steps: int | None) -> None:
-    """Prepare, score, train, score again, draw and summarise."""
+    """Prepare; train, score and calibrate; train, score again, draw and summarise."""
     began = time.perf_counter()
     _make_room()
-    print("1/4  Byte shards from the Python standard library's own sources", flush=True)
+    print("1/6  Byte shards from the Python standard library's own sources", flush=True)
     prepare(
         ["python-stdlib"],
         DATA,
         validation_fraction=0.05,
         seed=0,
-        max_bytes=4_000_000,
+        max_bytes=DATA_BYTES,
         record_batch_bytes=16 * 1024,
         progress=False,
     )
-    overrides = [f"--job.config_file={CONFIG_FILE}", f"--job.dump_folder={OUT}"]
-    overrides += [f"--training.steps={steps}"] if steps else []
-    config = load_run_config(overrides)
-
-    print("2/4  The untrained model on the held-out split", flush=True)
+    shared = [f"--training.dataset_path={DATA}", *([f"--training.steps={steps}"] if steps else [])]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    entropy_out = OUT / "entropy"
+    print(f"2/6  Training an entropy model (log: {entropy_out}/train.log)", flush=True)
+    _train(ENTROPY_CONFIG_FILE, entropy_out, shared)
+
+    print("3/6  Scoring the text with it, and choosing a threshold", flush=True)
+    threshold, segment_bytes = _score_and_calibrate(entropy_out, device)
+    overrides = [
+        *shared,
+        "--patching.rule=global",
+        f"--patching.threshold={threshold!r}",
+        f"--patching.max_patch_bytes={MAX_PATCH_BYTES}",
+        f"--data.segment_patches={SEGMENT_PATCHES}",
+        f"--data.segment_bytes={segment_bytes}",
+        f"--training.seq_len={2 * segment_bytes}",
+    ]
+    config = load_run_config([f"--job.config_file={CONFIG_FILE}", f"--job.dump_folder={OUT}", *overrides])
+
+    print("4/6  The untrained BLT on the held-out split", flush=True)
     args = BLT_FLAVORS[config.model.flavor]
     args.update_from_config(config)
     model = BLT(args).to(device).eval()
     with torch.no_grad():
         model.init_weights()
-    score_before, text_before = _examine(model, config, device)
+    # A chunk of its own size: sampling asks for a few hundred bytes, again at each.
+    small_scorer = EntropyScorer(load_entropy_model(entropy_out, device=device), lanes=1, chunk=256)
+    mark_starts = mark_by_model(small_scorer, entropy_rule(config, include_next=True))
+    score_before, text_before = _examine(model, config, device, mark_starts)
 
-    print(f"3/4  Training, {config.training.steps} steps (log: {OUT}/train.log)", flush=True)
-    _train(overrides[1:], config.training.steps)
+    print(f"5/6  Training it, {config.training.steps} steps (log: {OUT}/train.log)", flush=True)
+    _train(CONFIG_FILE, OUT, overrides)
 
-    print("4/4  The trained model on the held-out split", flush=True)
+    print("6/6  The trained BLT on the held-out split", flush=True)
     load_weights(model, latest_checkpoint(OUT / config.checkpoint.folder))
-    score_after, text_after = _examine(model, config, device)
+    score_after, text_after = _examine(model, config, device, mark_starts)
 
     lines = [json.loads(line) for line in (OUT / "metrics.jsonl").read_text().splitlines()]
     training = [line for line in lines if "loss_nats" in line]
@@ -99,6 +130,7 @@ def run(steps: int | None) -> None:
         "heldout_bytes": score_after.n_bytes,
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": config.training.steps,
+        "threshold_nats": threshold,
         # The first interval holds start-up.
         **{
             key: sum(line[key] for line in training[1:]) / max(1, len(training) - 1)
@@ -124,27 +156,64 @@ def _make_room() -> None:
     OUT.mkdir()
 
 
-def _examine(model: BLT, config, device: torch.device) -> tuple[HeldOutScore, str]:
+def _score_and_calibrate(entropy_out: Path, device: torch.device) -> tuple[float, int]:
+    """Write a sidecar and a page of patches; return the threshold and the bytes of a segment."""
+    model = load_entropy_model(entropy_out, device=device)
+    settings = sidecar_settings(model, "float16", "float32")
+    score_data(DATA, "default", EntropyScorer(model), settings, progress=True)
+    shards = ShardSet(DATA, "train")
+    sample = read_sample(shards, EntropySidecar(DATA, "default", shards), sample_bytes=DATA_BYTES)
+    found = calibrate(sample, TARGET_PATCH_BYTES, max_patch_bytes=MAX_PATCH_BYTES)
+    assert found.threshold is not None
+    flavor, mean = BLT_FLAVORS["debug"], found.mean_patch_bytes
+    parts = flavor.flops_by_part(1024, mean)
+    [budget] = best_budgets(
+        found.lengths,
+        cost_of_byte=parts.encoder + parts.decoder,
+        cost_of_patch=flavor.global_layers * parts.global_layer * mean,
+        longest_patch=MAX_PATCH_BYTES,
+        segment_patches=[SEGMENT_PATCHES],
+    )
+    print(
+        f"     threshold {found.threshold:.4f} nats: {mean:.2f} bytes in a patch; segments of {budget.patches} patches "
+        f"and {budget.bytes} bytes, {budget.padded_compute:.1%} of compute is padding"
+    )
+    held_out = ShardSet(DATA, "validation")
+    batch = held_out.read(0)
+    end = min(int(batch.offsets[1]), PAGE_BYTES)
+    page = patch_page(
+        batch.text[:end].tobytes(),
+        EntropySidecar(DATA, "default", held_out)(batch)[:end],
+        title=batch.doc_ids[0],
+        threshold=found.threshold,
+        max_patch_bytes=MAX_PATCH_BYTES,
+    )
+    (OUT / "patches.html").write_text(page, encoding="utf-8")
+    return found.threshold, budget.bytes
+
+
+def _examine(model: BLT, config, device: torch.device, mark_starts: MarkPatchStarts) -> tuple[HeldOutScore, str]:
     source = row_source(config, "validation", config.training.seq_len)
     batches = HeldOutRows(source, rows_per_batch=config.training.local_batch_size)
     score = score_batches(
         batch_scorer(model), tqdm(batches, desc="     held-out", unit="batch", leave=False), device=device
     )
-    text = complete(
-        model, PROMPT, mark_starts=patching_rule(config, include_next=True), max_bytes=PROMPT_BYTES, temperature=0.7
-    )
+    text = complete(model, PROMPT, mark_starts=mark_starts, max_bytes=PROMPT_BYTES, temperature=0.7)
     return score, text.decode(errors="replace")
 
 
-def _train(overrides: list[str], steps: int) -> None:
-    metrics = OUT / "metrics.jsonl"
-    with (OUT / "train.log").open("w") as log:
+def _train(config_file: str, out: Path, overrides: list[str]) -> None:
+    arguments = [f"--job.dump_folder={out}", *overrides, "--metrics.log_freq=5"]
+    steps = load_run_config([f"--job.config_file={config_file}", *arguments]).training.steps
+    metrics = out / "metrics.jsonl"
+    out.mkdir(exist_ok=True)
+    with (out / "train.log").open("w") as log:
         process = subprocess.Popen(
-            ["./run_train.sh", *overrides, "--metrics.log_freq=5"],
+            ["./run_train.sh", *arguments],
             stdout=log,
             stderr=subprocess.STDOUT,
             # What the shell may hold for other runs does not count here.
-            env=os.environ | {"PYTHON": sys.executable, "CONFIG_FILE": CONFIG_FILE, "NGPU": "1", "NNODES": "1"},
+            env=os.environ | {"PYTHON": sys.executable, "CONFIG_FILE": config_file, "NGPU": "1", "NNODES": "1"},
         )
         with tqdm(total=steps, desc="     training", unit="step") as bar:
             while process.poll() is None:
@@ -152,8 +221,8 @@ def _train(overrides: list[str], steps: int) -> None:
                 _advance(bar, metrics)
             _advance(bar, metrics)
     if process.returncode:
-        tail = "\n".join((OUT / "train.log").read_text().splitlines()[-15:])
-        raise DemoError(f"training ended with exit code {process.returncode}; the end of {OUT}/train.log:\n{tail}")
+        tail = "\n".join((out / "train.log").read_text().splitlines()[-15:])
+        raise DemoError(f"training ended with exit code {process.returncode}; the end of {out}/train.log:\n{tail}")
 
 
 def _advance(bar: tqdm, metrics: Path) -> None:
@@ -209,8 +278,10 @@ held-out     {summary["heldout_bits_per_byte_start"]:.3f} -> {summary["heldout_b
 gzip -9      {summary["gzip_bits_per_byte"]:.3f} bits per byte: minutes of training on a CPU do not beat it
 speed        {summary["bytes_per_second"]:,.0f} bytes/s in training, {summary["seconds"]:.0f} s in all
 padding      {summary["padded_byte_share"]:.1%} of byte slots, {summary["padded_patch_share"]:.1%} of patch slots
-left behind  {OUT}/: loss.png, summary.json, metrics.jsonl, train.log, tb/ (TensorBoard), checkpoint/
-run next     ./run_train.sh"""
+patches      {summary["mean_patch_bytes"]:.2f} bytes on average, at a threshold of {summary["threshold_nats"]:.4f} nats
+left behind  {OUT}/: loss.png, summary.json, metrics.jsonl, train.log, tb/ (TensorBoard), checkpoint/, entropy/
+run next     ./run_train.sh
+the patches  {OUT}/patches.html"""
     )
 
 

@@ -49,7 +49,7 @@ def test_counts_are_of_real_bytes_and_patches():
         "patch_doc_BP": torch.tensor([[0, 0, 1, -1]]),
     }
     labels = torch.tensor([[70, EOS_ID, IGNORE_LABEL, 71, 72, IGNORE_LABEL]])
-    counts = dict(zip(COUNTS, count_batch((inputs, labels)).tolist(), strict=True))
+    counts = dict(zip(COUNTS, count_batch((inputs, labels), quarantined=2).tolist(), strict=True))
     assert counts == {
         "byte_targets": 3,
         "eos_targets": 1,
@@ -57,6 +57,7 @@ def test_counts_are_of_real_bytes_and_patches():
         "byte_slots": 6,
         "patches": 3,
         "patch_slots": 4,
+        "quarantined": 2,
     }
 
 

@@ -76,6 +76,29 @@ def test_command_line_wins_over_toml_and_toml_over_default():
         ("--validation.seq_len=100", 1, r"validation\.seq_len = 100"),
         ("--patching.max_patch_bytes=513", 1, r"patching\.max_patch_bytes = 513: must be 1 to data\.segment_bytes"),
         ("--patching.rule=static", 1, r"patching\.stride = None: 'static' needs a stride"),
+        ("--patching.rule=global", 1, r"rule = 'global' needs patching\.threshold.*calibrate_threshold"),
+        ("--patching.threshold=1.3", 1, r"rule = 'space' takes no patching\.threshold"),
+        (
+            "--patching.rule=add --patching.threshold=1.3",
+            1,
+            r"rule = 'add' needs patching\.threshold_add",
+        ),
+        (
+            "--patching.rule=global --patching.threshold=1.3 --patching.source=online",
+            1,
+            r"source = 'online' with patching\.entropy_checkpoint = None: 'online' needs a checkpoint",
+        ),
+        (
+            "--patching.rule=global --patching.threshold=1.3 --patching.entropy_checkpoint=x",
+            1,
+            r"source = 'sidecar' with patching\.entropy_checkpoint = 'x'.*'sidecar' takes none",
+        ),
+        (
+            "--patching.rule=global --patching.threshold=1.3 --patching.source=online --patching.entropy_checkpoint=x "
+            "--parallelism.tensor_parallel_degree=2",
+            2,
+            r"source = 'online' with parallelism\.tensor_parallel_degree = 2: ranks that share rows",
+        ),
         (
             "--parallelism.data_parallel_shard_degree=2",
             3,
@@ -101,7 +124,7 @@ def test_command_line_wins_over_toml_and_toml_over_default():
 )
 def test_settings_that_do_not_fit_are_refused(override, world_size, message, stdlib_data):
     overrides = [f"--training.dataset_path={stdlib_data}", "--data.streams=12"]
-    config = load_run_config([f"--job.config_file={DEBUG}", *overrides, override])
+    config = load_run_config([f"--job.config_file={DEBUG}", *overrides, *override.split()])
     with pytest.raises(RunConfigError, match=message):
         check_run(config, world_size=world_size, verify_data=True)
 
@@ -164,3 +187,19 @@ def test_run_train_sh_says_one_sentence_and_fails(environment, override, words, 
     assert done.returncode != 0
     assert words in done.stderr + done.stdout
     assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_a_mixture_is_set_instead_of_a_path(toml, stdlib_data):
+    mixture = f'[data.mixture]\n"{stdlib_data}" = 0.7\n"/nowhere" = 0.3\n\n[data]\nstreams = 120'
+    config = load_run_config([toml("[data]\nstreams = 120", mixture)])
+    assert config.data.mixture == {str(stdlib_data): 0.7, "/nowhere": 0.3}
+    with pytest.raises(RunConfigError, match=r"dataset_path = 'data/stdlib' with data\.mixture of 2 directories"):
+        check_run(config, world_size=1, verify_data=False)
+    config.training.dataset_path = None
+    with pytest.raises(RunConfigError, match=r"data\.mixture: '/nowhere': no such directory"):
+        check_run(config, world_size=1, verify_data=False)
+    config.data.mixture = {str(stdlib_data): -1.0}
+    with pytest.raises(DataError, match="weights must be positive"):
+        check_run(config, world_size=1, verify_data=False)
+    with pytest.raises(RunConfigError, match="must be a table of a number"):
+        load_run_config([toml("[data]", "[data]\nmixture = { web = true }")])

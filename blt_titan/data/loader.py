@@ -14,13 +14,14 @@ gathered over ranks at a save; it fits any number of ranks and workers.
 import ctypes
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -30,32 +31,57 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from blt_titan.batch import WHOLE_ROW, ContextSlice
 from blt_titan.data.collate import Batch, collate_rows
 from blt_titan.data.errors import DataError
+from blt_titan.data.mixture import MixtureOrder, ShardSets
 from blt_titan.data.order import StreamOrder
-from blt_titan.data.packing import MarkPatchStarts, PatchedIds, Row, RowShape, empty_row, patch_documents
-from blt_titan.data.shards import ShardSet
-from blt_titan.data.streams import POSITION_FIELDS, RowStream
+from blt_titan.data.packing import (
+    MarkByEntropy,
+    MarkPatchStarts,
+    PatchedIds,
+    Row,
+    RowShape,
+    empty_row,
+    patch_documents,
+    patch_scored_documents,
+)
+from blt_titan.data.shards import RecordBatch, ShardSet
+from blt_titan.data.streams import POSITION_FIELDS, QUARANTINED, RowStream
+
+logger = logging.getLogger(__name__)
 
 Block = list[tuple[Row, np.ndarray]]
 """Rows, each with its stream's position after it."""
 
 _NO_SNAPSHOTS = 1 << 62
 """torchdata's own state is not used: it refuses another number of workers."""
+_QUARANTINED_FIELD = POSITION_FIELDS.index("quarantined")
+MOST_QUARANTINED_IN_A_ROW = 1000
+"""So that a run whose data is gone ends."""
 _PR_SET_PDEATHSIG = 1
 """Of Linux's prctl(2)."""
+
+
+ReadEntropies = Callable[[RecordBatch], np.ndarray]
+"""The entropies of a record batch: fp32 [text bytes], in nats, rounded as they decide."""
 
 
 @dataclass(frozen=True)
 class RowSource:
     """What makes a row: the data, how it is patched, and the row's shape."""
 
-    shards: ShardSet
-    mark_starts: MarkPatchStarts
+    shards: ShardSet | ShardSets
+    mark_starts: MarkPatchStarts | MarkByEntropy
     shape: RowShape
+    read_entropies: ReadEntropies | None = None
+    """For the rules that go by entropies."""
 
     def read(self, record_batch: int) -> PatchedIds:
         """Read and patch one record batch."""
         batch = self.shards.read(record_batch)
-        return patch_documents(batch.text, batch.offsets, self.mark_starts)
+        if self.read_entropies is None:
+            return patch_documents(batch.text, batch.offsets, cast(MarkPatchStarts, self.mark_starts))
+        return patch_scored_documents(
+            batch.text, batch.offsets, self.read_entropies(batch), cast(MarkByEntropy, self.mark_starts)
+        )
 
 
 class RowDataset(IterableDataset):
@@ -69,13 +95,14 @@ class RowDataset(IterableDataset):
     def __init__(
         self,
         source: RowSource,
-        order: StreamOrder,
+        order: StreamOrder | MixtureOrder,
         *,
         dp_rank: int,
         dp_size: int,
         positions: np.ndarray,
         first_row: int,
         rows_per_block: int,
+        quarantine: bool = False,
     ):
         self.source = source
         self.order = order
@@ -84,6 +111,8 @@ class RowDataset(IterableDataset):
         self.positions = positions
         self.first_row = first_row
         self.rows_per_block = rows_per_block
+        self.quarantine = quarantine
+        self._quarantined_in_a_row = 0
 
     def __iter__(self) -> Iterator[Block | DataError]:
         try:
@@ -107,9 +136,31 @@ class RowDataset(IterableDataset):
             yield block
 
     def _open(self, number: int) -> RowStream:
-        stream = RowStream(lambda pick: self.source.read(self.order.record_batch(number, pick)), self.source.shape)
+        order = self.order
+        stream = RowStream(
+            lambda pick: self._read(order.record_batch(number, pick)),
+            self.source.shape,
+            datasets=self.positions.shape[1] - len(POSITION_FIELDS),
+            dataset_of=(lambda pick: order.dataset(number, pick)) if isinstance(order, MixtureOrder) else None,
+        )
         stream.seek(self.positions[number])
         return stream
+
+    def _read(self, record_batch: int) -> PatchedIds:
+        try:
+            patched = self.source.read(record_batch)
+        except DataError as error:
+            self._quarantined_in_a_row += 1
+            if not self.quarantine:
+                raise
+            if self._quarantined_in_a_row == MOST_QUARANTINED_IN_A_ROW:
+                raise DataError(
+                    f"{self._quarantined_in_a_row} record batches in a row could not be used, the last: {error}"
+                ) from error
+            logger.warning(f"in quarantine: {error}")
+            return QUARANTINED
+        self._quarantined_in_a_row = 0
+        return patched
 
 
 class RowLoader:
@@ -125,6 +176,8 @@ class RowLoader:
         num_workers: worker processes; lowered to a divisor of the rank's streams, so that no stream has two makers.
         prefetch_factor: batches that each worker makes ahead.
         pin_memory: page-locked batches for faster copies to a GPU.
+        quarantine: pass over record batches that cannot be used, name them in the log and count them in the state;
+            else the first one ends the iteration with its error.
         merge_positions: makes the table whole: entries that other ranks own are -1 on entry. None where one rank
             owns all streams.
 
@@ -135,7 +188,7 @@ class RowLoader:
     def __init__(
         self,
         source: RowSource,
-        order: StreamOrder,
+        order: StreamOrder | MixtureOrder,
         *,
         dp_rank: int = 0,
         dp_size: int = 1,
@@ -144,6 +197,7 @@ class RowLoader:
         num_workers: int = 0,
         prefetch_factor: int | None = None,
         pin_memory: bool = False,
+        quarantine: bool = False,
         merge_positions: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
         assert order.streams % dp_size == 0
@@ -164,8 +218,11 @@ class RowLoader:
         )
         self._prefetch_factor = prefetch_factor
         self._pin_memory = pin_memory
+        self._quarantine = quarantine
+        self._quarantined_told = 0
         self._merge_positions = merge_positions
-        self._positions = np.zeros((order.streams, len(POSITION_FIELDS)), dtype=np.int64)
+        fields = len(POSITION_FIELDS) + (len(order.sizes) if isinstance(order, MixtureOrder) else 0)
+        self._positions = np.zeros((order.streams, fields), dtype=np.int64)
         self._rows_served = 0  # by all ranks together
 
     def __iter__(self) -> Iterator[Batch]:
@@ -188,6 +245,7 @@ class RowLoader:
             positions=self._positions.copy(),
             first_row=self._rows_served // self.dp_size,
             rows_per_block=self.rows_per_batch,
+            quarantine=self._quarantine,
         )
         blocks = iter(
             StatefulDataLoader(
@@ -212,6 +270,23 @@ class RowLoader:
         finally:
             del blocks
 
+    def take_quarantined(self) -> int:
+        """Return the record batches that this rank has passed over since the last call, as the batches come to them.
+
+        Of ranks that share rows, the first slice's alone counts them.
+        """
+        own = int(self._positions[self.dp_rank :: self.dp_size, _QUARANTINED_FIELD].sum())
+        new, self._quarantined_told = own - self._quarantined_told, own
+        return new if self.part.index == 0 else 0
+
+    def ids_by_dataset(self) -> np.ndarray:
+        """Return the ids of each mixed data set in the run's batches of this rank so far, int64 [data sets].
+
+        Of ranks that share rows, the first slice's alone counts them.
+        """
+        own = self._positions[self.dp_rank :: self.dp_size, len(POSITION_FIELDS) :].sum(axis=0)
+        return own * (self.part.index == 0)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state after the last batch handed out; collective over ranks if positions are merged."""
         own = torch.full(self._positions.shape, -1, dtype=torch.int64)
@@ -232,9 +307,9 @@ class RowLoader:
         """
         saved, here = json.loads(state_dict["identity"]), self._identity()
         for key, value in here.items():
-            if saved[key] != value:
+            if saved.get(key) != value:
                 raise DataError(
-                    f"the checkpoint's data order cannot be continued: it was written with {key} = {saved[key]!r}, "
+                    f"the checkpoint's data order cannot be continued: it was written with {key} = {saved.get(key)!r}, "
                     f"this run has {value!r}"
                 )
         rows_served = int(state_dict["rows_served"])
@@ -242,7 +317,14 @@ class RowLoader:
             raise DataError(f"{rows_served} rows were served, which {self.dp_size} data-parallel ranks do not divide")
         if (state_dict["positions"] < 0).any():
             raise DataError("the checkpoint holds the stream positions of one rank only; save with merge_positions")
+        if state_dict["positions"].shape != self._positions.shape:
+            raise DataError(
+                f"the checkpoint's stream positions are {list(state_dict['positions'].shape)}, this code's "
+                f"{list(self._positions.shape)} ({', '.join(POSITION_FIELDS)}): it was written by another version"
+            )
         self._positions = state_dict["positions"].copy()
+        self._quarantined_told = 0
+        self.take_quarantined()
         self._rows_served = rows_served
 
     def _identity(self) -> dict[str, Any]:
@@ -250,6 +332,7 @@ class RowLoader:
             "data.streams": self.order.streams,
             "data.seed": self.order.seed,
             "training.dataset_path (fingerprint)": self.source.shards.fingerprint,
+            **({"data.mixture (shares)": list(self.order.shares)} if isinstance(self.order, MixtureOrder) else {}),
         }
 
 

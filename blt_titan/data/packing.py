@@ -25,6 +25,9 @@ from blt_titan.byte_vocab import BOS_ID, BYTE_OFFSET, EOS_ID
 MarkPatchStarts = Callable[[np.ndarray], np.ndarray]
 """Patch starts, bool [N], of the ids [N] of any number of whole documents."""
 
+MarkByEntropy = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""Patch starts, bool [N], from entropies [N] and where documents begin, bool [N]."""
+
 
 @dataclass(frozen=True)
 class RowShape:
@@ -62,6 +65,29 @@ def patch_documents(text: np.ndarray, offsets: np.ndarray, mark_starts: MarkPatc
         offsets: document d is text[offsets[d]:offsets[d + 1]], int64 [documents + 1], offsets[0] = 0.
         mark_starts: the patching rule.
     """
+    ids, _ = frame_documents(text, offsets)
+    return PatchedIds(ids, np.append(np.flatnonzero(mark_starts(ids)), len(ids)))
+
+
+def patch_scored_documents(
+    text: np.ndarray, offsets: np.ndarray, entropies_nats: np.ndarray, mark_starts: MarkByEntropy
+) -> PatchedIds:
+    """Turn the documents of a record batch into ids and patches, by the entropies after each byte.
+
+    Args:
+        text: as in `patch_documents`.
+        offsets: as in `patch_documents`.
+        entropies_nats: fp32 [N], H after each byte of the text.
+        mark_starts: the patching rule. It is given 0 for BOS and EOS, after which patches start anyway.
+    """
+    ids, is_byte = frame_documents(text, offsets)
+    h = np.zeros(len(ids), np.float32)
+    h[is_byte] = entropies_nats
+    return PatchedIds(ids, np.append(np.flatnonzero(mark_starts(h, ids == BOS_ID)), len(ids)))
+
+
+def frame_documents(text: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Put BOS before each document and EOS after it: ids, int16 [M], and which of them are bytes, bool [M]."""
     n_documents = len(offsets) - 1
     before = 2 * np.arange(n_documents)
     ids = np.empty(len(text) + 2 * n_documents, dtype=np.int16)
@@ -70,7 +96,7 @@ def patch_documents(text: np.ndarray, offsets: np.ndarray, mark_starts: MarkPatc
     ids[bos], ids[eos] = BOS_ID, EOS_ID
     is_byte[bos] = is_byte[eos] = False
     ids[is_byte] = text.astype(np.int16) + BYTE_OFFSET
-    return PatchedIds(ids, np.append(np.flatnonzero(mark_starts(ids)), len(ids)))
+    return ids, is_byte
 
 
 class Row(NamedTuple):

@@ -165,12 +165,14 @@ class RecordBatch:
         batch_in_shard: its place in that file.
         text: uint8 [text bytes], read-only, a view into the memory map that it keeps alive.
         offsets: int64 [rows + 1], from 0 to the number of text bytes.
+        crc32: of the record batch's raw bytes; what sidecars call it by.
     """
 
     shard_path: Path
     batch_in_shard: int
     text: np.ndarray
     offsets: np.ndarray
+    crc32: int
     _doc_ids: Any
 
     @property
@@ -239,6 +241,11 @@ class ShardSet:
         return self.__dict__ | {"_open": OrderedDict()}
 
     @property
+    def entries(self) -> tuple[ShardEntry, ...]:
+        """The split's shards, as the manifest names them."""
+        return self._shards
+
+    @property
     def fingerprint(self) -> str:
         """Identify the data, for checkpoints: a hex digest over the format version and all index digests."""
         parts = [FORMAT, str(VERSION), *(shard.index_sha256 for shard in self._shards)]
@@ -269,7 +276,7 @@ class ShardSet:
                 f"{_where(info)}: holds {rows} documents of {len(text)} bytes, its index says {info.rows} of "
                 f"{info.text_bytes}; prepare the data again"
             )
-        return RecordBatch(info.shard_path, info.batch_in_shard, text, offsets, doc_ids)
+        return RecordBatch(info.shard_path, info.batch_in_shard, text, offsets, info.crc32, doc_ids)
 
     def __iter__(self) -> Iterator[RecordBatch]:
         return map(self.read, range(len(self)))

@@ -1,10 +1,25 @@
-"""Read the weights of a training checkpoint, of any layout, into a model on one device."""
+"""Read a training checkpoint, of any layout, into a model on one device: what model it is, and its weights."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
+import torch
 import torch.nn as nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
+
+from blt_titan.model.entropy_model import EntropyModel
+from blt_titan.model.sizes import EntropyModelArgs
+
+MODEL_KEY = "train_state.model"
+"""Where a checkpoint says what model it holds: JSON, `name` (as in TOML) and `args` (the fields of its arguments)."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not what was asked for; the message names it and says what it is."""
 
 
 def latest_checkpoint(folder: str | os.PathLike[str]) -> Path:
@@ -30,3 +45,53 @@ def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
     state = model.state_dict()
     load(state, checkpoint_id=str(checkpoint), no_dist=True)
     model.load_state_dict(state)
+
+
+def find_checkpoint(path: str | os.PathLike[str]) -> Path:
+    """Return the checkpoint that a user means: `step-N` itself, or the last one of a run's folder or checkpoint folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(path)
+    if (path / ".metadata").is_file():
+        return path
+    for folder in (path, path / "checkpoint"):
+        if any(folder.glob("step-*/.metadata")):
+            return latest_checkpoint(folder)
+    raise CheckpointError(
+        f"{path}: neither a complete checkpoint (a step-N folder with a .metadata file) nor a folder that holds one"
+    )
+
+
+def describe_model(checkpoint: Path) -> dict[str, Any]:
+    """Return what model a checkpoint holds: `name` and `args`.
+
+    Raises:
+        CheckpointError: it does not say, as a checkpoint of weights alone does not.
+    """
+    if not isinstance(
+        FileSystemReader(checkpoint).read_metadata().state_dict_metadata.get(MODEL_KEY), BytesStorageMetadata
+    ):
+        raise CheckpointError(
+            f"{checkpoint}: does not say what model it holds; checkpoints with optimizer and data state do "
+            "(checkpoint.last_save_model_only = false)"
+        )
+    state = {MODEL_KEY: ""}
+    load(state, checkpoint_id=str(checkpoint), no_dist=True)
+    return json.loads(state[MODEL_KEY])
+
+
+def load_entropy_model(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> EntropyModel:
+    """Build the entropy model of a checkpoint or of a run's last checkpoint, with its weights, in fp32.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it holds another kind of model.
+    """
+    checkpoint = find_checkpoint(path)
+    described = describe_model(checkpoint)
+    if described["name"] != "blt_entropy":
+        raise CheckpointError(f"{checkpoint}: holds a model {described['name']!r}, not an entropy model (blt_entropy)")
+    model = EntropyModel(EntropyModelArgs(**described["args"]))
+    load_weights(model, checkpoint)
+    return model.to(device).eval()

@@ -1,15 +1,22 @@
-"""The byte-level language model whose next-byte entropy decides where patches begin (paper, section 2.3).
+r"""The byte-level language model whose next-byte entropy decides where patches begin (paper, section 2.3).
 
 A plain transformer over bytes with a sliding window: the released one attends over 512 bytes, and with full
 attention its entropies give the wrong patch sizes.
 
-Letters: B rows, S byte slots, V vocabulary.
+With `reset_at_newline` a byte sees nothing from before its line: entropies drift down in text that repeats, and the
+paper's best model forgets at each newline. A newline belongs to the line that it begins:
+
+    bytes          a  b  \n  c  d  \n  \n  e        position i sees j iff no newline lies in j + 1 .. i
+    context        0  0   1  1  1   2   3  3
+
+Letters: B rows, S byte slots, V vocabulary, W window.
 """
 
 import torch
 import torch.nn as nn
 
-from blt_titan.byte_vocab import VOCAB_SIZE
+from blt_titan.batch import PADDING
+from blt_titan.byte_vocab import NEWLINE_ID, VOCAB_SIZE
 from blt_titan.model.attention import window_mask
 from blt_titan.model.initialization import WriteParameter, initialize, write_whole
 from blt_titan.model.layers import NORM_EPS, block_stack, rotary_angles
@@ -51,11 +58,22 @@ class EntropyModel(nn.Module):
         """
         args = self.args
         rotation = rotary_angles(byte_pos_BS, head_dim=args.dim // args.n_heads, theta=args.rope_theta)
-        mask = window_mask(byte_doc_BS, window=args.window, backend=args.attention_backend)
+        context_BS = self.contexts(token_ids_BS, byte_doc_BS)
+        mask = window_mask(context_BS, window=args.window, backend=args.attention_backend)
         h_BSD = self.tok_embeddings(token_ids_BS)
         for block in self.layers.values():
             h_BSD = block(h_BSD, rotation, mask)
         return self.output(self.norm(h_BSD)).float()
+
+    def contexts(self, token_ids_BS: torch.Tensor, byte_doc_BS: torch.Tensor) -> torch.Tensor:
+        """Number what a byte may see: its document, or with `reset_at_newline` its line; integer [B, S], PADDING kept.
+
+        Numbers grow along the row. A byte sees only bytes of its own number.
+        """
+        if not self.args.reset_at_newline:
+            return byte_doc_BS
+        lines_BS = (token_ids_BS == NEWLINE_ID).cumsum(1, dtype=byte_doc_BS.dtype)
+        return torch.where(byte_doc_BS == PADDING, byte_doc_BS, byte_doc_BS + lines_BS)
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """Draw every parameter from the run's seed and its name. There are no buffers, hence no buffer device."""

@@ -190,6 +190,8 @@ class EntropyModelArgs:
     """How many bytes a byte sees, itself included."""
     rope_theta: float = 10_000.0
     """RoPE base."""
+    reset_at_newline: bool = False
+    """A byte sees nothing from before its line; a run sets it from `entropy_model.reset_at_newline`."""
     attention_backend: AttentionBackend = "auto"
     """"auto": FlexAttention on CUDA, block-local SDPA elsewhere."""
     init_depth_scaling: DepthScaling = "none"
@@ -209,8 +211,9 @@ class EntropyModelArgs:
         _require_choices(self)
 
     def update_from_config(self, job_config: Any, **kwargs: Any) -> None:
-        """Take over what a run decides: the seed (torchtitan's hook; reads `debug.seed` only)."""
+        """Take over what a run decides: seed and context (torchtitan's hook; `debug.seed`, `entropy_model`)."""
         self.init_seed = job_config.debug.seed or 0
+        self.reset_at_newline = job_config.entropy_model.reset_at_newline
 
     def forward_flops_per_byte(self, context_bytes: int, patch_bytes: float) -> float:
         """Count the FLOPs of one byte's forward pass; the window, not the context, bounds attention."""

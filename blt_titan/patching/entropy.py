@@ -1,8 +1,8 @@
 """Patches from the entropies of a small byte model: a patch starts where the next byte is hard to foresee.
 
-The entropies of one document enter; a mask of patch starts, or the patch lengths, leaves. H[i] is the
-entropy, in nats, of the next-byte distribution after position i was read, so H[i-1] decides whether position i
-starts a patch. Positions 0 (BOS) and 1 always start one. Paper: arXiv 2412.09871, section 2.3.
+The entropies of one document, or of several side by side, enter; a mask of patch starts, or the patch lengths,
+leaves. H[i] is the entropy, in nats, of the next-byte distribution after position i was read, so H[i-1] decides whether
+position i starts a patch. Positions 0 (BOS) and 1 always start one. Paper: arXiv 2412.09871, section 2.3.
 
     document         <s>   t    h    e   ␣    c    a    t   ␣    s
     H                5.0  .4  2.0   .3  .2  1.9  1.6   .1 3.0   .2
@@ -40,8 +40,9 @@ def entropy_patch_starts(
     patch_size: int | None = None,
     include_next: bool = False,
     max_patch_bytes: int | None = None,
+    begins: ArrayT | None = None,
 ) -> ArrayT:
-    """Mark where patches start in one document.
+    """Mark where patches start in one document, or in each of several.
 
     Positions 0 and 1 always start one. A later position j starts one iff, by rule:
 
@@ -59,6 +60,8 @@ def entropy_patch_starts(
         patch_size: mean patch size aimed at, in bytes; for `topk` only.
         include_next: also return the lookahead position N, the target of the last byte.
         max_patch_bytes: longer patches are split; None for no limit.
+        begins: where documents of at least two positions begin, bool [N], True at 0; None for one document. Positions
+            then count from their document's own. Not for `topk`.
 
     Returns:
         bool [N], or [N + 1] with `include_next`; of the same kind and on the same device as the entropies.
@@ -70,23 +73,30 @@ def entropy_patch_starts(
     """
     number = _checked_options(rule, threshold=threshold, threshold_add=threshold_add, patch_size=patch_size)
     h_N = _checked_entropies(entropies_nats)
+    if begins is not None and (begins.shape != h_N.shape or rule == "topk"):
+        raise ValueError(
+            f"begins: bool of the entropies' shape {tuple(h_N.shape)} for every rule but 'topk', got "
+            f"{tuple(begins.shape)} for rule={rule!r}"
+        )
     # ends[i]: a patch ends at i, so that i + 1 starts one.
     match rule:
         case "global":
             ends = h_N > number["threshold"]
         case "monotonic":
             ends = _rises(h_N) > number["threshold"]
-            ends[:2] = True
+            _set_nth(ends, 1, begins, True)
         case "add":
             ends = (h_N > number["threshold"]) & (_rises(h_N) > number["threshold_add"])
-            ends[:2] = True
-            ends[2:3] = False
+            _set_nth(ends, 2, begins, False)
+            _set_nth(ends, 1, begins, True)
         case "topk":
             assert patch_size is not None
             ends = _topk_ends(h_N, patch_size, include_next)
         case _:
             assert_never(rule)
-    ends[:1] = True
+    _set_nth(ends, 0, begins, True)
+    if begins is not None:
+        ends[:-1] |= begins[1:]  # a document's last position ends a patch
     return limit_patch_bytes(ends_to_starts(ends, include_next=include_next), max_patch_bytes)
 
 
@@ -134,6 +144,16 @@ def patch_lengths(
         max_patch_bytes=max_patch_bytes,
     )
     return starts_to_lengths(starts)
+
+
+def _set_nth(ends: Any, n: int, begins: Any, value: bool) -> None:
+    """Set the n-th position of each document."""
+    if begins is None:
+        ends[n : n + 1] = value
+    elif value:
+        ends[n:] |= begins[: len(begins) - n]
+    else:
+        ends[n:] &= ~begins[: len(begins) - n]
 
 
 def _rises(h_N: Any) -> Any:

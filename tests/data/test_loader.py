@@ -3,9 +3,7 @@ import multiprocessing
 import shutil
 import time
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,38 +14,23 @@ from blt_titan.byte_vocab import BOS_ID, EOS_ID, document_ids
 from blt_titan.data.collate import Batch, collate_rows
 from blt_titan.data.errors import DataError
 from blt_titan.data.loader import HeldOutRows, RowLoader, RowSource
-from blt_titan.data.manifest import Counts, Manifest, write_manifest
 from blt_titan.data.order import StreamOrder
 from blt_titan.data.packing import RowShape
-from blt_titan.data.shards import ShardSet, ShardWriter, install
-from blt_titan.data.streams import RowStream
-from blt_titan.patching import rule_patch_starts
-
-SHAPE = RowShape(segments=2, segment_bytes=32, segment_patches=10)
-STREAMS = 12
-ROWS_PER_BATCH = 2
-mark_starts = partial(rule_patch_starts, rule="space", max_patch_bytes=16)
-
-
-def write(directory: Path, documents: list[bytes]) -> None:
-    """Write a data set whose train and validation splits both hold `documents`, in several shards."""
-    directory.mkdir()
-    splits = {}
-    for split in ("train", "validation"):
-        writer = ShardWriter(directory, split, record_batch_bytes=200, shard_bytes=4000)
-        for number, document in enumerate(documents):
-            writer.add(str(number), document)
-        splits[split] = writer.finish()
-        install(directory, splits[split])
-    counts = Counts(len(documents), sum(map(len, documents)), 0, 0, 0)
-    write_manifest(directory, Manifest({}, counts, splits))
-
-
-def random_documents(seed: int) -> list[bytes]:
-    rng = np.random.default_rng(seed)
-    sizes = [1, 2, 900, *rng.integers(1, 150, size=80).tolist()]
-    return [bytes(rng.choice(np.frombuffer(b"abcdefgh  ,", np.uint8), size)) for size in sizes]
-
+from blt_titan.data.shards import ShardSet
+from blt_titan.data.streams import POSITION_FIELDS, RowStream
+from tests.small_loader import (
+    ROWS_PER_BATCH,
+    SHAPE,
+    STREAMS,
+    interleaved,
+    loader_of,
+    mark_starts,
+    merged,
+    random_documents,
+    rows_of,
+    take,
+    write,
+)
 
 DOCUMENTS = random_documents(0)
 
@@ -61,33 +44,6 @@ def data(tmp_path_factory) -> Path:
     assert len(shards) % STREAMS
     assert len({shards.record_batch_info(i).shard_path for i in range(len(shards))}) > 1
     return directory
-
-
-def loader_of(directory: Path, *, seed=0, streams=STREAMS, rows_per_batch=ROWS_PER_BATCH, **changes) -> RowLoader:
-    shards = ShardSet(directory, "train")
-    order = StreamOrder(len(shards), streams, seed)
-    return RowLoader(RowSource(shards, mark_starts, SHAPE), order, rows_per_batch=rows_per_batch, **changes)
-
-
-def take(loader: RowLoader, count: int) -> list[Batch]:
-    return list(itertools.islice(loader, count))
-
-
-def rows_of(batches: list[Batch]) -> torch.Tensor:
-    """All fields of each row side by side, [rows, 6 S + 2 P]."""
-    return torch.cat([torch.cat([*inputs.values(), labels], dim=1) for inputs, labels in batches])
-
-
-def interleaved(ranks: list[torch.Tensor]) -> torch.Tensor:
-    """Rows of the ranks in the run's order: row n is rank n mod dp's."""
-    return torch.stack(ranks, dim=1).flatten(0, 1)
-
-
-def merged(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """What `merge_positions` and a save over all ranks make of their states."""
-    assert len({state["rows_served"] for state in states}) == 1
-    table = np.stack([state["positions"] for state in states]).max(axis=0)
-    return states[0] | {"positions": table}
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +175,7 @@ def test_the_merge_is_given_what_this_rank_owns(data):
     loader = loader_of(data, dp_rank=1, dp_size=3, merge_positions=merge)
     take(loader, 4)
     state = loader.state_dict()
-    assert np.array_equal(state["positions"], np.zeros((STREAMS, 3)))
+    assert np.array_equal(state["positions"], np.zeros((STREAMS, len(POSITION_FIELDS))))
     (own,) = given
     is_own = torch.arange(STREAMS) % 3 == 1
     assert (own[~is_own] == -1).all()

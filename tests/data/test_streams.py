@@ -7,7 +7,7 @@ import pytest
 from blt_titan.batch import IGNORE_LABEL
 from blt_titan.byte_vocab import BOS_ID, EOS_ID, document_ids
 from blt_titan.data.packing import PatchedIds, Row, RowShape, patch_documents
-from blt_titan.data.streams import POSITION_FIELDS, RowStream
+from blt_titan.data.streams import POSITION_FIELDS, QUARANTINED, RowStream
 from blt_titan.patching import rule_patch_starts
 from tests.whole_rows import laid_out
 
@@ -126,11 +126,54 @@ def test_a_position_names_the_record_batch_that_the_next_row_begins_in():
         if row is None:
             break
         taken += row.n_ids
-        pick, ids_taken, rows = stream.position()
+        pick, ids_taken, rows, _ = stream.position()
         assert (begins[pick] + ids_taken, rows) == (taken, number)
         assert pick == np.searchsorted(begins, taken, side="right") - 1
     assert taken == 24
-    assert POSITION_FIELDS == ("pick", "ids_taken", "rows")
+    assert POSITION_FIELDS == ("pick", "ids_taken", "rows", "quarantined")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("damaged", [{0}, {3}, {1, 2}, {0, 5, 10}, set(range(11))], ids=str)
+def test_what_is_quarantined_is_passed_over_and_counted(shape, damaged):
+    record_batches = awkward_record_batches()
+
+    def stream_with_damage() -> RowStream:
+        stream = stream_of(record_batches, shape)
+        read = stream.read_pick
+        stream.read_pick = lambda pick: QUARANTINED if pick in damaged else read(pick)
+        return stream
+
+    kept = [batch for pick, batch in enumerate(record_batches) if pick not in damaged]
+    stream, rows, positions = stream_with_damage(), [], []
+    while (row := stream.next_row()) is not None:
+        rows.append(row)
+        positions.append(stream.position())
+    assert delivered_documents(rows) == [document for batch in kept for document in batch]
+    if not rows:
+        return
+    assert positions[-1][3] == len(damaged - ({10} if len(record_batches) == 10 else set()))
+    counted = [position[3] for position in positions]
+    assert counted == sorted(counted)
+    # Going on in the middle counts none twice.
+    for number in range(0, len(rows), max(1, len(rows) // 8)):
+        resumed = stream_with_damage()
+        resumed.seek(positions[number])
+        assert [row.n_ids for row in all_rows(resumed)] == [row.n_ids for row in rows[number + 1 :]]
+        assert resumed.position()[3] == positions[-1][3]
+
+
+def test_what_is_damaged_after_its_first_rows_loses_the_rest_alone():
+    record_batches = [[b"abcdefghijklmnop"], [b"qrs"]]
+    stream = stream_of(record_batches, RowShape(1, 6, 6))
+    first = stream.next_row()
+    assert first is not None
+    resumed = stream_of(record_batches, RowShape(1, 6, 6))
+    read = resumed.read_pick
+    resumed.read_pick = lambda pick: QUARANTINED if pick == 0 else read(pick)
+    resumed.seek(stream.position())
+    assert resumed.position().tolist() == [1, 0, 1, 1]
+    assert delivered_documents(all_rows(resumed)) == [b"qrs"]
 
 
 def test_nothing_is_read_before_it_is_needed():

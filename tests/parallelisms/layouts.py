@@ -103,7 +103,6 @@ LAYOUTS = [
     Layout(dp_shard=2, tp=2),
     Layout(dp_shard=2, pp=2, schedule="InterleavedZeroBubble"),
     Layout(cp=2, tp=2, quick=True),
-    Layout(dp_shard=4, tp=2),
     Layout(cp=2, pp=2, schedule="Interleaved1F1B"),
     Layout(tp=2, pp=2),
     # Triples.
@@ -122,7 +121,6 @@ SHORT_LAYOUTS = [
     Layout(cp=4, short=True, quick=True),
     Layout(tp=4, short=True),
     Layout(cp=2, tp=2, short=True),
-    Layout(cp=4, tp=2, short=True),
 ]
 
 

@@ -90,7 +90,7 @@ def largest_difference(tensor: torch.Tensor, whole_reference: torch.Tensor) -> f
 def train_reference(out: str, overrides: list[str], layouts: list[Layout]) -> None:
     for layout in layouts:
         seen = train_layout(out, [*overrides, *layout.overrides])
-        _, _, n_bytes, byte_slots, patches, patch_slots = seen["counts"]
+        _, _, n_bytes, byte_slots, patches, patch_slots, _ = seen["counts"]
         assert n_bytes < byte_slots, "the test means to have padded bytes"
         assert patches < patch_slots, "the test means to have padded patches"
         assert n_bytes % patches, "the test means to have ragged patches"

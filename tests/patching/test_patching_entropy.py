@@ -166,3 +166,26 @@ def test_errors_say_what_was_given(to_kind, h, options, message):
 def test_nan_is_refused_in_numpy():
     with pytest.raises(ValueError, match="1 of 3 values are NaN, the first at position 1"):
         patch_lengths([0.0, float("nan"), 1.0], threshold=1.0)
+
+
+@both_kinds
+@pytest.mark.parametrize("include_next", [False, True])
+@pytest.mark.parametrize("rule", ["global", "monotonic", "add"])
+def test_documents_side_by_side_are_cut_as_alone(to_kind, rule, include_next):
+    documents = [random_entropies(n, seed=n) for n in (2, 3, 2, 4, 5, 60, 2, 3)]
+    options = RULES[rule] | {"max_patch_bytes": 7}
+    begins = np.concatenate([np.arange(len(h)) == 0 for h in documents])
+    together = entropy_patch_starts(
+        to_kind(np.concatenate(documents)), rule=rule, begins=to_kind(begins), include_next=include_next, **options
+    )
+    alone = [serial_starts(h, rule=rule, include_next=False, **options) for h in documents[:-1]]
+    alone.append(serial_starts(documents[-1], rule=rule, include_next=include_next, **options))
+    assert together.tolist() == [start for starts in alone for start in starts]
+
+
+def test_begins_must_fit():
+    h = np.ones(4)
+    with pytest.raises(ValueError, match=r"begins: bool of the entropies' shape \(4,\).*got \(3,\)"):
+        entropy_patch_starts(h, threshold=1.0, begins=np.ones(3, bool))
+    with pytest.raises(ValueError, match="rule='topk'"):
+        entropy_patch_starts(h, rule="topk", patch_size=2, begins=np.ones(4, bool))

@@ -1,0 +1,354 @@
+"""Entropy sidecars: one value for each byte of text, in files beside the shards.
+
+In: the entropies of a record batch, H[i] in nats after byte i of its text. Out: for each shard `train-00000.arrow` a
+file of the same name in `entropies/NAME/`, whose record batches are those of the shard, and an index beside it. Any
+number of entropy models can score the same text; a run names one.
+
+    data/web/                    text, written once
+      manifest.json  train-00000.arrow  train-00000.index.npy
+      entropies/default/         one model's entropies
+        sidecar.json  train-00000.arrow  train-00000.index.npy
+
+Position 0 of a document (BOS) has no value: no rule asks for it, since position 1 always starts a patch. EOS has none
+either: nothing follows.
+
+A record batch of a sidecar carries the crc of the text's record batch, so that a swap of files shows at once, and its
+own raw bytes are checked before Arrow parses them, as those of shards are. A sidecar directory is complete when it has
+`sidecar.json`, which is written last. Until then each finished shard has an entry `NAME.done.json`, so that scoring
+goes on where it stopped.
+"""
+
+import hashlib
+import io
+import json
+import os
+import zlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import pyarrow as pa
+
+from blt_titan.data.errors import DataError
+from blt_titan.data.manifest import SPLITS, ShardEntry, read_manifest
+from blt_titan.data.shards import RecordBatch, ShardSet
+
+FORMAT, VERSION = "blt_titan.entropies", 1
+SIDECAR_NAME = "sidecar.json"
+DIRECTORY = "entropies"
+INDEX_COLUMNS = ("offset", "length", "values", "text_crc32", "crc32")
+Storage = Literal["float16", "uint8"]
+
+_DONE_SUFFIX = ".done.json"
+_TEMPORARY_SUFFIX = ".tmp"
+
+_LOWEST_NATS, _HIGHEST_NATS = 2.0**-10, 6.0
+UINT8_EDGES_NATS = np.geomspace(_LOWEST_NATS, _HIGHEST_NATS, 255).astype(np.float32)
+"""Where one code ends and the next begins, fp32 [255], 3.5 % apart: code c holds edge[c - 1] < H <= edge[c]."""
+_UINT8_VALUES = np.concatenate([[0.0], np.sqrt(UINT8_EDGES_NATS[:-1] * UINT8_EDGES_NATS[1:]), [_HIGHEST_NATS * 1.01]])
+
+
+def to_storage(entropies_nats: np.ndarray, storage: Storage) -> np.ndarray:
+    """Round entropies [N] to what is stored: float16, or uint8 codes on a log scale.
+
+    >>> to_storage(np.array([0.0, 1.3, 99.0]), "uint8").tolist()
+    [0, 210, 255]
+    """
+    if storage == "float16":
+        return entropies_nats.astype(np.float16)
+    return np.searchsorted(UINT8_EDGES_NATS, entropies_nats.astype(np.float32), side="left").astype(np.uint8)
+
+
+def from_storage(stored: np.ndarray) -> np.ndarray:
+    """Return the entropies that decide, fp32 [N]; of a uint8 code the value amid its edges.
+
+    >>> from_storage(to_storage(np.array([0.0, 1.3]), "uint8")).round(3).tolist()
+    [0.0, 1.29]
+    """
+    return stored.astype(np.float32) if stored.dtype == np.float16 else _UINT8_VALUES.astype(np.float32)[stored]
+
+
+class SidecarSettings(NamedTuple):
+    """What a sidecar was made with; compared with what a run wants."""
+
+    storage: Storage
+    model: dict[str, Any]
+    """The entropy model's arguments, `reset_at_newline` among them."""
+    weights_sha256: str
+    """Of all its parameters."""
+    compute_dtype: str
+    """float32 or bfloat16."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One finished file of a sidecar."""
+
+    file: str
+    index_file: str
+    index_sha256: str
+    file_bytes: int
+    record_batches: int
+    text_index_sha256: str
+
+
+def sidecar_directory(data: str | os.PathLike[str], name: str) -> Path:
+    """Return where the sidecar `name` of a data set lies."""
+    return Path(data) / DIRECTORY / name
+
+
+class SidecarWriter:
+    """Write the entropies of one shard; record batches may come in any order.
+
+    Nothing has its final name before `finish`, so an interrupted shard leaves only temporary files.
+    """
+
+    def __init__(self, directory: Path, shard: ShardEntry, storage: Storage):
+        self._directory, self._shard = directory, shard
+        self._storage: Storage = storage
+        directory.mkdir(parents=True, exist_ok=True)
+        self._temporary = directory / f"{shard.file}{_TEMPORARY_SUFFIX}"
+        self._file = open(self._temporary, "wb")  # noqa: SIM115
+        self._schema = _schema(storage)
+        self._arrow: Any = pa.ipc.new_file(self._file, self._schema)
+        self._index = np.full((shard.record_batches, len(INDEX_COLUMNS)), -1, np.int64)
+
+    def add(self, batch_in_shard: int, entropies_nats: np.ndarray, text_crc32: int) -> None:
+        """Append one record batch's entropies, fp32 [text bytes]."""
+        assert self._index[batch_in_shard, 0] < 0, "added twice"
+        stored = to_storage(entropies_nats, self._storage)
+        batch = pa.record_batch([pa.array(stored)], schema=self._schema)
+        message = batch.serialize()
+        self._arrow.write_batch(batch)
+        offset = self._file.tell() - message.size
+        self._index[batch_in_shard] = (offset, message.size, len(stored), text_crc32, zlib.crc32(message))
+
+    def finish(self) -> None:
+        """Give the file its name, and say that it is done."""
+        assert (self._index[:, 0] >= 0).all(), "record batches are missing"
+        self._arrow.close()
+        file_bytes = self._file.tell()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        content = io.BytesIO()
+        np.save(content, self._index, allow_pickle=False)
+        entry = _Entry(
+            file=self._shard.file,
+            index_file=self._shard.index_file,
+            index_sha256=hashlib.sha256(content.getbuffer()).hexdigest(),
+            file_bytes=file_bytes,
+            record_batches=len(self._index),
+            text_index_sha256=self._shard.index_sha256,
+        )
+        _write(self._directory / entry.index_file, content.getvalue())
+        os.replace(self._temporary, self._directory / entry.file)
+        _write(self._directory / f"{entry.file}{_DONE_SUFFIX}", json.dumps(asdict(entry)).encode())
+
+    def abandon(self) -> None:
+        """Remove what was written."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+def is_done(directory: Path, shard: ShardEntry) -> bool:
+    """Tell whether a shard's entropies are finished; False where they are of another text."""
+    path = directory / f"{shard.file}{_DONE_SUFFIX}"
+    try:
+        entry = _Entry(**json.loads(path.read_bytes()))
+        return (
+            entry.text_index_sha256 == shard.index_sha256
+            and (directory / entry.file).stat().st_size == entry.file_bytes
+            and (directory / entry.index_file).is_file()
+        )
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def begin_sidecar(data: str | os.PathLike[str], name: str, settings: SidecarSettings) -> bool:
+    """Make a sidecar's directory, or check that what is there was begun with the same settings.
+
+    Returns:
+        False if it is complete already.
+
+    Raises:
+        DataError: it was made with other settings.
+    """
+    directory = sidecar_directory(data, name)
+    directory.mkdir(parents=True, exist_ok=True)
+    wanted = settings._asdict()
+    for known in (SIDECAR_NAME, "settings.json"):
+        if (directory / known).exists():
+            there = json.loads((directory / known).read_bytes())["settings"]
+            if differing := [key for key in wanted if there.get(key) != wanted[key]]:
+                raise DataError(
+                    f"{directory}: made with another {', '.join(differing)}; choose another --name, or remove it"
+                )
+            return known != SIDECAR_NAME
+    _write(directory / "settings.json", json.dumps({"settings": wanted}).encode())
+    return True
+
+
+def complete_sidecar(data: str | os.PathLike[str], name: str, settings: SidecarSettings) -> bool:
+    """Write `sidecar.json` if every shard is done; whoever finishes last does. Returns whether it is complete."""
+    directory = sidecar_directory(data, name)
+    shards = [shard for split in SPLITS for shard in read_manifest(data).splits[split]]
+    if not all(is_done(directory, shard) for shard in shards):
+        return (directory / SIDECAR_NAME).exists()
+    entries = [json.loads((directory / f"{shard.file}{_DONE_SUFFIX}").read_bytes()) for shard in shards]
+    content = {"format": FORMAT, "version": VERSION, "settings": settings._asdict(), "shards": entries}
+    _write(directory / SIDECAR_NAME, (json.dumps(content, indent=2) + "\n").encode())
+    # What is only for going on; and what killed ranks left.
+    for pattern in (f"*{_DONE_SUFFIX}", f"*{_TEMPORARY_SUFFIX}", "settings.json"):
+        for path in directory.glob(pattern):
+            path.unlink(missing_ok=True)
+    return True
+
+
+class _OpenSidecar(NamedTuple):
+    path: Path
+    content: Any
+    index: np.ndarray
+
+
+class EntropySidecar:
+    """Read the entropies of one split's record batches, by number.
+
+    It pickles, as `ShardSet` does: a worker opens its own files.
+
+    Raises:
+        DataError: the sidecar is missing, incomplete, or of another text; names it.
+    """
+
+    def __init__(self, data: str | os.PathLike[str], name: str, shards: ShardSet, *, max_open_shards: int = 64):
+        self.directory = sidecar_directory(data, name)
+        path = self.directory / SIDECAR_NAME
+        try:
+            content = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise DataError(
+                f"{path}: no such file, so there are no complete entropies {name!r}; make them, or let scoring finish, "
+                f"with `python -m scripts.score_entropies --data {data} --name {name} --checkpoint ...`"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: cannot be read ({error}); score the data again") from error
+        found = (content.get("format"), content.get("version")) if isinstance(content, dict) else (None, None)
+        if found != (FORMAT, VERSION):
+            raise DataError(f"{path}: format {found[0]!r} version {found[1]!r} is unknown; score the data again")
+        try:
+            self.settings = SidecarSettings(**content["settings"])
+            if self.settings.storage not in get_args(Storage):
+                raise ValueError(f"storage {self.settings.storage!r}")
+            self._schema = _schema(self.settings.storage)
+            self._entries = {entry.file: entry for entry in (_Entry(**entry) for entry in content["shards"])}
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path}: malformed ({error!r}); score the data again") from error
+        self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
+        self._max_open_shards = max_open_shards
+        self._open: OrderedDict[str, _OpenSidecar] = OrderedDict()
+        for shard in shards.entries:
+            self._check_entry(shard)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": OrderedDict()}
+
+    def __call__(self, batch: RecordBatch) -> np.ndarray:
+        """Check and read the entropies of a record batch: fp32 [text bytes], rounded as they were stored.
+
+        Raises:
+            DataError: damaged, or of another text; names file and record batch.
+        """
+        opened = self._opened(batch.shard_path.name)
+        where = f"{opened.path}: record batch {batch.batch_in_shard}"
+        offset, length, values, of_text, crc32 = opened.index[batch.batch_in_shard].tolist()
+        if (values, of_text) != (len(batch.text), batch.crc32):
+            raise DataError(
+                f"{where}: belongs to {values} bytes of text with crc32 {of_text:08x}, the shard has {len(batch.text)} "
+                f"with {batch.crc32:08x}; files were swapped: restore them, or score the data again"
+            )
+        message = opened.content.slice(offset, length)
+        if zlib.crc32(message) != crc32:
+            raise DataError(f"{where}: does not match its crc32: the file is damaged; restore it, or score again")
+        try:
+            [column] = pa.ipc.read_record_batch(pa.ipc.read_message(message), self._schema).columns
+            stored = column.to_numpy(zero_copy_only=False)
+        except (pa.ArrowException, ValueError, OSError) as error:
+            raise DataError(f"{where}: not a record batch of entropies ({error}); score the data again") from error
+        return from_storage(stored)
+
+    def verify_structure(self) -> None:
+        """Check every file's size and index now; reads no entropies."""
+        for name in self._entries:
+            self._load(name)
+
+    def _check_entry(self, shard: ShardEntry) -> None:
+        entry = self._entries.get(shard.file)
+        if entry is None or entry.text_index_sha256 != shard.index_sha256:
+            raise DataError(
+                f"{self.directory / SIDECAR_NAME}: {shard.file} has {'no entry' if entry is None else 'other text'}; "
+                "the data was prepared again since: score it again"
+            )
+        self._check_file(entry)
+
+    def _check_file(self, entry: _Entry) -> None:
+        path = self.directory / entry.file
+        try:
+            found = path.stat().st_size
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}, but {SIDECAR_NAME} names it; score the data again") from error
+        if found != entry.file_bytes:
+            raise DataError(
+                f"{path}: {found} bytes, {SIDECAR_NAME} says {entry.file_bytes}; restore it, or score the data again"
+            )
+
+    def _opened(self, name: str) -> _OpenSidecar:
+        if name in self._open:
+            self._open.move_to_end(name)
+            return self._open[name]
+        opened = self._open[name] = self._load(name)
+        if len(self._open) > self._max_open_shards:
+            self._open.popitem(last=False)
+        return opened
+
+    def _load(self, name: str) -> _OpenSidecar:
+        entry = self._entries[name]
+        self._check_file(entry)
+        path, index_path = self.directory / entry.file, self.directory / entry.index_file
+        try:
+            with pa.memory_map(str(path)) as source:
+                content = source.read_buffer()
+            index_bytes = index_path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path}: it or its index cannot be read ({error}); check permissions") from error
+        if hashlib.sha256(index_bytes).hexdigest() != entry.index_sha256:
+            raise DataError(f"{index_path}: does not match its digest in {SIDECAR_NAME}; score the data again")
+        return _OpenSidecar(path, content, np.load(io.BytesIO(index_bytes), allow_pickle=False))
+
+
+class EntropySidecars:
+    """The sidecars of several data sets; each record batch is looked up in that of its own directory."""
+
+    def __init__(self, sidecars: Sequence[EntropySidecar]):
+        self._of_directory = {sidecar.directory.parent.parent: sidecar for sidecar in sidecars}
+
+    def __call__(self, batch: RecordBatch) -> np.ndarray:
+        """Check and read the entropies of a record batch, as `EntropySidecar` does."""
+        return self._of_directory[batch.shard_path.parent](batch)
+
+
+def _schema(storage: Storage) -> pa.Schema:
+    return pa.schema([("entropies_nats", pa.float16() if storage == "float16" else pa.uint8())])
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file in one step."""
+    # Several ranks may write the same file at once.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{_TEMPORARY_SUFFIX}")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

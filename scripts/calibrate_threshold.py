@@ -1,0 +1,147 @@
+r"""Choose the threshold of a patching rule for a wanted patch size, and the segment that wastes least.
+
+    python -m scripts.calibrate_threshold --data data/web --target-patch-bytes 4.5
+    python -m scripts.calibrate_threshold --data data/web --target-patch-bytes 6 --rule monotonic --png patches.png
+
+Reads the entropies that scripts.score_entropies made. Prints how long patches get, what segments of 256 to 4,096
+patches waste at their best byte budget, and the lines to paste into a run's TOML.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+
+from blt_titan.data.calibration import (
+    Calibration,
+    SegmentBudget,
+    best_budgets,
+    calibrate,
+    histogram_text,
+    read_sample,
+)
+from blt_titan.data.entropies import EntropySidecar
+from blt_titan.data.errors import DataError
+from blt_titan.data.shards import ShardSet
+from blt_titan.model.sizes import BLT_FLAVORS
+from blt_titan.patching import EntropyRule
+from scripts.prepare_data import size
+
+CONTEXT_BYTES = 16_384
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        prog="calibrate_threshold", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", required=True, metavar="DIR", help="byte shards with a sidecar of entropies")
+    add("--target-patch-bytes", type=float, required=True, metavar="N", help="wanted mean length of a patch")
+    add("--rule", choices=get_args(EntropyRule), default="global", help="default %(default)s")
+    add("--threshold-add", type=float, default=0.0, metavar="NATS", help="of rule add (default %(default)s)")
+    add("--name", default="default", help="of the sidecar (default %(default)s)")
+    add("--split", choices=["train", "validation"], default="train", help="default %(default)s")
+    add("--max-patch-bytes", type=int, default=512, metavar="N", help="longer ones are split (default %(default)s)")
+    add("--segment-patches", type=int, default=512, metavar="N", help="of the lines to paste (default %(default)s)")
+    add("--flavor", choices=BLT_FLAVORS, default="1B", help="whose compute is weighed (default %(default)s)")
+    add("--sample-bytes", type=size, default=64_000_000, metavar="SIZE", help="text to look at (default 64MB)")
+    add("--png", type=Path, metavar="FILE", help="also draw the distribution and the trade-off")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; give its exit code: 0, or 2 after an error."""
+    args = parse_args(arguments)
+    try:
+        if args.target_patch_bytes <= 1 or args.max_patch_bytes < 2:
+            raise DataError("--target-patch-bytes must be above 1 and --max-patch-bytes at least 2")
+        shards = ShardSet(args.data, args.split)
+        sample = read_sample(shards, EntropySidecar(args.data, args.name, shards), sample_bytes=args.sample_bytes)
+        calibration = calibrate(
+            sample,
+            args.target_patch_bytes,
+            rule=args.rule,
+            threshold_add=args.threshold_add if args.rule == "add" else None,
+            max_patch_bytes=args.max_patch_bytes,
+        )
+    except DataError as error:
+        print(f"calibrate_threshold: error: {error}", file=sys.stderr)
+        return 2
+    mean = calibration.mean_patch_bytes
+    flavor = BLT_FLAVORS[args.flavor]
+    parts = flavor.flops_by_part(CONTEXT_BYTES, mean)
+    budgets = best_budgets(
+        calibration.lengths,
+        cost_of_byte=parts.encoder + parts.decoder,
+        cost_of_patch=flavor.global_layers * parts.global_layer * mean,
+        longest_patch=args.max_patch_bytes,
+    )
+    _report(args, calibration, budgets, n_ids=len(sample.entropies_nats))
+    if args.png:
+        _draw(args.png, calibration, budgets)
+        print(f"\n{args.png}: the distribution and the trade-off")
+    return 0
+
+
+def _report(args: argparse.Namespace, calibration: Calibration, budgets: list[SegmentBudget], *, n_ids: int) -> None:
+    lengths, mean = calibration.lengths, calibration.mean_patch_bytes
+    percentiles = ", ".join(f"{p}% {int(np.percentile(lengths, p))}" for p in (50, 90, 99))
+    print(
+        f"rule {calibration.rule}: {len(lengths):,} patches of {mean:.3f} bytes on average in {n_ids:,} bytes "
+        f"(wanted {args.target_patch_bytes:g})\n"
+        f"lengths up to: {percentiles}, all {lengths.max()}; {calibration.cut_by_limit / len(lengths):.3%} begin only "
+        f"because {args.max_patch_bytes} bytes were full\n\n{histogram_text(lengths)}\n\n"
+        f"segments, {args.flavor}: patches, best bytes, padded patch slots, padded byte slots, padded compute"
+    )
+    for budget in budgets:
+        print(
+            f"  {budget.patches:>5} {budget.bytes:>7} {budget.padded_patches:8.1%} {budget.padded_bytes:8.1%} "
+            f"{budget.padded_compute:8.1%}"
+        )
+    if calibration.rule == "topk":
+        print("\nrule topk looks at whole documents: it is for analysis, and no run can use it")
+        return
+    chosen = next((b for b in budgets if b.patches == args.segment_patches), budgets[-1] if budgets else None)
+    add = f"threshold_add = {calibration.threshold_add}\n" if calibration.threshold_add is not None else ""
+    print(
+        f'\n[patching]\nrule = "{calibration.rule}"\nthreshold = {calibration.threshold!r}\n{add}'
+        f'max_patch_bytes = {args.max_patch_bytes}\nsidecar = "{args.name}"'
+    )
+    if chosen:
+        print(
+            f"\n[data]\nsegment_bytes = {chosen.bytes}\nsegment_patches = {chosen.patches}\n\n"
+            f"[training]\nseq_len = {8 * chosen.bytes}    # 8 segments"
+        )
+
+
+def _draw(path: Path, calibration: Calibration, budgets: list[SegmentBudget]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), dpi=120)
+    left.hist(np.minimum(calibration.lengths, 32), bins=np.arange(0.5, 33.5))
+    left.axvline(calibration.mean_patch_bytes, ls="--", color="black", label=f"mean {calibration.mean_patch_bytes:.2f}")
+    left.set(xlabel="bytes of a patch (32: and longer)", ylabel="patches", title=f"rule {calibration.rule}")
+    left.legend()
+    for name, label in (
+        ("padded_compute", "compute"),
+        ("padded_patches", "patch slots"),
+        ("padded_bytes", "byte slots"),
+    ):
+        right.plot([b.patches for b in budgets], [100 * getattr(b, name) for b in budgets], "o-", label=label)
+    right.set(xlabel="patches of a segment", ylabel="padding, %", title="at the best byte budget", xscale="log", ylim=0)
+    right.set_xticks([b.patches for b in budgets], [str(b.patches) for b in budgets])
+    right.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

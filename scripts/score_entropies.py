@@ -1,0 +1,92 @@
+"""Score byte shards with a trained entropy model: a sidecar of entropies beside them, of which a run makes patches.
+
+    python -m scripts.score_entropies --data data/web --checkpoint outputs/entropy_100m
+
+On several GPUs, or several nodes that see the same directory, a shard at a time:
+
+    torchrun --nproc_per_node 8 -m scripts.score_entropies --data data/web --checkpoint outputs/entropy_100m
+
+Stopped and started again, it goes on with the shards that are not done.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+
+from blt_titan.data.errors import DataError
+from blt_titan.inference.checkpoint import CheckpointError, load_entropy_model
+from blt_titan.inference.entropies import CHUNK, LANES, EntropyScorer
+from blt_titan.inference.score_data import score_data, sidecar_settings
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        prog="score_entropies", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", required=True, metavar="DIR", help="byte shards, as scripts.prepare_data makes them")
+    add(
+        "--checkpoint",
+        required=True,
+        metavar="CKPT",
+        help="the entropy model: a checkpoint step-N, or the folder of a run, whose last checkpoint is taken",
+    )
+    add("--name", default="default", help="of the sidecar, in DIR/entropies (default %(default)s)")
+    add(
+        "--quantize",
+        choices=["float16", "uint8"],
+        default="float16",
+        help="what is stored for a byte of text: 2 bytes, or 1 on a log scale of 255 steps (default %(default)s)",
+    )
+    add(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="what the model computes in; recorded in the sidecar (default %(default)s)",
+    )
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
+    add("--lanes", type=int, default=LANES, help="sequences of a batch (default %(default)s)")
+    add("--chunk-bytes", type=int, default=CHUNK, help="bytes of a sequence in one forward (default %(default)s)")
+    add("--no-progress", action="store_true", help="show no progress bar")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; give its exit code: 0, or 2 after an error."""
+    args = parse_args(arguments)
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = torch.device(args.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    try:
+        if min(args.lanes, args.chunk_bytes) < 1:
+            raise DataError(f"--lanes {args.lanes} and --chunk-bytes {args.chunk_bytes} must be at least 1")
+        model = load_entropy_model(args.checkpoint, device=device)
+        settings = sidecar_settings(model, args.quantize, args.dtype)
+        scorer = EntropyScorer(model.to(getattr(torch, args.dtype)), lanes=args.lanes, chunk=args.chunk_bytes)
+        began = time.perf_counter()
+        summary = score_data(
+            args.data, args.name, scorer, settings, rank=rank, ranks=ranks, progress=rank == 0 and not args.no_progress
+        )
+    except (DataError, CheckpointError) as error:
+        print(f"score_entropies: error: {error}", file=sys.stderr)
+        return 2
+    seconds = time.perf_counter() - began
+    where = f"{args.data}/entropies/{args.name}"
+    if summary.shards:
+        padding = 1 - summary.text_bytes / summary.byte_slots
+        print(
+            f"{where}: {summary.text_bytes:,} bytes of {summary.shards} shards in {seconds:.1f} s, "
+            f"{summary.text_bytes / seconds:,.0f} bytes/s, {padding:.1%} of the slots were not text"
+        )
+    print(f"{where}: " + ("complete" if summary.complete else "other ranks are still scoring"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+r"""Show patches: one self-contained page of a text, its entropies, and where a threshold cuts it.
+
+    python -m scripts.view_patches --text "to be, or not to be" --checkpoint outputs/entropy_100m --out page.html
+    python -m scripts.view_patches --data data/web --doc 3 --threshold 1.33 --out page.html
+
+With --data the entropies come from the sidecar that scripts.score_entropies made; with --text the checkpoint's model
+makes them. Each byte is coloured by its entropy, patches are boxed, and below is the entropy curve with the threshold;
+a slider moves the threshold and draws the patches anew, in the browser.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from blt_titan.byte_vocab import BYTE_OFFSET, document_ids
+from blt_titan.data.entropies import EntropySidecar, from_storage, to_storage
+from blt_titan.data.errors import DataError
+from blt_titan.data.shards import ShardSet
+from blt_titan.inference.checkpoint import CheckpointError, load_entropy_model
+from blt_titan.inference.entropies import EntropyScorer
+from blt_titan.inference.patch_page import patch_page
+
+LONGEST_TEXT = 20_000
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        prog="view_patches", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", help="a text to score and show; needs --checkpoint")
+    what.add_argument("--data", metavar="DIR", help="byte shards with a sidecar of entropies; shows document --doc")
+    add("--doc", type=int, default=0, metavar="N", help="number of the document in the split (default %(default)s)")
+    add("--split", choices=["train", "validation"], default="validation", help="default %(default)s")
+    add("--name", default="default", help="of the sidecar (default %(default)s)")
+    add("--checkpoint", metavar="CKPT", help="the entropy model: step-N, or the folder of a run")
+    add(
+        "--threshold", type=float, default=1.335442066192627, metavar="NATS", help="to begin with (default %(default)s)"
+    )
+    add("--max-patch-bytes", type=int, default=512, metavar="N", help="longer ones are split (default %(default)s)")
+    add("--max-bytes", type=int, default=4000, metavar="N", help="of the text that are shown (default %(default)s)")
+    add("--out", type=Path, required=True, metavar="FILE", help="the page to write")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; give its exit code: 0, or 2 after an error."""
+    args = parse_args(arguments)
+    try:
+        if not 1 <= args.max_bytes <= LONGEST_TEXT:
+            raise DataError(f"--max-bytes {args.max_bytes}: a page shows 1 to {LONGEST_TEXT} bytes")
+        if args.text is not None:
+            if not args.checkpoint:
+                raise DataError("--text needs --checkpoint, the entropy model that scores it")
+            title, text = "text", args.text.encode()
+            ids = document_ids(text)
+            scored = EntropyScorer(load_entropy_model(args.checkpoint)).score(ids)[ids >= BYTE_OFFSET]
+            entropies = from_storage(to_storage(scored, "float16"))
+        else:
+            title, text, entropies = _document(args.data, args.split, args.name, args.doc)
+        page = patch_page(
+            text[: args.max_bytes],
+            entropies[: args.max_bytes],
+            title=title,
+            threshold=args.threshold,
+            max_patch_bytes=args.max_patch_bytes,
+        )
+        args.out.write_text(page, encoding="utf-8")
+    except (DataError, CheckpointError, OSError) as error:
+        print(f"view_patches: error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.out}: {min(len(text), args.max_bytes):,} of {len(text):,} bytes of {title}")
+    return 0
+
+
+def _document(data: str, split: str, name: str, number: int) -> tuple[str, bytes, np.ndarray]:
+    shards = ShardSet(data, split)
+    sidecar = EntropySidecar(data, name, shards)
+    if not 0 <= number < shards.documents:
+        raise DataError(f"--doc {number}: the {split} split of {data} has documents 0 to {shards.documents - 1}")
+    for i in range(len(shards)):
+        rows = shards.record_batch_info(i).rows
+        if number < rows:
+            batch = shards.read(i)
+            begin, end = batch.offsets[number : number + 2].tolist()
+            return batch.doc_ids[number], batch.document(number).tobytes(), sidecar(batch)[begin:end]
+        number -= rows
+    raise AssertionError("the index holds fewer documents than the manifest says")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""Two stages: an entropy model from the trainer decides the patches of a BLT, from files or while it trains."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from blt_titan.inference.checkpoint import describe_model, find_checkpoint, load_entropy_model
+from scripts.calibrate_threshold import main as calibrate_threshold
+from scripts.score_entropies import main as score_entropies
+from scripts.view_patches import main as view_patches
+from tests.distributed import run_distributed
+from tests.integration.runs import losses, metrics, train
+
+pytestmark = pytest.mark.slow
+
+ENTROPY_RUN = [
+    "--model.name=blt_entropy",
+    "--patching.rule=byte",
+    "--data.segment_patches=128",
+    "--training.seq_len=256",
+    "--training.steps=30",
+    "--entropy_model.reset_at_newline",
+]
+ONLINE_LOSS_ATOL = 1e-3
+"""A boundary on a decision edge may fall on the other side; more of the run than that must not change."""
+
+
+def two_stages(root: str, small_run: list[str], data: str) -> None:
+    """Train an entropy model, score, calibrate; then BLTs by rule: from a sidecar, again, online, and resumed."""
+    out = f"{root}/entropy"
+    train(out, *small_run, *ENTROPY_RUN)
+    assert score_entropies(["--data", data, "--checkpoint", out, "--no-progress", "--device", "cpu"]) == 0
+    by_entropy = [
+        *small_run,
+        "--patching.rule=global",
+        "--patching.threshold=2.0",
+        "--training.steps=6",
+        "--checkpoint.interval=3",
+    ]
+    train(f"{root}/sidecar", *by_entropy)
+    train(f"{root}/workers", *by_entropy, "--training.dataloader.num_workers=2")
+    online = ["--patching.source=online", f"--patching.entropy_checkpoint={out}"]
+    train(f"{root}/online", *by_entropy, *online)
+    train(f"{root}/resumed", *by_entropy, *online, "--training.steps=3")
+    train(f"{root}/resumed", *by_entropy, *online)
+    monotonic = ["--patching.rule=monotonic", "--patching.threshold=0.5"]
+    train(f"{root}/monotonic", *by_entropy, *monotonic)
+
+
+@pytest.fixture(scope="module")
+def data(stdlib_data, tmp_path_factory) -> Path:
+    """A copy, which gets a sidecar."""
+    return shutil.copytree(stdlib_data, tmp_path_factory.mktemp("two_stages") / "data")
+
+
+@pytest.fixture(scope="module")
+def trained(small_run, data) -> Path:
+    overrides = [*small_run, f"--training.dataset_path={data}"]
+    run_distributed(two_stages, 1, str(data.parent), overrides, str(data))
+    return data.parent
+
+
+def test_sidecar_workers_online_and_resume_train_the_same_rows(trained):
+    expected = losses(trained / "sidecar")
+    assert losses(trained / "workers") == expected
+    online = losses(trained / "online")
+    assert online.keys() == expected.keys()
+    assert max(abs(online[step] - expected[step]) for step in expected) <= ONLINE_LOSS_ATOL
+    assert losses(trained / "resumed") == online
+    sizes = {name: metrics(trained / name)[-1]["mean_patch_bytes"] for name in ("sidecar", "online", "monotonic")}
+    assert abs(sizes["sidecar"] - sizes["online"]) < 0.01 * sizes["sidecar"]
+    assert sizes["monotonic"] != sizes["sidecar"]
+
+
+def test_the_cost_of_scoring_online_is_a_metric(trained):
+    shares = [line["online_entropy_share"] for line in metrics(trained / "online")]
+    assert all(0 <= share < 1 for share in shares)
+    assert max(shares) > 0
+    assert "online_entropy_share" not in metrics(trained / "sidecar")[-1]
+
+
+def test_the_checkpoint_and_the_sidecar_say_what_the_model_is(trained, data):
+    described = describe_model(find_checkpoint(trained / "entropy"))
+    assert described["name"] == "blt_entropy"
+    assert described["args"]["reset_at_newline"] is True
+    assert load_entropy_model(trained / "entropy").args.reset_at_newline
+    sidecar = json.loads((data / "entropies" / "default" / "sidecar.json").read_text())
+    assert sidecar["settings"]["model"]["reset_at_newline"] is True
+
+
+def test_calibration_prints_lines_that_train(trained, data, tmp_path, capsys):
+    picture = tmp_path / "patches.png"
+    arguments = ["--data", str(data), "--target-patch-bytes", "4", "--flavor", "debug", "--png", str(picture)]
+    assert calibrate_threshold(arguments) == 0
+    printed = capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    threshold = float(printed.split("\nthreshold = ")[1].split()[0])
+    assert '[patching]\nrule = "global"' in printed
+    assert "[data]\nsegment_bytes = " in printed
+    assert 0 < threshold < 5
+    assert calibrate_threshold([*arguments[:3], "100000", *arguments[4:]]) == 2
+    assert "cannot be had" in capsys.readouterr().err
+
+
+def test_a_page_shows_a_document_of_the_data_or_a_text(trained, data, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    assert view_patches(["--data", str(data), "--doc", "1", "--out", str(page)]) == 0
+    assert '"entropies": [' in page.read_text()
+    text = ["--text", "to be, or not to be", "--out", str(page)]
+    assert view_patches([*text, "--checkpoint", str(trained / "entropy")]) == 0
+    shown = json.loads(page.read_text().split("const page = ")[1].split(";\n")[0])
+    assert bytes(shown["bytes"]) == b"to be, or not to be"
+    assert len(shown["entropies"]) == len(shown["bytes"])
+    assert view_patches(text) == 2
+    assert "--text needs --checkpoint" in capsys.readouterr().err
+    assert view_patches(["--data", str(data), "--doc", "100000", "--out", str(page)]) == 2
+    assert "has documents 0 to" in capsys.readouterr().err
