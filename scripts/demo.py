@@ -80,7 +80,7 @@ def run(steps: int | None) -> None:
         validation_fraction=0.05,
         seed=0,
         max_bytes=DATA_BYTES,
-        record_batch_bytes=16 * 1024,
+        record_batch_bytes=8 * 1024,
         progress=False,
     )
     shared = [f"--training.dataset_path={DATA}", *([f"--training.steps={steps}"] if steps else [])]

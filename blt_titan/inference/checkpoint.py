@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
         Exception: torch's own, if a parameter is missing or of another shape.
     """
     state = model.state_dict()
-    load(state, checkpoint_id=str(checkpoint), no_dist=True)
+    _fill(state, checkpoint)
     model.load_state_dict(state)
 
 
@@ -78,7 +79,7 @@ def describe_model(checkpoint: Path) -> dict[str, Any]:
             "(checkpoint.last_save_model_only = false)"
         )
     state = {MODEL_KEY: ""}
-    load(state, checkpoint_id=str(checkpoint), no_dist=True)
+    _fill(state, checkpoint)
     return json.loads(state[MODEL_KEY])
 
 
@@ -95,3 +96,10 @@ def load_entropy_model(path: str | os.PathLike[str], *, device: torch.device | s
     model = EntropyModel(EntropyModelArgs(**described["args"]))
     load_weights(model, checkpoint)
     return model.to(device).eval()
+
+
+def _fill(state: dict[str, Any], checkpoint: str | os.PathLike[str]) -> None:
+    with warnings.catch_warnings():
+        # That no process group is needed is meant.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load(state, checkpoint_id=str(checkpoint), no_dist=True)

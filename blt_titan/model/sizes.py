@@ -283,6 +283,6 @@ BLT_FLAVORS: dict[str, BLTArgs] = {
 }
 
 ENTROPY_FLAVORS: dict[str, EntropyModelArgs] = {
-    "debug": EntropyModelArgs(dim=128, n_heads=4, n_layers=3, window=128),
+    "debug": EntropyModelArgs(dim=96, n_heads=3, n_layers=2, window=128),
     "100M": EntropyModelArgs(),
 }

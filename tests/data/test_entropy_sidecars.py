@@ -181,8 +181,12 @@ def test_swapped_files_are_found(data):
         (lambda d: (d / "train-00001.arrow").write_bytes(b"short"), r"train-00001\.arrow: 5 bytes, sidecar\.json says"),
         (lambda d: (d / "sidecar.json").write_text("{"), r"sidecar\.json: cannot be read"),
         (lambda d: (d / "sidecar.json").write_text('{"format": "x"}'), r"format 'x' version None is unknown"),
+        (
+            lambda d: (d / "sidecar.json").write_text((d / "sidecar.json").read_text().replace("float16", "float17")),
+            r"sidecar\.json: malformed \(ValueError\(\"storage 'float17'\"\)\)",
+        ),
     ],
-    ids=["missing", "truncated", "not_json", "another_format"],
+    ids=["missing", "truncated", "not_json", "another_format", "unknown_storage"],
 )
 def test_what_is_missing_or_malformed_is_refused_at_construction(data, damage, message):
     score(data)
