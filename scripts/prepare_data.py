@@ -5,20 +5,29 @@ Copy and paste, for 4 MB of Python's own standard library in small record batche
     python -m scripts.prepare_data --source python-stdlib --out data/stdlib --validation-fraction 0.05 \
         --seed 0 --max-bytes 4000000 --record-batch-bytes 16384
 
-For a crawl of JSON lines and a tree of source code, with the defaults:
+For a crawl of JSON lines, some Parquet and a tree of source code, on 16 cores, within 32 GiB of memory:
 
-    python -m scripts.prepare_data --source crawl.jsonl --source ~/code --out data/mixed
+    python -m scripts.prepare_data --source 'crawl/*.jsonl.zst' web/ ~/code --workers 16 --memory 32GiB --out data/mixed
+
+For a data set of the Hugging Face hub, streamed:
+
+    python -m scripts.prepare_data --source fineweb_edu_10bt --workers 16 --out data/fineweb
+
+Stopped at any moment, and started again with the same settings, it goes on where it was.
 """
 
 import argparse
+import logging
+import os
 import re
 import sys
 from collections.abc import Sequence
 from decimal import Decimal
 
 from blt_titan.data.errors import DataError
-from blt_titan.data.prepare import prepare
+from blt_titan.data.prepare import LEAST_WORKER_BYTES, MEMORY_BYTES, prepare
 from blt_titan.data.shards import RECORD_BATCH_BYTES, SHARD_BYTES
+from blt_titan.data.sources import HUB_PRESETS
 
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
@@ -39,7 +48,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="prepare_data",
-        usage="python -m scripts.prepare_data --source SOURCE [--source SOURCE ...] --out DIR [options]",
+        usage="python -m scripts.prepare_data --source SOURCE [SOURCE ...] --out DIR [options]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Sizes are bytes, or a number with KB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (of 1024).",
@@ -47,13 +56,15 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--source",
-        action="append",
+        action="extend",
+        nargs="+",
         required=True,
-        help="what to read; may be given several times. python-stdlib: the .py files of this Python. A directory: each "
-        "text file in it is a document, each line of its .jsonl files another. A .jsonl file: each line is a document. "
-        "Any other file: one document",
+        help="what to read, one or several. python-stdlib: the .py files of this Python. A directory: each text file "
+        "in it is a document, and so is each record of its .jsonl (.gz, .zst), .parquet and .arrow files. A file, or a "
+        "pattern in quotation marks ('crawl/**/*.parquet'): the same. A URL (s3://, gs://, ...) of a file system "
+        f"whose fsspec driver is installed. From the hub: {', '.join(HUB_PRESETS)}, or hf:NAME[:CONFIG][:SPLIT]",
     )
-    add("--out", required=True, metavar="DIR", help="the directory to write, made if missing")
+    add("--out", required=True, metavar="DIR", help="the directory or URL to write, made if missing")
     add(
         "--validation-fraction",
         type=float,
@@ -71,7 +82,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--max-bytes",
         type=size,
         metavar="SIZE",
-        help="take whole documents up to this much text (default: everything)",
+        help="take whole documents up to this much text, in the seed's order; all is read even so (default: all)",
     )
     add(
         "--record-batch-bytes",
@@ -85,8 +96,27 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--text-column",
         default="text",
-        metavar="KEY",
-        help="the key of the text in .jsonl files (default %(default)s)",
+        metavar="NAME",
+        help="where records keep their text (default %(default)s)",
+    )
+    add(
+        "--on-error",
+        choices=["stop", "skip"],
+        default="stop",
+        help="what a record does that cannot be used: end the work and be named, or be left out, named and counted in "
+        "the manifest (default %(default)s)",
+    )
+    add("--workers", type=int, help="processes (default: as many as there are cores and memory for)")
+    add(
+        "--memory",
+        type=size,
+        metavar="SIZE",
+        help="of all processes together (default: 1GiB for each worker, at most half of what the machine has)",
+    )
+    add(
+        "--work",
+        metavar="DIR",
+        help="where intermediate files go, as much as the text (default: .prepare in the --out directory)",
     )
     add(
         "--overwrite",
@@ -100,6 +130,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; give its exit code: 0, or 2 after an error."""
     args = parse_args(arguments)
+    logging.basicConfig(format="prepare_data: %(message)s")
+    cores, half = len(os.sched_getaffinity(0)), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    workers = args.workers or max(1, min(cores, (args.memory or half) // LEAST_WORKER_BYTES))
     try:
         summary = prepare(
             args.source,
@@ -110,6 +143,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             record_batch_bytes=args.record_batch_bytes,
             shard_bytes=args.shard_bytes,
             text_column=args.text_column,
+            on_error=args.on_error,
+            workers=workers,
+            memory_bytes=args.memory or max(LEAST_WORKER_BYTES * workers, min(half, MEMORY_BYTES * workers)),
+            work=args.work,
             overwrite=args.overwrite,
             progress=not args.no_progress,
         )

@@ -11,14 +11,9 @@ it has handed out, so what workers made ahead is neither lost nor repeated. The 
 gathered over ranks at a save; it fits any number of ranks and workers.
 """
 
-import ctypes
 import itertools
 import json
 import logging
-import multiprocessing
-import os
-import signal
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -45,6 +40,7 @@ from blt_titan.data.packing import (
 )
 from blt_titan.data.shards import RecordBatch, ShardSet
 from blt_titan.data.streams import POSITION_FIELDS, QUARANTINED, RowStream
+from blt_titan.data.worker_pool import die_with_parent
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +52,6 @@ _NO_SNAPSHOTS = 1 << 62
 _QUARANTINED_FIELD = POSITION_FIELDS.index("quarantined")
 MOST_QUARANTINED_IN_A_ROW = 1000
 """So that a run whose data is gone ends."""
-_PR_SET_PDEATHSIG = 1
-"""Of Linux's prctl(2)."""
 
 
 ReadEntropies = Callable[[RecordBatch], np.ndarray]
@@ -373,13 +367,9 @@ def _unchanged(block: Any) -> Any:
 
 
 def _die_with_the_trainer(_worker: int) -> None:
-    """Have the kernel kill this worker when its trainer dies, even of SIGKILL.
+    """Keep a worker from outliving its trainer.
 
     torch's own watch only ends the worker's loop: a row that fills the pipe would then be waited for, for ever, because
     every worker holds the reading end too.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        trainer = multiprocessing.parent_process()
-        if trainer is not None and not trainer.is_alive():
-            os.kill(os.getpid(), signal.SIGKILL)
+    die_with_parent()

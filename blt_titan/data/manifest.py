@@ -43,6 +43,19 @@ class Counts:
     empty_documents_left_out: int
     binary_files_left_out: int
     documents_over_max_bytes: int
+    skipped_records: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SourceCounts:
+    """What one source held, before `max_bytes` chose."""
+
+    source: str
+    documents: int
+    text_bytes: int
+    empty_documents: int
+    binary_files: int
+    skipped_records: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +63,14 @@ class Manifest:
     """A complete directory of shards.
 
     `settings` is what the data was made with: sources, seed, validation_fraction, max_bytes, record_batch_bytes,
-    shard_bytes, text_column.
+    shard_bytes, text_column, on_error. `skipped` says of the first records that could not be used, what and where.
     """
 
     settings: Mapping[str, Any]
     counts: Counts
     splits: Mapping[str, tuple[ShardEntry, ...]]
+    sources: tuple[SourceCounts, ...] = ()
+    skipped: tuple[str, ...] = ()
 
     def file_names(self) -> set[str]:
         """Name every shard and index file of every split."""
@@ -68,6 +83,8 @@ class Manifest:
             "version": VERSION,
             "settings": dict(self.settings),
             "counts": asdict(self.counts),
+            "sources": [asdict(source) for source in self.sources],
+            "skipped": list(self.skipped),
             "splits": {split: [asdict(shard) for shard in shards] for split, shards in self.splits.items()},
         }
         return json.dumps(content, indent=2) + "\n"
@@ -81,7 +98,7 @@ def read_manifest(directory: str | os.PathLike[str], name: str = MANIFEST_NAME) 
     """
     path = Path(directory) / name
     try:
-        content = json.loads(path.read_bytes())
+        written = path.read_bytes()
     except FileNotFoundError:
         raise DataError(
             f"{path}: no such file, so {directory} is not a finished data set; "
@@ -89,6 +106,13 @@ def read_manifest(directory: str | os.PathLike[str], name: str = MANIFEST_NAME) 
         ) from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
+    return parse_manifest(written, str(path))
+
+
+def parse_manifest(written: bytes, path: str) -> Manifest:
+    """Check the content of a `manifest.json`; `path` is for messages. Raises as `read_manifest`."""
+    try:
+        content = json.loads(written)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: is not JSON ({error}); prepare the data again") from error
     found = (content.get("format"), content.get("version")) if isinstance(content, dict) else (None, None)
@@ -99,7 +123,13 @@ def read_manifest(directory: str | os.PathLike[str], name: str = MANIFEST_NAME) 
         )
     try:
         splits = {split: tuple(_shard_entry(shard) for shard in content["splits"][split]) for split in SPLITS}
-        return Manifest(_mapping(content["settings"]), _counts(content["counts"]), splits)
+        return Manifest(
+            _mapping(content["settings"]),
+            _counts(content["counts"]),
+            splits,
+            tuple(SourceCounts(**_mapping(source)) for source in content.get("sources", ())),
+            tuple(map(str, content.get("skipped", ()))),
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: malformed ({error!r}); prepare the data again") from error
 

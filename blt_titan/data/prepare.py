@@ -1,54 +1,65 @@
-"""Turn sources into a directory of byte shards with a manifest.
+"""Turn sources into a data set of byte shards with a manifest: a global shuffle in bounded memory, in two passes.
 
-In: source names and settings. Out: shards of two splits, train and validation. Where a document goes depends
-on nothing but the seed and its id: documents are taken in the order of one keyed hash, and go to validation
-if another is below the fraction. The order in which a file system lists files therefore changes nothing.
+In: source names and settings. Out: shards of two splits, train and validation. A document's place depends on nothing
+but the seed and its id: documents are taken in the order of one keyed hash, and go to validation if another is below
+the fraction. The order of listing, the number of workers, and their memory change nothing.
 
-Nothing in the directory changes until every byte is written: shards are written beside what is there under
-temporary names, then renamed, and the manifest is replaced last. `manifest.json.installing` names the files
-while they are renamed, so the next run knows which ones an interrupted run left.
+    pass 1   units of some 64 MiB of sources        -> sorted runs (`runs.py`), one for each unit
+    pass 2   pieces: buckets in a row, about a shard -> shards
+    install  shards are renamed into place, the manifest last
+
+Everything before the last step lies in a working directory, `OUT/.prepare` unless another is named, and every unit and
+piece that is finished has a file that says so. A run that was stopped, by whatever, goes on behind them.
 """
 
+import fcntl
 import hashlib
+import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+import numpy as np
 
+from blt_titan.data.destination import Destination, destination
 from blt_titan.data.errors import DataError
-from blt_titan.data.manifest import (
-    MANIFEST_NAME,
-    SPLITS,
-    Counts,
-    Manifest,
-    ShardEntry,
-    read_manifest,
-    write_manifest,
+from blt_titan.data.manifest import MANIFEST_NAME, SPLITS, Counts, Manifest, ShardEntry, SourceCounts
+from blt_titan.data.prepare_work import (
+    Done,
+    Piece,
+    ReadUnit,
+    WritePiece,
+    done_path,
+    piece_path,
+    read_unit,
+    runs_of,
+    unit_path,
+    write_piece,
 )
-from blt_titan.data.shards import (
-    RECORD_BATCH_BYTES,
-    SHARD_BYTES,
-    TEMPORARY_SUFFIX,
-    ShardSet,
-    ShardWriter,
-    install,
-)
-from blt_titan.data.sources import Document, Source, list_documents, resolve_sources
+from blt_titan.data.runs import BUCKET_BITS, BUCKETS, Choice, Runs
+from blt_titan.data.shards import RECORD_BATCH_BYTES, SHARD_BYTES, TEMPORARY_SUFFIX
+from blt_titan.data.sources import Source, group, is_remote, list_extents, resolve_sources
+from blt_titan.data.worker_pool import run_tasks
 
 # Far above any sensible value, and far below the 2 GiB where Arrow's 32-bit offsets end, even for one-byte documents.
 MAX_SETTABLE_RECORD_BATCH_BYTES = 64 * 1024**2
-_INSTALLING_NAME = f"{MANIFEST_NAME}.installing"
+MEMORY_BYTES = 1024**3
+LEAST_WORKER_BYTES = 256 * 1024**2
+WORK_DIRECTORY = ".prepare"
+MOST_SKIPPED_NAMED = 100
+_INDEX_ROWS_AT_ONCE = 1_000_000
+_LOCK_NAME = "lock"
 
 
 @dataclass(frozen=True, slots=True)
 class PrepareSummary:
-    """What a directory holds after `prepare`; `str()` gives a few lines to print."""
+    """What a data set holds after `prepare`; `str()` gives a few lines to print."""
 
-    directory: Path
+    directory: str
     manifest: Manifest
     already_done: bool
 
@@ -67,7 +78,8 @@ class PrepareSummary:
             )
         lines.append(
             f"  left out: {counts.empty_documents_left_out:,} empty documents, {counts.binary_files_left_out:,} "
-            f"binary files, {counts.documents_over_max_bytes:,} documents over max_bytes"
+            f"binary files, {counts.documents_over_max_bytes:,} documents over max_bytes, "
+            f"{counts.skipped_records:,} records that could not be used"
         )
         return "\n".join(lines)
 
@@ -82,219 +94,377 @@ def prepare(
     record_batch_bytes: int = RECORD_BATCH_BYTES,
     shard_bytes: int = SHARD_BYTES,
     text_column: str = "text",
+    on_error: str = "stop",
     overwrite: bool = False,
+    workers: int = 1,
+    memory_bytes: int = MEMORY_BYTES,
+    work: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> PrepareSummary:
-    """Write the documents of `sources` as byte shards into `out`.
+    """Write the documents of `sources` as byte shards into `out`, or go on with what an interrupted call began.
 
-    A directory that was finished with the same settings is left as it is; whether the sources changed since
-    is not looked at.
+    A data set that was finished with the same settings is left as it is; whether the sources changed since is not
+    looked at.
 
     Args:
-        sources: "python-stdlib", directories, files; see `sources.py`.
-        out: the directory to write; made if missing. Other files in it are left alone.
+        sources: what to read; see `sources.py`.
+        out: the directory or the fsspec URL to write; made if missing. Other files in it are left alone.
         validation_fraction: the share of documents that goes to validation, in [0, 1). If it is not 0 and there are two
             documents or more, each split gets at least one; one document alone goes to train.
         seed: orders the documents and chooses those of validation.
-        max_bytes: take documents in the seed's order while they fit into this many bytes of text, passing
-            over those that do not; None takes all.
+        max_bytes: take documents in the seed's order while they fit into this many bytes of text; None takes all. A
+            document that is longer than that alone is passed over. All sources are read even so.
         record_batch_bytes: text per record batch; the smallest unit that is read, checked and shuffled.
         shard_bytes: size of a shard file.
-        text_column: the key of the text in `.jsonl` files.
+        text_column: where the records of JSON lines, Parquet, Arrow and the hub keep their text.
+        on_error: what a record does that cannot be used: "stop" ends the work and names it, "skip" counts it in the
+            manifest, which names the first hundred.
         overwrite: replace the data set that is in `out`: the files that its manifest names, and no others.
+        workers: processes; 1 works in this one.
+        memory_bytes: of all processes together.
+        work: where the intermediate files go, as much as the text; default OUT/.prepare. An `out` that is not here
+            needs one.
         progress: show progress bars.
 
     Raises:
-        DataError: a setting, a source or `out` cannot be used, or the disk is full. `out` is then as it was before.
+        DataError: a setting, a source or `out` cannot be used, or the disk is full.
     """
-    out = Path(out)
-    _check_settings(validation_fraction, seed, max_bytes, record_batch_bytes, shard_bytes)
-    resolved = resolve_sources(sources)
     settings: dict[str, Any] = {
-        "sources": sorted(source.setting for source in resolved),
+        "sources": [],
         "seed": seed,
         "validation_fraction": float(validation_fraction),
         "max_bytes": max_bytes,
         "record_batch_bytes": record_batch_bytes,
         "shard_bytes": shard_bytes,
         "text_column": text_column,
+        "on_error": on_error,
     }
-    _check_out_lies_outside(out, resolved)
-    existing = read_manifest(out) if (out / MANIFEST_NAME).exists() else None
-    if existing is not None and not overwrite:
-        _check_same_settings(out, existing.settings, settings)
-        _check_intact(out, existing)
-        return PrepareSummary(out, existing, already_done=True)
-
-    listing = list_documents(resolved, text_column=text_column, progress=progress)
-    if not listing.documents:
+    _check_settings(settings, workers, memory_bytes)
+    resolved = resolve_sources(sources)
+    settings["sources"] = sorted(source.setting for source in resolved)
+    target = destination(out)
+    _check_out_lies_outside(target, resolved)
+    if work is None and is_remote(str(target)):
         raise DataError(
-            f"{', '.join(settings['sources'])}: no documents, but {listing.empty_documents} empty ones and "
-            f"{listing.binary_files} binary files; name a source that holds text"
+            f"{target}: is not on this machine, so name a directory that is, for intermediate files: --work"
         )
-    chosen = _choose(listing.documents, seed, max_bytes)
-    parts = _split(chosen, seed, validation_fraction)
-    counts = Counts(
-        documents=len(chosen),
-        text_bytes=sum(document.size_bytes for document in chosen),
-        empty_documents_left_out=listing.empty_documents,
-        binary_files_left_out=listing.binary_files,
-        documents_over_max_bytes=len(listing.documents) - len(chosen),
-    )
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(out, existing)
-        with tqdm(total=counts.text_bytes, unit="B", unit_scale=True, desc="writing", disable=not progress) as bar:
-            splits = {
-                split: _write_split(out, split, parts[split], record_batch_bytes, shard_bytes, bar) for split in SPLITS
-            }
-        manifest = Manifest(settings, counts, splits)
-        _install(out, manifest, existing)
+        existing = target.read_manifest()
+        if existing is not None and not overwrite:
+            _check_same_settings(target, existing.settings, settings)
+            _check_intact(target, existing)
+            return PrepareSummary(str(target), existing, already_done=True)
+        target.make()
+        folder = Path(work) if work is not None else Path(out) / WORK_DIRECTORY
+        with _locked(folder):
+            job = _Job(folder, target, existing, resolved, settings, workers, memory_bytes // workers, progress)
+            manifest = job.run()
+            shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         raise DataError(
-            f"{error.filename or out}: cannot be written ({error.strerror or error}); "
-            "free some space, check permissions, or choose another --out"
+            f"{error.filename or target}: cannot be written ({error.strerror or error}); free some space, check "
+            "permissions, or choose another --out. Started again, it goes on where it stopped"
         ) from error
-    return PrepareSummary(out, manifest, already_done=False)
+    return PrepareSummary(str(target), manifest, already_done=False)
 
 
-def _check_settings(
-    validation_fraction: float, seed: int, max_bytes: int | None, record_batch_bytes: int, shard_bytes: int
-) -> None:
-    if not 0 <= validation_fraction < 1:
-        raise DataError(f"validation_fraction is {validation_fraction}; it may be from 0 to below 1")
-    if not 0 <= seed < 2**63:
-        raise DataError(f"seed is {seed}; it may be from 0 to 2**63 - 1")
-    if max_bytes is not None and max_bytes < 1:
-        raise DataError(f"max_bytes is {max_bytes}; it may be 1 or more")
-    if not 1 <= record_batch_bytes <= MAX_SETTABLE_RECORD_BATCH_BYTES:
-        raise DataError(
-            f"record_batch_bytes is {record_batch_bytes}; it may be from 1 to {MAX_SETTABLE_RECORD_BATCH_BYTES}"
+@dataclass
+class _Job:
+    """The work of one call, as it stands in its working directory."""
+
+    folder: Path
+    target: Destination
+    existing: Manifest | None
+    sources: Sequence[Source]
+    settings: Mapping[str, Any]
+    workers: int
+    worker_bytes: int
+    progress: bool
+
+    def run(self) -> Manifest:
+        """Do what is not done yet, and install it."""
+        units = self._begin()
+        done = self._read(units)
+        self._check_records(done)
+        runs = runs_of(self.folder, len(units))
+        pieces, documents, text_bytes, over = self._plan(runs, done)
+        entries, moves = self._write(len(units), pieces, text_bytes)
+        splits = {split: entries[split] for split in SPLITS}
+        counts = Counts(
+            documents=documents,
+            text_bytes=sum(shard.text_bytes for shards in splits.values() for shard in shards),
+            empty_documents_left_out=sum(unit.empty for unit in done),
+            binary_files_left_out=sum(unit.binary for unit in done),
+            documents_over_max_bytes=over,
+            skipped_records=sum(unit.skipped for unit in done),
         )
-    if shard_bytes < 1:
-        raise DataError(f"shard_bytes is {shard_bytes}; it may be 1 or more")
+        assert documents == sum(shard.documents for shards in splits.values() for shard in shards)
+        manifest = Manifest(self.settings, counts, splits, self._by_source(done), self._skipped(done))
+        self._check_names_are_free(moves)
+        self.target.install(moves, manifest, self.existing)
+        return manifest
+
+    def _begin(self) -> list[ReadUnit]:
+        """List the work; what is there of other work goes."""
+        extents = list_extents(self.sources)
+        common = (self.settings["seed"], self.settings["validation_fraction"], self.settings["text_column"])
+        units = [
+            ReadUnit(number, str(self.folder), tuple(unit), *common, self.settings["on_error"], self.worker_bytes)
+            for number, unit in enumerate(group(extents))
+        ]
+        digest = hashlib.sha256(
+            json.dumps([self.settings, [asdict(extent) for extent in extents]]).encode()
+        ).hexdigest()
+        plan = self.folder / "plan.json"
+        if not plan.exists() or json.loads(plan.read_bytes())["digest"] != digest:
+            for path in self.folder.iterdir():
+                if path.name != _LOCK_NAME:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            self.target.discard_installing(self.existing)
+            _write_json(plan, {"digest": digest})
+        return units
+
+    def _read(self, units: Sequence[ReadUnit]) -> list[Done]:
+        done = {unit.number: found for unit in units if (found := Done.read(unit_path(self.folder, unit.number)))}
+        sizes = [sum(extent.size_bytes for extent in unit.extents) for unit in units]
+        finished = run_tasks(
+            read_unit,
+            [unit for unit in units if unit.number not in done],
+            workers=self.workers,
+            total_bytes=sum(sizes)
+            if all(e.size_bytes or e.format != "hub" for u in units for e in u.extents)
+            else None,
+            done_bytes=sum(sizes[number] for number in done),
+            description="reading",
+            progress=self.progress,
+        )
+        return [found for _, found in sorted({**done, **{unit.number: found for unit, found in finished}}.items())]
+
+    def _check_records(self, done: Sequence[Done]) -> None:
+        if not any(unit.documents for unit in done):
+            raise DataError(
+                f"{', '.join(self.settings['sources'])}: no documents, but {sum(unit.empty for unit in done)} empty "
+                f"ones, {sum(unit.binary for unit in done)} binary files and {sum(unit.skipped for unit in done)} "
+                "records that could not be used; name a source that holds text"
+            )
+
+    def _plan(self, runs: Runs, done: Sequence[Done]) -> tuple[list[Piece], int, int, int]:
+        """Return the pieces, documents and bytes that are taken, and documents that max_bytes leaves out."""
+        documents, sizes = runs.sizes()
+        choice, total = Choice(), int(documents.sum())
+        if (most := self.settings["max_bytes"]) is not None:
+            choice = self._choose(runs, documents, done, most)
+            documents, sizes = _taken(runs, documents, choice)
+        in_split = [int(documents[:BUCKETS].sum()), int(documents[BUCKETS:].sum())]
+        moved: list[Piece] = []
+        wants_validation = self.settings["validation_fraction"] > 0 and sum(in_split) > 1
+        if not in_split[0] or (wants_validation and not in_split[1]):
+            # The first document of train goes to validation, or the last of validation to train.
+            empty = in_split.index(0)
+            there = np.flatnonzero(documents)
+            bucket = int(there[0] if empty == 1 else there[-1])
+            rows = runs.rows(bucket, bucket + 1)
+            keys = rows[choice.mask(rows)]["key"]
+            key = int(keys.min() if empty == 1 else keys.max())
+            moved = [Piece(SPLITS[empty], 0, bucket, bucket + 1, replace(choice, only=key))]
+            choice = replace(choice, without=key)
+        per_document = 24  # offsets and padding, about
+        planned = sizes + per_document * documents
+        pieces = moved + [
+            Piece(SPLITS[split], number, begin, end, choice)
+            for split in range(2)
+            if in_split[split]
+            for number, (begin, end) in enumerate(self._buckets_of_pieces(planned, split * BUCKETS))
+        ]
+        return pieces, sum(in_split), int(sizes.sum()), total - sum(in_split)
+
+    def _buckets_of_pieces(self, sizes: np.ndarray, first: int) -> Iterator[tuple[int, int]]:
+        """Cut the buckets of a split where the next one would make a piece longer than a shard."""
+        begin, held = first, 0
+        for bucket in range(first, first + BUCKETS):
+            if held and held + sizes[bucket] > self.settings["shard_bytes"]:
+                yield begin, bucket
+                begin, held = bucket, 0
+            held += int(sizes[bucket])
+        yield begin, first + BUCKETS
+
+    def _choose(self, runs: Runs, documents: np.ndarray, done: Sequence[Done], most_bytes: int) -> Choice:
+        """Find the last document, in the order of the keys, up to which all fit into `most_bytes`."""
+        smallest, doc_id = min((unit.smallest, unit.smallest_id) for unit in done if unit.documents)
+        if smallest > most_bytes:
+            raise DataError(
+                f"{doc_id}: the smallest document has {smallest} bytes, more than max_bytes {most_bytes}; raise it"
+            )
+        left, last_key = most_bytes, None
+        for begin, end in _stretches_of_buckets(documents):
+            rows = np.concatenate([runs.rows(split * BUCKETS + begin, split * BUCKETS + end) for split in range(2)])
+            rows = rows[rows["text_bytes"] <= most_bytes]
+            rows = rows[np.argsort(rows["key"])]
+            ends = np.cumsum(rows["text_bytes"], dtype=np.int64)
+            fit = int(np.searchsorted(ends, left, side="right"))
+            if fit:
+                last_key = int(rows["key"][fit - 1])
+                left -= int(ends[fit - 1])
+            if fit < len(rows):
+                break
+        assert last_key is not None
+        return Choice(last_key=last_key, most_bytes=most_bytes)
+
+    def _write(
+        self, units: int, pieces: Sequence[Piece], text_bytes: int
+    ) -> tuple[dict[str, tuple[ShardEntry, ...]], dict[str, Path]]:
+        """Write the shards; return their entries by split, and where each file is now."""
+        tasks = [
+            WritePiece(
+                str(self.folder),
+                piece,
+                units,
+                self.settings["record_batch_bytes"],
+                self.settings["shard_bytes"],
+                self.worker_bytes,
+            )
+            for piece in pieces
+        ]
+        left = [task for task in tasks if not done_path(piece_path(self.folder, task.piece)).exists()]
+        written = {task.piece: self._entries_of(task.piece) for task in tasks if task not in left}
+        done_bytes = sum(entry.text_bytes for entries in written.values() for entry in entries)
+        run_tasks(
+            write_piece,
+            left,
+            workers=self.workers,
+            total_bytes=text_bytes,
+            done_bytes=done_bytes,
+            description="writing",
+            progress=self.progress,
+        )
+        entries: dict[str, list[ShardEntry]] = {split: [] for split in SPLITS}
+        moves: dict[str, Path] = {}
+        for piece in pieces:
+            of_split = entries[piece.split]
+            for entry in self._entries_of(piece):
+                name = f"{piece.split}-{len(of_split):05d}"
+                of_split.append(replace(entry, file=f"{name}.arrow", index_file=f"{name}.index.npy"))
+                for was, becomes in ((entry.file, f"{name}.arrow"), (entry.index_file, f"{name}.index.npy")):
+                    moves[becomes] = piece_path(self.folder, piece) / (was + TEMPORARY_SUFFIX)
+        return {split: tuple(of_split) for split, of_split in entries.items()}, moves
+
+    def _entries_of(self, piece: Piece) -> list[ShardEntry]:
+        content = json.loads(done_path(piece_path(self.folder, piece)).read_bytes())
+        return [ShardEntry(**entry) for entry in content]
+
+    def _by_source(self, done: Sequence[Done]) -> tuple[SourceCounts, ...]:
+        totals = [np.array([0, 0, 0, 0, 0]) for _ in self.sources]
+        for unit in done:
+            for number, counted in unit.by_source.items():
+                totals[number] += counted
+        return tuple(
+            SourceCounts(source.setting, *total.tolist()) for source, total in zip(self.sources, totals, strict=True)
+        )
+
+    def _skipped(self, done: Sequence[Done]) -> tuple[str, ...]:
+        return tuple(message for unit in done for message in unit.messages)[:MOST_SKIPPED_NAMED]
+
+    def _check_names_are_free(self, moves: Mapping[str, Path]) -> None:
+        replaceable = self.target.installing() | (self.existing.file_names() if self.existing else set())
+        for name in sorted(moves.keys() - replaceable):
+            if self.target.exists(name):
+                raise DataError(
+                    f"{self.target}/{name}: is there already, and no manifest names it; move it away, or choose "
+                    "another --out"
+                )
 
 
-def _check_out_lies_outside(out: Path, sources: Sequence[Source]) -> None:
+def _stretches_of_buckets(documents: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Yield stretches of buckets, of both splits together, whose index rows fit into memory easily."""
+    begin, held = 0, 0
+    for bucket, count in enumerate((documents[:BUCKETS] + documents[BUCKETS:]).tolist()):
+        if held and held + count > _INDEX_ROWS_AT_ONCE:
+            yield begin, bucket
+            begin, held = bucket, 0
+        held += count
+    yield begin, BUCKETS
+
+
+def _taken(runs: Runs, documents: np.ndarray, choice: Choice) -> tuple[np.ndarray, np.ndarray]:
+    """Count what is taken of each bucket: documents, and bytes of ids and texts."""
+    taken, sizes = np.zeros_like(documents), np.zeros_like(documents)
+    for begin, end in _stretches_of_buckets(documents):
+        for split in range(2):
+            rows = runs.rows(split * BUCKETS + begin, split * BUCKETS + end)
+            rows = rows[choice.mask(rows)]
+            buckets = split * BUCKETS + (rows["key"] >> np.uint64(64 - BUCKET_BITS)).astype(np.int64)
+            np.add.at(taken, buckets, 1)
+            np.add.at(sizes, buckets, rows["text_bytes"].astype(np.int64) + rows["id_bytes"])
+    return taken, sizes
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a working directory for this process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / _LOCK_NAME, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{folder}: another process is preparing this data set; wait for it, or stop it") from None
+        yield
+
+
+def _write_json(path: Path, content: Any) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(content))
+    os.replace(temporary, path)
+
+
+def _check_settings(settings: Mapping[str, Any], workers: int, memory_bytes: int) -> None:
+    def refuse(name: str, value: Any, allowed: str) -> None:
+        raise DataError(f"{name} is {value}; it may be {allowed}")
+
+    if not 0 <= settings["validation_fraction"] < 1:
+        refuse("validation_fraction", settings["validation_fraction"], "from 0 to below 1")
+    if not 0 <= settings["seed"] < 2**63:
+        refuse("seed", settings["seed"], "from 0 to 2**63 - 1")
+    if settings["max_bytes"] is not None and settings["max_bytes"] < 1:
+        refuse("max_bytes", settings["max_bytes"], "1 or more")
+    if not 1 <= settings["record_batch_bytes"] <= MAX_SETTABLE_RECORD_BATCH_BYTES:
+        refuse("record_batch_bytes", settings["record_batch_bytes"], f"from 1 to {MAX_SETTABLE_RECORD_BATCH_BYTES}")
+    if settings["shard_bytes"] < 1:
+        refuse("shard_bytes", settings["shard_bytes"], "1 or more")
+    if settings["on_error"] not in ("stop", "skip"):
+        refuse("on_error", repr(settings["on_error"]), "'stop' or 'skip'")
+    if workers < 1:
+        refuse("workers", workers, "1 or more")
+    if memory_bytes < workers * LEAST_WORKER_BYTES:
+        refuse("memory", memory_bytes, f"{LEAST_WORKER_BYTES} or more for each of {workers} workers")
+
+
+def _check_out_lies_outside(target: Destination, sources: Sequence[Source]) -> None:
+    out = str(target)
     for source in sources:
-        if out.resolve().is_relative_to(source.root.resolve()):
+        if source.kind in ("hub", "pattern") or is_remote(source.root) != is_remote(out):
+            continue
+        if is_remote(out):
+            inside = f"{out}/".startswith(f"{source.root}/")
+        else:
+            inside = Path(out).resolve().is_relative_to(Path(source.root).resolve())
+        if inside:
             raise DataError(
                 f"{out}: lies inside the source {source.setting}, which would then hold its own shards; "
                 "choose another --out"
             )
 
 
-def _check_same_settings(out: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _check_same_settings(target: Destination, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     differing = [key for key in {**there, **wanted} if there.get(key) != wanted.get(key)]
     if differing:
         listed = ", ".join(f"{key} {there.get(key)!r} there, {wanted.get(key)!r} now" for key in differing)
         raise DataError(
-            f"{out / MANIFEST_NAME}: made with other settings ({listed}); choose another --out, or pass --overwrite"
+            f"{target}/{MANIFEST_NAME}: made with other settings ({listed}); choose another --out, or pass --overwrite"
         )
 
 
-def _check_intact(out: Path, manifest: Manifest) -> None:
+def _check_intact(target: Destination, manifest: Manifest) -> None:
     try:
-        for split, shards in manifest.splits.items():
-            if shards:
-                ShardSet(out, split).verify_structure()
+        target.check_intact(manifest)
     except DataError as error:
         raise DataError(f"{error} (with --overwrite)") from error
-
-
-def _keyed_hash(purpose: bytes, seed: int, doc_id: str) -> int:
-    """Give 64 bits that depend on the purpose, the seed and the document's id alone."""
-    key = seed.to_bytes(8, "little")
-    return int.from_bytes(hashlib.blake2b(doc_id.encode(), digest_size=8, key=key, person=purpose).digest())
-
-
-def _choose(documents: Sequence[Document], seed: int, max_bytes: int | None) -> list[Document]:
-    """Order the documents by the seed, and keep those that fit into `max_bytes`."""
-    ordered = sorted(documents, key=lambda d: (_keyed_hash(b"order", seed, d.doc_id), d.doc_id))
-    for before, after in pairwise(ordered):
-        if before.doc_id == after.doc_id:
-            raise DataError(f"{after.path}: a second document with the id {after.doc_id!r}; rename the file")
-    if max_bytes is None:
-        return ordered
-    chosen, left_bytes = [], max_bytes
-    for document in ordered:
-        if document.size_bytes <= left_bytes:
-            chosen.append(document)
-            left_bytes -= document.size_bytes
-    if not chosen:
-        smallest = min(documents, key=lambda d: d.size_bytes)
-        raise DataError(
-            f"{smallest.path}: the smallest document has {smallest.size_bytes} bytes, "
-            f"more than max_bytes {max_bytes}; raise it"
-        )
-    return chosen
-
-
-def _split(documents: Sequence[Document], seed: int, fraction: float) -> dict[str, list[Document]]:
-    """Assign each document by its own hash; where that leaves a split empty, move the document nearest to it."""
-    ranks = {document.doc_id: _keyed_hash(b"split", seed, document.doc_id) for document in documents}
-    held_out = {doc_id for doc_id, rank in ranks.items() if rank < fraction * 2**64}
-    if len(held_out) == len(documents):
-        held_out.remove(max(held_out, key=lambda doc_id: (ranks[doc_id], doc_id)))
-    if fraction > 0 and not held_out and len(documents) > 1:
-        held_out.add(min(ranks, key=lambda doc_id: (ranks[doc_id], doc_id)))
-    return {
-        "train": [document for document in documents if document.doc_id not in held_out],
-        "validation": [document for document in documents if document.doc_id in held_out],
-    }
-
-
-def _write_split(
-    out: Path,
-    split: str,
-    documents: Sequence[Document],
-    record_batch_bytes: int,
-    shard_bytes: int,
-    bar: tqdm,
-) -> tuple[ShardEntry, ...]:
-    writer = ShardWriter(out, split, record_batch_bytes=record_batch_bytes, shard_bytes=shard_bytes)
-    try:
-        for document in documents:
-            text = document.read()
-            writer.add(document.doc_id, text)
-            bar.update(len(text))
-        return writer.finish()
-    except BaseException:
-        writer.abandon()
-        _remove_temporary_files(out)
-        raise
-
-
-def _install(out: Path, manifest: Manifest, existing: Manifest | None) -> None:
-    """Move finished shards into place, then the manifest, then remove what only the old manifest named."""
-    replaceable = existing.file_names() if existing else set()
-    for name in sorted(manifest.file_names() - replaceable):
-        if (out / name).exists():
-            _remove_temporary_files(out)
-            raise DataError(
-                f"{out / name}: is there already, and no manifest names it; move it away, or choose another --out"
-            )
-    write_manifest(out, manifest, _INSTALLING_NAME)
-    for shards in manifest.splits.values():
-        install(out, shards)
-    os.replace(out / _INSTALLING_NAME, out / MANIFEST_NAME)
-    for name in replaceable - manifest.file_names():
-        (out / name).unlink(missing_ok=True)
-
-
-def _remove_leftovers(out: Path, existing: Manifest | None) -> None:
-    """Remove what an interrupted run left: temporary files, and shards that it had already renamed."""
-    _remove_temporary_files(out)
-    if (out / _INSTALLING_NAME).exists():
-        kept = existing.file_names() if existing else set()
-        for name in read_manifest(out, _INSTALLING_NAME).file_names() - kept:
-            (out / name).unlink(missing_ok=True)
-        (out / _INSTALLING_NAME).unlink()
-
-
-def _remove_temporary_files(out: Path) -> None:
-    for split in SPLITS:
-        for pattern in (f"{split}-*.arrow{TEMPORARY_SUFFIX}", f"{split}-*.index.npy{TEMPORARY_SUFFIX}"):
-            for path in out.glob(pattern):
-                path.unlink()
-    (out / f"{_INSTALLING_NAME}.partial").unlink(missing_ok=True)

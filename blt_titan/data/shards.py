@@ -207,12 +207,15 @@ class ShardSet:
         manifest_dir: the directory that holds `manifest.json`.
         split: "train" or "validation".
         max_open_shards: how many shards stay memory-mapped, the least recently used going first.
+        only: the file name of one shard, to open it alone.
 
     Raises:
         DataError: no or unknown manifest, unknown or empty split, a file missing or not of its recorded size.
     """
 
-    def __init__(self, manifest_dir: str | os.PathLike[str], split: str, *, max_open_shards: int = 64):
+    def __init__(
+        self, manifest_dir: str | os.PathLike[str], split: str, *, max_open_shards: int = 64, only: str | None = None
+    ):
         assert max_open_shards >= 1
         self._directory = Path(manifest_dir)
         self._max_open_shards = max_open_shards
@@ -220,7 +223,7 @@ class ShardSet:
         splits = read_manifest(self._directory).splits
         if split not in splits:
             raise DataError(f"{manifest_path}: no split {split!r}; it may be one of {', '.join(splits)}")
-        self._shards = splits[split]
+        self._shards = tuple(shard for shard in splits[split] if only in (None, shard.file))
         if not self._shards:
             raise DataError(
                 f"{manifest_path}: split {split!r} holds no documents; prepare the data with more text, "

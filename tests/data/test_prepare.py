@@ -1,13 +1,20 @@
 import errno
+import gzip
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 
 from blt_titan.data import prepare as prepare_module
+from blt_titan.data import prepare_work
+from blt_titan.data import sources as sources_module
 from blt_titan.data.errors import DataError
 from blt_titan.data.manifest import MANIFEST_NAME, read_manifest
 from blt_titan.data.prepare import PrepareSummary, prepare
@@ -28,7 +35,7 @@ def source(tmp_path) -> Path:
     return directory
 
 
-def run(source: Path, out: Path, **settings) -> PrepareSummary:
+def run(source: Path, out: Path | str, **settings) -> PrepareSummary:
     defaults = {"validation_fraction": 0.2, "seed": 0, "record_batch_bytes": 1000, "shard_bytes": 8000}
     return prepare([source], out, progress=False, **(defaults | settings))
 
@@ -59,21 +66,42 @@ def test_the_splits_are_disjoint_and_complete(source, tmp_path):
     ShardSet(tmp_path / "out", "train").verify_checksums()
 
 
-def test_the_same_seed_gives_the_same_bytes_whatever_the_listing_order(source, tmp_path, monkeypatch):
+def hold_only(monkeypatch, text_bytes: int) -> None:
+    """Let workers hold so much text only, as much larger data would."""
+    share = (prepare_module.MEMORY_BYTES - prepare_work._PROCESS_BYTES) // text_bytes
+    monkeypatch.setattr(prepare_work, "_SPILL_SHARE", share)
+    monkeypatch.setattr(prepare_work, "_STRETCH_SHARE", share)
+
+
+def test_the_same_seed_gives_the_same_bytes_whatever_order_workers_and_memory(source, tmp_path, monkeypatch):
     run(source, tmp_path / "a")
-    list_documents = prepare_module.list_documents
+    monkeypatch.setattr(sources_module, "UNIT_BYTES", 2000)
+    for workers in (2, 3):
+        run(source, tmp_path / f"{workers} workers", workers=workers)
+    for text_bytes in (300, 1500, 5000):
+        with monkeypatch.context() as patch:
+            hold_only(patch, text_bytes)
+            run(source, tmp_path / f"memory {text_bytes}")
+    list_extents = prepare_module.list_extents
+    monkeypatch.setattr(prepare_module, "list_extents", lambda sources: list_extents(sources)[::-1])
+    run(source, tmp_path / "backwards")
+    run(source, tmp_path / "another seed", seed=1)
+    assert len(list((tmp_path / "a").glob("train-*.arrow"))) > 1
+    for name in ("2 workers", "3 workers", "memory 300", "memory 1500", "memory 5000", "backwards"):
+        assert files(tmp_path / name) == files(tmp_path / "a"), name
+    assert list(texts(tmp_path / "a", "train")) != list(texts(tmp_path / "another seed", "train"))
+    assert texts(tmp_path / "a", "validation").keys() != texts(tmp_path / "another seed", "validation").keys()
 
-    def backwards(*args, **kwargs):
-        listing = list_documents(*args, **kwargs)
-        listing.documents.reverse()
-        return listing
 
-    monkeypatch.setattr(prepare_module, "list_documents", backwards)
-    run(source, tmp_path / "b")
-    run(source, tmp_path / "c", seed=1)
-    assert files(tmp_path / "a") == files(tmp_path / "b")
-    assert list(texts(tmp_path / "a", "train")) != list(texts(tmp_path / "c", "train"))
-    assert texts(tmp_path / "a", "validation").keys() != texts(tmp_path / "c", "validation").keys()
+def test_the_order_is_that_of_the_keyed_hash(source, tmp_path, monkeypatch):
+    """Over several shards, spills and units; the twin sorts all documents at once."""
+    monkeypatch.setattr(sources_module, "UNIT_BYTES", 3000)
+    hold_only(monkeypatch, 1000)
+    out = tmp_path / "out"
+    run(source, out, seed=5)
+    for split in ("train", "validation"):
+        ids = list(texts(out, split))
+        assert ids == sorted(ids, key=lambda doc_id: prepare_work.keyed_hash(b"order", 5, doc_id))
 
 
 def test_the_split_of_a_document_does_not_depend_on_other_documents(source, tmp_path):
@@ -85,18 +113,37 @@ def test_the_split_of_a_document_does_not_depend_on_other_documents(source, tmp_
     assert texts(tmp_path / "b", "train").items() <= texts(tmp_path / "a", "train").items()
 
 
-def test_max_bytes_takes_whole_documents_in_the_order_of_the_seed(source, tmp_path):
+@pytest.mark.parametrize("index_rows", [1, 7, 1000])
+def test_max_bytes_takes_whole_documents_in_the_order_of_the_seed(source, tmp_path, monkeypatch, index_rows):
+    monkeypatch.setattr(prepare_module, "_INDEX_ROWS_AT_ONCE", index_rows)
+    (source / "long.txt").write_bytes(b"x" * 6000)
     run(source, tmp_path / "all", validation_fraction=0)
     summary = run(source, tmp_path / "some", validation_fraction=0, max_bytes=5000)
     expected, left = [], 5000
     for doc_id, text in texts(tmp_path / "all", "train").items():
-        if len(text) <= left:
-            expected.append(doc_id)
-            left -= len(text)
+        if len(text) > 5000:
+            continue
+        left -= len(text)
+        if left < 0:
+            break
+        expected.append(doc_id)
+    assert 3 < len(expected) < 50
     assert list(texts(tmp_path / "some", "train")) == expected
-    assert summary.manifest.counts.documents_over_max_bytes == 60 - len(expected)
+    assert summary.manifest.counts.documents_over_max_bytes == 61 - len(expected)
     with pytest.raises(DataError, match=r"0\.txt: the smallest document has 50 bytes, more than max_bytes 49"):
         run(source, tmp_path / "none", max_bytes=49)
+
+
+def test_max_bytes_with_a_held_out_split_takes_the_same_documents(source, tmp_path):
+    run(source, tmp_path / "a", validation_fraction=0, max_bytes=9000)
+    run(source, tmp_path / "b", validation_fraction=0.3, max_bytes=9000)
+    run(source, tmp_path / "c", validation_fraction=1e-9, max_bytes=9000)
+    together = texts(tmp_path / "a", "train")
+    for out in ("b", "c"):
+        train, validation = (texts(tmp_path / out, split) for split in ("train", "validation"))
+        assert train
+        assert validation
+        assert train | validation == together
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
@@ -161,50 +208,247 @@ def test_a_file_that_is_not_ours_is_never_replaced(source, tmp_path):
     (out / "train-00000.arrow").write_bytes(b"mine")
     with pytest.raises(DataError, match=r"train-00000\.arrow: is there already, and no manifest names it"):
         run(source, out)
-    assert files(out) == {"train-00000.arrow": b"mine"}
+    assert (out / "train-00000.arrow").read_bytes() == b"mine"
+    assert not (out / MANIFEST_NAME).exists()
+    (out / "train-00000.arrow").unlink()
+    run(source, out)
+    run(source, tmp_path / "clean")
+    assert files(out) == files(tmp_path / "clean")
 
 
-@pytest.mark.parametrize("renames", [0, 1, 3])
 @pytest.mark.parametrize("overwriting", [False, True])
-def test_an_interrupted_run_is_cleaned_up_by_the_next(source, tmp_path, monkeypatch, renames, overwriting):
-    out, clean = tmp_path / "out", tmp_path / "clean"
-    run(source, clean, seed=1)
-    if overwriting:
-        run(source, out)
-    replace, calls = os.replace, []
+@pytest.mark.parametrize("then", ["the same", "another"])
+def test_an_interruption_at_any_rename_changes_nothing(source, tmp_path, monkeypatch, overwriting, then):
+    """Every step ends with a rename, so this stops behind each of them."""
+    monkeypatch.setattr(sources_module, "UNIT_BYTES", 8000)
+    replace = os.replace
+    clean = tmp_path / "clean"
+    seed = 1 if then == "the same" else 2
+    run(source, clean, seed=seed)
+    stopped_at, interrupted, calls = 0, True, 0
 
-    def interrupted(*args):
-        if len(calls) > renames:
+    def stopping(*args):
+        nonlocal calls, interrupted
+        if calls == stopped_at:
+            interrupted = True
             raise KeyboardInterrupt
-        calls.append(args)
+        calls += 1
         replace(*args)
 
-    monkeypatch.setattr(os, "replace", interrupted)
+    while interrupted:
+        interrupted, calls = False, 0
+        out = tmp_path / str(stopped_at)
+        if overwriting:
+            run(source, out)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", stopping)
+            try:
+                run(source, out, seed=1, overwrite=overwriting)
+            except KeyboardInterrupt:
+                assert interrupted
+        if interrupted or then == "the same":
+            run(source, out, seed=seed, overwrite=overwriting)
+            assert files(out) == files(clean), stopped_at
+        stopped_at += 1
+    assert stopped_at > 30
+
+
+def test_what_is_done_is_not_done_again(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources_module, "UNIT_BYTES", 3000)
+    read, calls = prepare_module.read_unit, []
+
+    def stopping(unit, report):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(unit.number)
+        return read(unit, report)
+
+    monkeypatch.setattr(prepare_module, "read_unit", stopping)
     with pytest.raises(KeyboardInterrupt):
-        run(source, out, seed=1, overwrite=overwriting)
-    monkeypatch.undo()
-    run(source, out, seed=1, overwrite=overwriting)
-    assert files(out) == files(clean)
+        run(source, tmp_path / "out")
+    units = tmp_path / "out" / ".prepare" / "units"
+    times = {path: path.stat().st_mtime_ns for path in units.iterdir()}
+    assert len(times) == 4 * 3
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "out")
+    assert calls == [3, 4, 5]
+    assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
-def test_leftovers_of_a_killed_run_are_removed(source, tmp_path):
+KILLED = """
+import sys, blt_titan.data.sources as sources
+sources.UNIT_BYTES = 1 << 20
+from scripts.prepare_data import main
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_loses_and_repeats_nothing(tmp_path):
+    """Killed with its workers in the midst, again and again, and started anew; until a run comes through."""
+    (tmp_path / "killed.py").write_text(KILLED)
+    settings = ["--source", "python-stdlib", "--validation-fraction", "0.05", "--shard-bytes", "2MB", "--no-progress"]
+
+    def start(out: str, workers: int) -> subprocess.Popen:
+        command = [sys.executable, str(tmp_path / "killed.py"), *settings, "--out", str(tmp_path / out)]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+        return subprocess.Popen([*command, "--workers", str(workers)], env=environment, stdout=subprocess.DEVNULL)
+
+    began = time.perf_counter()
+    assert start("clean", 1).wait() == 0
+    whole_s = time.perf_counter() - began
+    rng = np.random.default_rng(0)
+    kills, finished = 0, set()
+    while True:
+        process = start("out", int(rng.integers(1, 3)))
+        try:
+            assert process.wait(timeout=whole_s * rng.uniform(0.3, 0.9)) == 0
+            break
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+        done = {(path.name, path.stat().st_mtime_ns) for path in (tmp_path / "out/.prepare").rglob("*.done.json")}
+        assert finished <= done or not (tmp_path / "out/.prepare/units").exists(), "what was done stays as it is"
+        finished = done
+    print(f"{kills} kills")
+    assert kills >= 2
+    assert files(tmp_path / "out") == files(tmp_path / "clean")
+
+
+def test_one_run_at_a_time(source, tmp_path):
+    with (
+        prepare_module._locked(tmp_path / "out" / ".prepare"),
+        pytest.raises(DataError, match="another process is preparing this data set"),
+    ):
+        run(source, tmp_path / "out")
+
+
+def test_leftovers_of_another_run_are_removed(source, tmp_path):
     out, clean = tmp_path / "out", tmp_path / "clean"
     run(source, clean)
-    out.mkdir()
-    for name in ("train-00007.arrow.tmp", "validation-00000.index.npy.tmp", "manifest.json.installing.partial"):
-        (out / name).write_bytes(b"half")
+    (out / ".prepare" / "units").mkdir(parents=True)
+    for name in ("plan.json", "units/00000.done.json", "units/00000.text.tmp"):
+        (out / ".prepare" / name).write_bytes(b'{"digest": "of another run"}')
+    (out / "manifest.json.installing.partial").write_bytes(b"half")
     run(source, out)
     assert files(out) == files(clean)
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_nothing(source, tmp_path, monkeypatch):
-    def full(_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+def test_a_full_disk_is_one_sentence_and_what_was_done_stays(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources_module, "UNIT_BYTES", 3000)
+    fsync, calls = os.fsync, []
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DataError, match=r"No space left on device.*free some space"):
-        run(source, tmp_path / "out")
-    assert files(tmp_path / "out") == {}
+    def full(file):
+        calls.append(file)
+        if len(calls) > 7:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(DataError, match=r"No space left on device.*free some space.*goes on where it stopped"):
+            run(source, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".prepare"]
+    assert [path.name for path in (tmp_path / "out/.prepare/units").glob("*.done.json")] == ["00000.done.json"]
+    run(source, tmp_path / "out")
+    run(source, tmp_path / "clean")
+    assert files(tmp_path / "out") == files(tmp_path / "clean")
+
+
+def test_a_worker_that_is_killed_is_one_sentence(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources_module, "UNIT_BYTES", 3000)
+    monkeypatch.setattr(prepare_module, "read_unit", die)
+    with pytest.raises(DataError, match=r"a worker process was killed.*start again to go on"):
+        run(source, tmp_path / "out", workers=2)
+
+
+def die(unit, report) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_records_that_cannot_be_used(tmp_path):
+    """By default the first ends the work; else each is counted, and the first are named."""
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": \n{"body": "x"}\n{"text": ""}\n')
+    (tmp_path / "source" / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "two"}\n' * 100)[:-9])
+    (tmp_path / "source" / "c.txt").write_bytes(b"three")
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: not JSON.*--on-error skip"):
+        run(tmp_path / "source", tmp_path / "out")
+    with pytest.raises(DataError, match=r"on_error is 'ignore'; it may be 'stop' or 'skip'"):
+        run(tmp_path / "source", tmp_path / "out", on_error="ignore")
+    manifest = run(tmp_path / "source", tmp_path / "out", on_error="skip", validation_fraction=0).manifest
+    assert {b"one", b"three"} <= set(texts(tmp_path / "out", "train").values())
+    assert manifest.counts.skipped_records == 3
+    assert manifest.counts.empty_documents_left_out == 1
+    [counted] = manifest.sources
+    assert (counted.source, counted.skipped_records) == (str(tmp_path / "source"), 3)
+    assert counted.documents == manifest.counts.documents
+    assert [message.removeprefix(f"{tmp_path}/source/").split(":")[0] for message in manifest.skipped] == [
+        "a.jsonl, line 2",
+        "a.jsonl, line 3",
+        f"b.jsonl.gz, after line {counted.documents - 2}",
+    ]
+    assert read_manifest(tmp_path / "out") == manifest
+
+
+def test_hard_bytes_survive(tmp_path):
+    """A line of 50 MB, NUL, CRLF, invalid UTF-8, emoji, no final newline."""
+    long = "😀 é\n" * 6_500_000
+    assert len(long.encode()) > 50e6
+    (tmp_path / "source").mkdir()
+    hard = {"nul": "\0a\0", "crlf": "a\r\nb\r\n", "emoji": "😀"}
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in [*hard.values(), long]]
+    (tmp_path / "source" / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "source" / "raw.txt").write_bytes(bytes(range(256)))
+    run(tmp_path / "source", tmp_path / "out", validation_fraction=0, shard_bytes=2**30)
+    assert set(texts(tmp_path / "out", "train").values()) == {
+        *(text.encode() for text in [*hard.values(), long]),
+        bytes(range(256)),
+    }
+
+
+def test_an_object_store_is_written_and_overwritten(source, tmp_path):
+    fs = fsspec.filesystem("memory")
+    settings = {"work": tmp_path / "work"}
+    with pytest.raises(DataError, match=r"memory://out: is not on this machine, so name a directory.*--work"):
+        run(source, "memory://out")
+    assert not run(source, "memory://out", **settings).already_done
+    run(source, tmp_path / "out")
+    expected = files(tmp_path / "out")
+    assert {path.rpartition("/")[2]: fs.cat_file(path) for path in fs.find("/out")} == expected
+    assert run(source, "memory://out", **settings).already_done
+    with pytest.raises(DataError, match=r"memory://out/manifest\.json: made with other settings \(seed 0 there, 1 now"):
+        run(source, "memory://out", seed=1, **settings)
+    fs.rm_file("/out/train-00000.arrow")
+    with pytest.raises(DataError, match=r"train-00000\.arrow: no such file, .*--overwrite"):
+        run(source, "memory://out", **settings)
+    run(source, "memory://out", seed=1, shard_bytes=2**30, overwrite=True, **settings)
+    assert len(fs.find("/out")) == 5
+    assert not (tmp_path / "work").exists()
+
+
+def test_an_interrupted_upload_goes_on(source, tmp_path, monkeypatch):
+    fs = fsspec.filesystem("memory")
+    run(source, tmp_path / "out")
+    put, sent = type(fs).put_file, []
+
+    def stopping(self, path, target, **options):
+        if len(sent) == 3:
+            raise ConnectionError("the network is gone")
+        sent.append(target)
+        put(self, path, target, **options)
+
+    for seed in (1, 0):  # what another run sent is removed
+        sent.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(type(fs), "put_file", stopping)
+            with pytest.raises(DataError, match="the network is gone"):
+                run(source, "memory://upload", work=tmp_path / "work", seed=seed)
+    run(source, "memory://upload", work=tmp_path / "work")
+    assert {path.rpartition("/")[2]: fs.cat_file(path) for path in fs.find("/upload")} == files(tmp_path / "out")
 
 
 def test_a_file_size_limit_while_arrow_writes_is_reported(source, tmp_path):
@@ -224,7 +468,7 @@ def test_a_file_size_limit_while_arrow_writes_is_reported(source, tmp_path):
     assert result.returncode == 2, result.stderr
     assert "cannot be written (File too large)" in result.stderr
     assert len(result.stderr.splitlines()) == 1
-    assert files(tmp_path / "out") == {}
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".prepare"]
 
 
 def test_an_out_that_cannot_be_a_directory_is_refused(source, tmp_path):
@@ -244,11 +488,13 @@ def test_an_out_that_cannot_be_a_directory_is_refused(source, tmp_path):
         {"record_batch_bytes": 0},
         {"record_batch_bytes": 2**31},
         {"shard_bytes": 0},
+        {"workers": 0},
+        {"memory_bytes": 2**20},
     ],
 )
 def test_settings_out_of_range_are_refused(source, tmp_path, settings):
     (name,) = settings
-    with pytest.raises(DataError, match=f"{name} is .*; it may be"):
+    with pytest.raises(DataError, match=f"{name.removesuffix('_bytes')}.* is .*; it may be"):
         run(source, tmp_path / "out", **settings)
 
 
