@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ _SPILL_SHARE = 4
 _STRETCH_SHARE = 2
 """When shards are written, text is held once and copied piece by piece."""
 _MESSAGES_OF_UNIT = 20
+_TWO_HASHES = struct.Struct("<QQ")
 
 
 @dataclass(frozen=True)
@@ -119,10 +121,9 @@ def runs_of(folder: str | Path, units: int) -> Runs:
     return Runs([unit_path(folder, number) for number in range(units)])
 
 
-def keyed_hash(purpose: bytes, seed: int, doc_id: str) -> int:
-    """Give 64 bits that depend on the purpose, the seed and the document's id alone."""
-    key = seed.to_bytes(8, "little")
-    return int.from_bytes(hashlib.blake2b(doc_id.encode(), digest_size=8, key=key, person=purpose).digest())
+def keyed_hashes(seed: int, doc_id: bytes) -> tuple[int, int]:
+    """Give twice 64 bits that depend on the seed and the document's id alone: for the order, and for the split."""
+    return _TWO_HASHES.unpack(hashlib.blake2b(doc_id, digest_size=16, key=seed.to_bytes(8, "little")).digest())
 
 
 def read_unit(unit: ReadUnit, report: Callable[[int], None]) -> Done:
@@ -157,11 +158,11 @@ def read_unit(unit: ReadUnit, report: Callable[[int], None]) -> Done:
                     done.empty += 1
                     counted[2] += 1
                 else:
-                    doc_id, text = item
-                    held_out = keyed_hash(b"split", unit.seed, doc_id) < held_out_below
-                    run.add(held_out, keyed_hash(b"order", unit.seed, doc_id), doc_id, text)
+                    text, doc_id = item.text, item.doc_id.encode()
+                    key, rank = keyed_hashes(unit.seed, doc_id)
+                    run.add(rank < held_out_below, key, doc_id, text)
                     if not done.documents or len(text) < done.smallest:
-                        done.smallest, done.smallest_id = len(text), doc_id
+                        done.smallest, done.smallest_id = len(text), item.doc_id
                     done.documents += 1
                     counted[0] += 1
                     counted[1] += len(text)

@@ -50,21 +50,20 @@ class RunWriter:
         self._begin()
 
     def _begin(self) -> None:
-        self._buckets: list[int] = []
+        self._held_out: list[bool] = []
         self._keys: list[int] = []
         self._ids: list[bytes] = []
         self._texts: list[bytes] = []
         self._held_bytes = 0
 
-    def add(self, split: int, key: int, doc_id: str, text: bytes) -> None:
-        """Append a document: split 0 for train, 1 for validation; key, 64 bits."""
-        encoded = doc_id.encode()
-        cost = len(text) + len(encoded) + OVERHEAD_BYTES
+    def add(self, held_out: bool, key: int, doc_id: bytes, text: bytes) -> None:
+        """Append a document of train, or of validation if it is held out; key, 64 bits."""
+        cost = len(text) + len(doc_id) + OVERHEAD_BYTES
         if self._held_bytes + cost > self._memory_bytes:
             self._spill()
-        self._buckets.append(split * BUCKETS + (key >> (64 - BUCKET_BITS)))
+        self._held_out.append(held_out)
         self._keys.append(key)
-        self._ids.append(encoded)
+        self._ids.append(doc_id)
         self._texts.append(text)
         self._held_bytes += cost
 
@@ -90,8 +89,8 @@ class RunWriter:
     def _spill(self) -> None:
         if not self._keys:
             return
-        buckets = np.array(self._buckets)
         keys = np.array(self._keys, np.uint64)
+        buckets = np.array(self._held_out) * BUCKETS + (keys >> np.uint64(64 - BUCKET_BITS)).astype(np.int64)
         order = np.lexsort((keys, buckets))
         rows = np.empty(len(order), _INDEX)
         rows["key"] = keys[order]
@@ -176,6 +175,12 @@ class Runs:
         of_stretch = np.repeat(np.arange(len(parts)), [len(rows) for _, rows in parts])
         order = np.argsort(rows["key"], kind="stable")
         sorted_rows = zip(of_stretch[order].tolist(), rows[order].tolist(), strict=True)
+        keys = rows["key"][order]
+        if not (keys[1:] == keys[:-1]).any():
+            for number, row in sorted_rows:
+                doc_id, text = stretches[number].read(*row[1:])
+                yield doc_id.decode(), text
+            return
         for _, tied in groupby(sorted_rows, key=lambda number_and_row: number_and_row[1][0]):
             found = sorted(stretches[number].read(*row[1:]) for number, row in tied)
             for before, after in pairwise(found):

@@ -101,7 +101,7 @@ def test_the_order_is_that_of_the_keyed_hash(source, tmp_path, monkeypatch):
     run(source, out, seed=5)
     for split in ("train", "validation"):
         ids = list(texts(out, split))
-        assert ids == sorted(ids, key=lambda doc_id: prepare_work.keyed_hash(b"order", 5, doc_id))
+        assert ids == sorted(ids, key=lambda doc_id: prepare_work.keyed_hashes(5, doc_id.encode()))
 
 
 def test_the_split_of_a_document_does_not_depend_on_other_documents(source, tmp_path):
