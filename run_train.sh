@@ -30,7 +30,7 @@ fi
 
 if [[ "$CONFIG_FILE" == train_configs/*debug.toml && ! -e data/stdlib/manifest.json ]]; then
     "$PYTHON" -m scripts.prepare_data --source python-stdlib --out data/stdlib \
-        --validation-fraction 0.05 --seed 0 --max-bytes 4MB --record-batch-bytes 16KiB
+        --validation-fraction 0.05 --seed 0 --max-bytes 6MB --record-batch-bytes 16KiB
 fi
 
 # One sentence for what is wrong, before any rank starts.

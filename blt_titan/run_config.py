@@ -204,17 +204,6 @@ def _check_entropy_rule(config: Any) -> None:
             f"patching.source = {patching.source!r} with patching.entropy_checkpoint = "
             f"{patching.entropy_checkpoint!r}: 'online' needs a checkpoint of an entropy model, 'sidecar' takes none"
         )
-    shared = {
-        key: degree
-        for key in ("context_parallel_degree", "tensor_parallel_degree", "pipeline_parallel_degree")
-        if (degree := getattr(config.parallelism, key)) > 1
-    }
-    if patching.source == "online" and shared:
-        listed = ", ".join(f"parallelism.{key} = {degree}" for key, degree in shared.items())
-        raise RunConfigError(
-            f"patching.source = 'online' with {listed}: ranks that share rows must cut the same patches, and would "
-            "each score them; score the data with `python -m scripts.score_entropies` instead"
-        )
 
 
 def _check_device(config: Any) -> None:

@@ -3,6 +3,7 @@
 Importing this module registers both. Everything a run needs beside the trainer is named here.
 """
 
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, get_args
 
@@ -29,7 +30,7 @@ from blt_titan.data.order import StreamOrder
 from blt_titan.data.packing import MarkByEntropy, MarkPatchStarts, RowShape
 from blt_titan.data.shards import ShardSet
 from blt_titan.inference.checkpoint import load_entropy_model
-from blt_titan.inference.entropies import EntropyScorer, OnlineEntropies
+from blt_titan.inference.entropies import EntropyScorer, OnlineEntropies, Share
 from blt_titan.loss import ByteCrossEntropy
 from blt_titan.metrics import BLTMetrics
 from blt_titan.model.blt import BLT
@@ -131,13 +132,58 @@ def _read_entropies(job_config: Any, shards: ShardSets) -> ReadEntropies:
     patching = job_config.patching
     if patching.source == "sidecar":
         return open_sidecars(job_config, shards)
-    return OnlineEntropies(_online_scorer(patching.entropy_checkpoint))
+    return OnlineEntropies(_online_scorer(patching.entropy_checkpoint), _share_rows(job_config))
 
 
 @cache
 def _online_scorer(checkpoint: str) -> EntropyScorer:
     """One for training and validation."""
     return EntropyScorer(load_entropy_model(checkpoint, device=device_type))
+
+
+class RowRanks:
+    """The ranks that read the same rows: those of a data-parallel rank, over pp, cp and tp.
+
+    Building it is collective over all ranks.
+    """
+
+    def __init__(self, pp: int, context: int):
+        ranks = torch.arange(dist.get_world_size()).view(pp, -1, context)
+        group, _ = dist.new_subgroups_by_enumeration(ranks.transpose(0, 1).flatten(1).tolist())
+        assert isinstance(group, dist.ProcessGroup)
+        self.group = group
+
+    def share(self, make: Callable[[], np.ndarray], size: int) -> np.ndarray:
+        """Have the first rank make an array, fp32 [size], and give it to all."""
+        shared = torch.empty(size, device=device_type)
+        if self.group.rank() == 0:
+            shared.copy_(torch.from_numpy(make()))
+        dist.broadcast(shared, group=self.group, group_src=0)
+        return shared.cpu().numpy()
+
+    def agree(self, value: int) -> bool:
+        """Tell whether all ranks have the same value."""
+        ends = torch.tensor([value, -value], device=device_type)
+        dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=self.group)
+        return bool(ends.sum() == 0)
+
+
+def row_ranks(job_config: Any) -> RowRanks | None:
+    """Return the ranks that read the same rows as this one; None if it is alone. Collective when first called."""
+    parallelism = job_config.parallelism
+    context = parallelism.context_parallel_degree * parallelism.tensor_parallel_degree
+    pp = parallelism.pipeline_parallel_degree
+    return _row_ranks(dist.group.WORLD, pp, context) if pp * context > 1 else None
+
+
+@cache
+def _row_ranks(_world: Any, pp: int, context: int) -> RowRanks:
+    return RowRanks(pp, context)
+
+
+def _share_rows(job_config: Any) -> Share | None:
+    ranks = row_ranks(job_config)
+    return ranks.share if ranks else None
 
 
 def context_slice(job_config: Any) -> ContextSlice:

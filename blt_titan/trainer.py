@@ -21,7 +21,7 @@ from torchtitan.components.dataloader import DataloaderExhaustedError
 from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 
-import blt_titan.train_spec  # noqa: F401  (registers the models)
+import blt_titan.train_spec  # registers the models
 from blt_titan.batch import IGNORE_LABEL
 from blt_titan.data.collate import Batch
 from blt_titan.data.loader import RowLoader
@@ -85,6 +85,8 @@ class BLTTrainer(Trainer):
         if isinstance(read_entropies, OnlineEntropies):
             self.metrics_processor.online_seconds = lambda: read_entropies.seconds
         self._first_bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
+        quarantines = job_config.data.on_damage == "quarantine"
+        self._row_ranks = blt_titan.train_spec.row_ranks(job_config) if quarantines else None
 
     def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:
         """Yield batches, counting their real bytes and the time spent waiting for them."""
@@ -144,6 +146,7 @@ class BLTTrainer(Trainer):
             self._log(loss, grad_norm, lr, global_targets)
         if log_due or self._save_due():
             self._stop_if_bad()
+            self._stop_if_rows_differ()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint says beside weights, optimizer and data: the step, and what model it is."""
@@ -232,6 +235,15 @@ class BLTTrainer(Trainer):
         return self.checkpointer.enable and (
             self.step == self.job_config.training.steps or self.step % self.job_config.checkpoint.interval == 0
         )
+
+    def _stop_if_rows_differ(self) -> None:
+        """Find a record batch that was passed over on some of the ranks that read the same rows, and not on others."""
+        if self._row_ranks is not None and not self._row_ranks.agree(self.dataloader.position_crc32()):
+            raise RunStateError(
+                f"rank {dist.get_rank()}: at step {self.step} ranks that read the same rows are not at the same place "
+                "of the data: one of them passed over a record batch that others could read (the logs of the ranks say "
+                "which). Nothing was saved since; see that all nodes have the same files"
+            )
 
     def _stop_if_bad(self) -> None:
         first_bad_step = int(self._first_bad_step)

@@ -13,12 +13,12 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="session")
 def stdlib_data(tmp_path_factory) -> Path:
-    """About 300 KB of the standard library as byte shards, with a held-out split: enough for a few steps."""
+    """About 400 KB of the standard library as byte shards, with a held-out split: enough for a few steps."""
     directory = tmp_path_factory.mktemp("data") / "stdlib"
     subprocess.run(
         [
             *(sys.executable, "-m", "scripts.prepare_data", "--source", "python-stdlib", "--out", str(directory)),
-            *("--validation-fraction", "0.1", "--seed", "0", "--max-bytes", "300KB", "--record-batch-bytes", "4KiB"),
+            *("--validation-fraction", "0.1", "--seed", "3", "--max-bytes", "400KB", "--record-batch-bytes", "4KiB"),
             "--no-progress",
         ],
         cwd=ROOT,

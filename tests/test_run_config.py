@@ -94,12 +94,6 @@ def test_command_line_wins_over_toml_and_toml_over_default():
             r"source = 'sidecar' with patching\.entropy_checkpoint = 'x'.*'sidecar' takes none",
         ),
         (
-            "--patching.rule=global --patching.threshold=1.3 --patching.source=online --patching.entropy_checkpoint=x "
-            "--parallelism.tensor_parallel_degree=2",
-            2,
-            r"source = 'online' with parallelism\.tensor_parallel_degree = 2: ranks that share rows",
-        ),
-        (
             "--parallelism.data_parallel_shard_degree=2",
             3,
             r"data_parallel_shard_degree 2 .* makes 2 ranks, but .* gives 3",

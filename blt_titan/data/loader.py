@@ -14,6 +14,7 @@ gathered over ranks at a save; it fits any number of ranks and workers.
 import itertools
 import json
 import logging
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -272,6 +273,10 @@ class RowLoader:
         own = int(self._positions[self.dp_rank :: self.dp_size, _QUARANTINED_FIELD].sum())
         new, self._quarantined_told = own - self._quarantined_told, own
         return new if self.part.index == 0 else 0
+
+    def position_crc32(self) -> int:
+        """Return a checksum of where this rank's streams are; ranks that read the same rows have the same."""
+        return zlib.crc32(self._positions[self.dp_rank :: self.dp_size].tobytes())
 
     def ids_by_dataset(self) -> np.ndarray:
         """Return the ids of each mixed data set in the run's batches of this rank so far, int64 [data sets].

@@ -112,8 +112,8 @@ def prepare(
         validation_fraction: the share of documents that goes to validation, in [0, 1). If it is not 0 and there are two
             documents or more, each split gets at least one; one document alone goes to train.
         seed: orders the documents and chooses those of validation.
-        max_bytes: take documents in the seed's order while they fit into this many bytes of text; None takes all. A
-            document that is longer than that alone is passed over. All sources are read even so.
+        max_bytes: take documents in the seed's order while they fit into this many bytes of text, passing over those
+            that do not; None takes all. All sources are read even so.
         record_batch_bytes: text per record batch; the smallest unit that is read, checked and shuffled.
         shard_bytes: size of a shard file.
         text_column: where the records of JSON lines, Parquet, Arrow and the hub keep their text.
@@ -271,7 +271,7 @@ class _Job:
         per_document = 24  # offsets and padding, about
         planned = sizes + per_document * documents
         pieces = moved + [
-            Piece(SPLITS[split], number, begin, end, choice)
+            Piece(SPLITS[split], number, begin, end, replace(choice, later=_keys_in(choice.later, begin, end)))
             for split in range(2)
             if in_split[split]
             for number, (begin, end) in enumerate(self._buckets_of_pieces(planned, split * BUCKETS))
@@ -289,26 +289,33 @@ class _Job:
         yield begin, first + BUCKETS
 
     def _choose(self, runs: Runs, documents: np.ndarray, done: Sequence[Done], most_bytes: int) -> Choice:
-        """Find the last document, in the order of the keys, up to which all fit into `most_bytes`."""
+        """Find the documents that fit into `most_bytes`: in the order of the keys, passing over those that do not."""
         smallest, doc_id = min((unit.smallest, unit.smallest_id) for unit in done if unit.documents)
         if smallest > most_bytes:
             raise DataError(
                 f"{doc_id}: the smallest document has {smallest} bytes, more than max_bytes {most_bytes}; raise it"
             )
-        left, last_key = most_bytes, None
+        left, last_key, passed_over = most_bytes, 0, False
+        later: list[int] = []
         for begin, end in _stretches_of_buckets(documents):
             rows = np.concatenate([runs.rows(split * BUCKETS + begin, split * BUCKETS + end) for split in range(2)])
-            rows = rows[rows["text_bytes"] <= most_bytes]
+            rows = rows[rows["text_bytes"] <= (left if passed_over else most_bytes)]
             rows = rows[np.argsort(rows["key"])]
-            ends = np.cumsum(rows["text_bytes"], dtype=np.int64)
-            fit = int(np.searchsorted(ends, left, side="right"))
-            if fit:
-                last_key = int(rows["key"][fit - 1])
-                left -= int(ends[fit - 1])
-            if fit < len(rows):
+            fit = 0
+            if not passed_over:
+                ends = np.cumsum(rows["text_bytes"], dtype=np.int64)
+                fit = int(np.searchsorted(ends, left, side="right"))
+                if fit:
+                    last_key = int(rows["key"][fit - 1])
+                    left -= int(ends[fit - 1])
+                passed_over = fit < len(rows)
+            for key, text_bytes in rows[["key", "text_bytes"]][fit:].tolist():
+                if text_bytes <= left:
+                    later.append(key)
+                    left -= text_bytes
+            if left < smallest:
                 break
-        assert last_key is not None
-        return Choice(last_key=last_key, most_bytes=most_bytes)
+        return Choice(last_key=last_key, later=tuple(later), most_bytes=most_bytes)
 
     def _write(
         self, units: int, pieces: Sequence[Piece], text_bytes: int
@@ -372,6 +379,12 @@ class _Job:
                     f"{self.target}/{name}: is there already, and no manifest names it; move it away, or choose "
                     "another --out"
                 )
+
+
+def _keys_in(keys: Sequence[int], first: int, end: int) -> tuple[int, ...]:
+    """Return the keys of some buckets of one split."""
+    shift, split = 64 - BUCKET_BITS, first // BUCKETS * BUCKETS
+    return tuple(key for key in keys if first <= split + (key >> shift) < end)
 
 
 def _stretches_of_buckets(documents: np.ndarray) -> Iterator[tuple[int, int]]:

@@ -114,7 +114,9 @@ class Choice:
     """Which documents of a bucket are taken; all, unless something is set."""
 
     last_key: int | None = None
-    """None after this key."""
+    """None after this key, but for `later`."""
+    later: tuple[int, ...] = ()
+    """Keys of documents that are taken all the same."""
     most_bytes: int | None = None
     """None longer than this."""
     only: int | None = None
@@ -126,7 +128,8 @@ class Choice:
         """Return which index rows [N] are taken, bool [N]."""
         taken = np.ones(len(rows), bool)
         if self.last_key is not None:
-            taken &= rows["key"] <= np.uint64(self.last_key)
+            later = np.array(self.later, np.uint64)
+            taken &= (rows["key"] <= np.uint64(self.last_key)) | np.isin(rows["key"], later)
         if self.most_bytes is not None:
             taken &= rows["text_bytes"] <= self.most_bytes
         if self.only is not None:

@@ -16,7 +16,7 @@ Letters: B lanes, C ids of a chunk, W window, H heads, K head size.
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -200,22 +200,35 @@ class EntropyScorer:
         return entropy_nats(model.output(model.norm(h))).cpu().numpy()
 
 
+Share = Callable[[Callable[[], np.ndarray], int], np.ndarray]
+"""Gives all ranks that read the same rows the array, fp32 [size], that the function makes on one of them."""
+
+
 class OnlineEntropies:
     """The entropies of a record batch, made when it is asked for: what `patching.source = "online"` reads from.
 
     Rounded to float16, so that patches begin where a sidecar of the same model puts them.
+
+    Args:
+        scorer: of the frozen entropy model.
+        share: where several ranks read the same rows, which must not differ by a rounding; None where one does.
     """
 
-    def __init__(self, scorer: EntropyScorer):
+    def __init__(self, scorer: EntropyScorer, share: Share | None = None):
         self.scorer = scorer
+        self.share = share
         self.seconds = 0.0
-        """Spent so far."""
+        """Spent so far, waiting for the rank that scores included."""
 
     def __call__(self, batch: RecordBatch) -> np.ndarray:
-        """Score a record batch: fp32 [text bytes]."""
+        """Score a record batch: fp32 [text bytes]; collective over the ranks that share it."""
         began = time.perf_counter()
-        ids, is_byte = frame_documents(batch.text, batch.offsets)
-        entropies = from_storage(to_storage(self.scorer.score(ids)[is_byte], "float16"))
+
+        def make() -> np.ndarray:
+            ids, is_byte = frame_documents(batch.text, batch.offsets)
+            return from_storage(to_storage(self.scorer.score(ids)[is_byte], "float16"))
+
+        entropies = self.share(make, len(batch.text)) if self.share else make()
         self.seconds += time.perf_counter() - began
         return entropies
 

@@ -2,6 +2,12 @@
 
 import hashlib
 import itertools
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +16,12 @@ import torch
 
 from blt_titan.data.loader import RowLoader
 from blt_titan.data.shards import ShardSet
+from tests.elastic_rank import STREAMS
 from tests.small_loader import interleaved, loader_of, merged, random_documents, rows_of, take, write
 
-STREAMS = 48
 WORLDS = (8, 6, 16, 4)
 STOPS = 200
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +95,57 @@ def test_another_global_batch_keeps_the_order(data):
         loader.rows_per_batch = 24
     rows += hashes(interleaved([rows_of(take(loader, 2)) for loader in loaders]))
     assert rows == unbroken_run(data, len(rows))
+
+
+def start(folder: Path, data: Path, world_size: int, workers: int, steps: int) -> list[subprocess.Popen]:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    common = [str(argument) for argument in (world_size, port, folder, data, workers, steps)]
+    command = [sys.executable, "-m", "tests.elastic_rank"]
+    return [subprocess.Popen([*command, str(rank), *common], cwd=ROOT) for rank in range(world_size)]
+
+
+def logged(folder: Path) -> list[tuple[int, str]]:
+    """Rows that ranks logged: number and hash; a line that a kill tore is left out."""
+    lines = [line for path in folder.glob("*.log") for line in path.read_text().split("\n")[:-1]]
+    return [(int(number), digest) for number, digest in map(str.split, lines)]
+
+
+@pytest.mark.slow
+def test_kill_9_five_times_and_another_world_each_time(data, tmp_path):
+    """Real ranks and workers, killed together at a moment of chance, saves included; the last world comes through."""
+    rng = np.random.default_rng(0)
+    worlds = [(4, 0), (2, 2), (6, 0), (3, 1), (8, 0)]
+    steps, before = 400, 0
+    resumed_at = []
+    for world_size, workers in worlds:
+        ranks = start(tmp_path, data, world_size, workers, steps)
+        wanted = before + int(rng.integers(3, 12)) * STREAMS + int(rng.integers(STREAMS))
+        deadline = time.monotonic() + 120
+        while len(logged(tmp_path)) < wanted:
+            assert all(rank.poll() is None for rank in ranks), "a rank ended by itself"
+            assert time.monotonic() < deadline, "no rows within 120 s"
+            time.sleep(0.005)
+        for rank in ranks:
+            rank.send_signal(signal.SIGKILL)
+        for rank in ranks:
+            rank.wait()
+        before = len(logged(tmp_path))
+        complete = [int(path.parent.name[5:]) for path in tmp_path.glob("step-*/.metadata")]
+        resumed_at.append(max(complete))
+        # As the trainer does: what was half written is removed before it is written again.
+        for path in tmp_path.glob("step-*"):
+            if not (path / ".metadata").exists():
+                shutil.rmtree(path)
+    last = resumed_at[-1] + 4
+    for rank in start(tmp_path, data, 1, 2, last):
+        assert rank.wait(120) == 0
+    assert resumed_at == sorted(resumed_at)
+    assert resumed_at[-1] >= 10
+    rows = logged(tmp_path)
+    expected = [digest.hex() for digest in unbroken_run(data, max(number for number, _ in rows) + 1)]
+    assert {number for number, _ in rows} >= set(range(last * STREAMS)), "a row was lost"
+    wrong = [number for number, digest in rows if digest != expected[number]]
+    assert not wrong, f"{len(wrong)} rows are not those of an undisturbed run, the first is {wrong[0]}"
+    print(f"resumed at steps {resumed_at}; {len(rows):,} rows hashed, {len(rows) - len(dict(rows)):,} of them twice")

@@ -34,7 +34,16 @@ INJURIES = 10_000
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory) -> Path:
     """Four shards of 64 KiB in record batches of 4 KiB, scored."""
-    root = tmp_path_factory.mktemp("faults")
+    return make(tmp_path_factory.mktemp("faults"), seed=0)
+
+
+@pytest.fixture(scope="module")
+def stale(tmp_path_factory) -> Path:
+    """The same texts prepared with another seed: files of the same names."""
+    return make(tmp_path_factory.mktemp("stale"), seed=1)
+
+
+def make(root: Path, seed: int) -> Path:
     (root / "source").mkdir()
     rng = np.random.default_rng(0)
     for i in range(240):
@@ -44,7 +53,7 @@ def sound(tmp_path_factory) -> Path:
         [root / "source"],
         root / "data",
         validation_fraction=0.05,
-        seed=0,
+        seed=seed,
         record_batch_bytes=4096,
         shard_bytes=65_536,
         progress=False,
@@ -105,19 +114,25 @@ def swap(path: Path, rng: np.random.Generator) -> None:
 INJURE: list[Callable[[Path, np.random.Generator], None]] = [flip_bit, flip_bit, overwrite, truncate, remove, swap]
 
 
-def test_ten_thousand_injuries_are_found_before_their_bytes_are_used(sound, tmp_path):
+def test_ten_thousand_injuries_are_found_before_their_bytes_are_used(sound, stale, tmp_path):
     """Each is an error that names a file of the data, or it changed nothing that training reads."""
     directory = tmp_path / "data"
+
+    def make_stale(path: Path, rng: np.random.Generator) -> None:
+        path.write_bytes((stale / path.relative_to(directory)).read_bytes())
+
     shutil.copytree(sound, directory)
     expected = contents(directory)
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     named = [path for path in files if "validation" not in path.name]
+    assert all((stale / path.relative_to(directory)).exists() for path in named)
+    injuries = [*INJURE, make_stale]
     rng = np.random.default_rng(0)
     harmless = 0
     messages: list[str] = []
     by_kind: dict[str, int] = {}
     for number in range(INJURIES):
-        path, injure = named[number % len(named)], INJURE[int(rng.integers(len(INJURE)))]
+        path, injure = named[number % len(named)], injuries[int(rng.integers(len(injuries)))]
         before = path.read_bytes()
         injure(path, rng)
         try:
@@ -134,7 +149,7 @@ def test_ten_thousand_injuries_are_found_before_their_bytes_are_used(sound, tmp_
     print(f"{len(messages)} found {by_kind}, {harmless} changed nothing that is read")
     assert all(str(directory) in message for message in messages)
     assert len(messages) > 0.8 * INJURIES
-    assert by_kind.keys() == {injure.__name__ for injure in INJURE}
+    assert by_kind.keys() == {injure.__name__ for injure in injuries}
 
 
 def mark_starts(entropies_nats: np.ndarray, begins: np.ndarray) -> np.ndarray:

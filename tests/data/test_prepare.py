@@ -121,12 +121,9 @@ def test_max_bytes_takes_whole_documents_in_the_order_of_the_seed(source, tmp_pa
     summary = run(source, tmp_path / "some", validation_fraction=0, max_bytes=5000)
     expected, left = [], 5000
     for doc_id, text in texts(tmp_path / "all", "train").items():
-        if len(text) > 5000:
-            continue
-        left -= len(text)
-        if left < 0:
-            break
-        expected.append(doc_id)
+        if len(text) <= left:
+            expected.append(doc_id)
+            left -= len(text)
     assert 3 < len(expected) < 50
     assert list(texts(tmp_path / "some", "train")) == expected
     assert summary.manifest.counts.documents_over_max_bytes == 61 - len(expected)

@@ -5,8 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
+from blt_titan.data.errors import DataError
+from blt_titan.data.shards import ShardSet
 from blt_titan.inference.checkpoint import describe_model, find_checkpoint, load_entropy_model
+from blt_titan.trainer import RunStateError
 from scripts.calibrate_threshold import main as calibrate_threshold
 from scripts.score_entropies import main as score_entropies
 from scripts.view_patches import main as view_patches
@@ -15,6 +19,12 @@ from tests.integration.runs import losses, metrics, train
 
 pytestmark = pytest.mark.slow
 
+BY_ENTROPY = [
+    "--patching.rule=global",
+    "--patching.threshold=2.0",
+    "--training.steps=6",
+    "--checkpoint.interval=3",
+]
 ENTROPY_RUN = [
     "--model.name=blt_entropy",
     "--patching.rule=byte",
@@ -23,6 +33,12 @@ ENTROPY_RUN = [
     "--training.steps=30",
     "--entropy_model.reset_at_newline",
 ]
+SHARED_ROWS = {
+    "tp": ["--parallelism.tensor_parallel_degree=2"],
+    "pp": ["--parallelism.pipeline_parallel_degree=2", "--training.local_batch_size=2"],
+}
+LAYOUT_LOSS_ATOL = 1e-4
+"""Six steps of AdamW in other summation orders."""
 ONLINE_LOSS_ATOL = 1e-3
 """A boundary on a decision edge may fall on the other side; more of the run than that must not change."""
 
@@ -32,13 +48,7 @@ def two_stages(root: str, small_run: list[str], data: str) -> None:
     out = f"{root}/entropy"
     train(out, *small_run, *ENTROPY_RUN)
     assert score_entropies(["--data", data, "--checkpoint", out, "--no-progress", "--device", "cpu"]) == 0
-    by_entropy = [
-        *small_run,
-        "--patching.rule=global",
-        "--patching.threshold=2.0",
-        "--training.steps=6",
-        "--checkpoint.interval=3",
-    ]
+    by_entropy = [*small_run, *BY_ENTROPY]
     train(f"{root}/sidecar", *by_entropy)
     train(f"{root}/workers", *by_entropy, "--training.dataloader.num_workers=2")
     online = ["--patching.source=online", f"--patching.entropy_checkpoint={out}"]
@@ -47,6 +57,29 @@ def two_stages(root: str, small_run: list[str], data: str) -> None:
     train(f"{root}/resumed", *by_entropy, *online)
     monotonic = ["--patching.rule=monotonic", "--patching.threshold=0.5"]
     train(f"{root}/monotonic", *by_entropy, *monotonic)
+
+
+def online_on_shared_rows(root: str, by_entropy: list[str], data: str) -> str:
+    """Train online where two ranks read the same rows; then let one of them miss a record batch."""
+    online = ["--patching.source=online", f"--patching.entropy_checkpoint={root}/entropy"]
+    for name, layout in SHARED_ROWS.items():
+        train(f"{root}/online_{name}", *by_entropy, *online, *layout)
+    if dist.get_rank() == 1:
+        # As if this rank's disk had failed once.
+        read, failed = ShardSet.read, []
+
+        def failing(self, i):
+            if not failed and self.split == "train":
+                failed.append(i)
+                raise DataError("this rank's disk failed")
+            return read(self, i)
+
+        ShardSet.read = failing
+    try:
+        train(f"{root}/torn", *by_entropy, *SHARED_ROWS["tp"], "--data.on_damage=quarantine")
+    except RunStateError as error:
+        return str(error)
+    return "went on"
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +105,18 @@ def test_sidecar_workers_online_and_resume_train_the_same_rows(trained):
     sizes = {name: metrics(trained / name)[-1]["mean_patch_bytes"] for name in ("sidecar", "online", "monotonic")}
     assert abs(sizes["sidecar"] - sizes["online"]) < 0.01 * sizes["sidecar"]
     assert sizes["monotonic"] != sizes["sidecar"]
+
+
+def test_ranks_that_share_rows_cut_the_same_patches_or_stop(trained, small_run, data):
+    overrides = [*small_run, *BY_ENTROPY, f"--training.dataset_path={data}"]
+    messages = run_distributed(online_on_shared_rows, 2, str(trained), overrides, str(data))
+    expected = losses(trained / "online")
+    for name in SHARED_ROWS:
+        found = losses(trained / f"online_{name}")
+        assert found.keys() == expected.keys()
+        assert max(abs(found[step] - expected[step]) for step in expected) <= LAYOUT_LOSS_ATOL, name
+    for message in messages:
+        assert "at step 1 ranks that read the same rows are not at the same place" in message
 
 
 def test_the_cost_of_scoring_online_is_a_metric(trained):
