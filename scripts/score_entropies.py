@@ -15,12 +15,17 @@ import sys
 import time
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
+from blt_titan.byte_vocab import BOS_ID, BYTE_OFFSET
+from blt_titan.data.calibration import quantization_disagreement
 from blt_titan.data.errors import DataError
 from blt_titan.inference.checkpoint import CheckpointError, load_entropy_model
 from blt_titan.inference.entropies import CHUNK, LANES, EntropyScorer
 from blt_titan.inference.score_data import score_data, sidecar_settings
+
+SAMPLE_BYTES = 4_000_000
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -70,8 +75,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = sidecar_settings(model, args.quantize, args.dtype)
         scorer = EntropyScorer(model.to(getattr(torch, args.dtype)), lanes=args.lanes, chunk=args.chunk_bytes)
         began = time.perf_counter()
+        sampled = _Sampled()
         summary = score_data(
-            args.data, args.name, scorer, settings, rank=rank, ranks=ranks, progress=rank == 0 and not args.no_progress
+            args.data,
+            args.name,
+            scorer,
+            settings,
+            rank=rank,
+            ranks=ranks,
+            observe=sampled.add if rank == 0 and args.quantize == "uint8" else None,
+            progress=rank == 0 and not args.no_progress,
         )
     except (DataError, CheckpointError) as error:
         print(f"score_entropies: error: {error}", file=sys.stderr)
@@ -84,8 +97,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{where}: {summary.text_bytes:,} bytes of {summary.shards} shards in {seconds:.1f} s, "
             f"{summary.text_bytes / seconds:,.0f} bytes/s, {padding:.1%} of the slots were not text"
         )
+    sampled.report()
     print(f"{where}: " + ("complete" if summary.complete else "other ranks are still scoring"))
     return 0
+
+
+class _Sampled:
+    """The first entropies of a run, unrounded, to say what uint8 codes change."""
+
+    def __init__(self):
+        self._ids: list[np.ndarray] = []
+        self._entropies: list[np.ndarray] = []
+        self._held = 0
+
+    def add(self, ids: np.ndarray, entropies_nats: np.ndarray) -> None:
+        if self._held < SAMPLE_BYTES:
+            self._ids.append(ids)
+            self._entropies.append(np.where(ids >= BYTE_OFFSET, entropies_nats, 0).astype(np.float32))
+            self._held += len(ids)
+
+    def report(self) -> None:
+        if not self._held:
+            return
+        begins = np.concatenate(self._ids) == BOS_ID
+        print(f"boundaries of uint8 codes that are not those of float16, rule global, in {self._held:,} bytes:")
+        for found in quantization_disagreement(np.concatenate(self._entropies), begins):
+            print(
+                f"  patches of {found.target_patch_bytes:g} bytes: {found.share:.2%} (threshold "
+                f"{found.uint8_threshold:.4f} instead of {found.float16_threshold:.4f} nats)"
+            )
 
 
 if __name__ == "__main__":

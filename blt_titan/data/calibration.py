@@ -9,12 +9,12 @@ codes, whichever the sidecar stores (the rules that compare differences take any
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 
 from blt_titan.byte_vocab import BOS_ID
-from blt_titan.data.entropies import UINT8_EDGES_NATS, EntropySidecar, Storage
+from blt_titan.data.entropies import UINT8_EDGES_NATS, EntropySidecar, Storage, from_storage, to_storage
 from blt_titan.data.errors import DataError
 from blt_titan.data.order import permute
 from blt_titan.data.packing import frame_documents
@@ -128,6 +128,43 @@ def calibrate(
             high = middle
     nearest = min((low, high), key=lambda place: abs(mean_at(place) - target_patch_bytes))
     return _calibrated(sample, rule, float(candidates[nearest]), threshold_add, max_patch_bytes, None)
+
+
+class Disagreement(NamedTuple):
+    """How uint8 codes and float16 values cut the same text, each at its own threshold for a wanted patch size."""
+
+    target_patch_bytes: float
+    float16_threshold: float
+    uint8_threshold: float
+    share: float
+    """Positions where only one of them begins a patch, over patches."""
+
+
+def quantization_disagreement(
+    entropies_nats: np.ndarray, begins: np.ndarray, *, targets: Sequence[float] = (4, 4.5, 6, 8)
+) -> list[Disagreement]:
+    """Compare the boundaries of rule `global` from uint8 codes with those from float16.
+
+    Args:
+        entropies_nats: as the model gave them, fp32 [N]; 0 at BOS and EOS.
+        begins: where documents begin, bool [N].
+        targets: wanted mean patches, in bytes; one that no threshold gives is left out.
+    """
+    found = []
+    for target in targets:
+        thresholds, starts = [], []
+        for storage in get_args(Storage):
+            sample = Sample(from_storage(to_storage(entropies_nats, storage)), begins, storage)
+            try:
+                threshold = calibrate(sample, target).threshold
+            except DataError:
+                break
+            thresholds.append(threshold)
+            starts.append(entropy_patch_starts(sample.entropies_nats, threshold=threshold, begins=begins))
+        else:
+            share = float((starts[0] != starts[1]).sum() / starts[0].sum())
+            found.append(Disagreement(target, thresholds[0], thresholds[1], share))
+    return found
 
 
 def best_budgets(

@@ -6,7 +6,7 @@ one completes the sidecar. A rank that is killed leaves temporary files, and its
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 
@@ -61,6 +61,7 @@ def score_data(
     *,
     rank: int = 0,
     ranks: int = 1,
+    observe: Callable[[np.ndarray, np.ndarray], None] | None = None,
     progress: bool = False,
 ) -> ScoreSummary:
     """Write the sidecar `name` of a data set, or go on with it.
@@ -72,6 +73,7 @@ def score_data(
         settings: from `sidecar_settings`.
         rank: this rank, from 0.
         ranks: ranks that share the work.
+        observe: is called with the ids of each record batch and their entropies as the model gives them, fp32.
         progress: show a progress bar.
 
     Raises:
@@ -96,6 +98,8 @@ def score_data(
                 for (batch, ids), entropies in scorer.score_all(_requests(data, split, number, splits[split])):
                     writer.add(batch.batch_in_shard, entropies[ids >= BYTE_OFFSET], batch.crc32)
                     bar.update(len(batch.text))
+                    if observe is not None:
+                        observe(ids, entropies)
             except BaseException:
                 writer.abandon()
                 raise

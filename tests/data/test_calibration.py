@@ -3,10 +3,17 @@
 import numpy as np
 import pytest
 
-from blt_titan.data.calibration import SEGMENT_PATCHES, Sample, best_budgets, calibrate, histogram_text
+from blt_titan.data.calibration import (
+    SEGMENT_PATCHES,
+    Sample,
+    best_budgets,
+    calibrate,
+    histogram_text,
+    quantization_disagreement,
+)
 from blt_titan.data.entropies import UINT8_EDGES_NATS, from_storage, to_storage
 from blt_titan.data.errors import DataError
-from blt_titan.patching import patch_lengths
+from blt_titan.patching import entropy_patch_starts, patch_lengths
 
 MEAN_RTOL = 0.005
 MAX_PATCH_BYTES = 64
@@ -59,6 +66,20 @@ def test_a_global_threshold_lies_where_rounding_moves_no_boundary():
 def test_of_codes_a_threshold_is_an_edge():
     found = calibrate(sample_of("uint8"), 4.5)
     assert np.float32(found.threshold) in UINT8_EDGES_NATS
+
+
+def test_what_uint8_changes_is_counted():
+    sample = sample_of()
+    exact = np.random.default_rng(1).normal(sample.entropies_nats, 1e-4).clip(0).astype(np.float32)
+    found = quantization_disagreement(exact, sample.begins, targets=(3, 4.5, 1000))
+    assert [one.target_patch_bytes for one in found] == [3, 4.5]
+    for one in found:
+        assert abs(one.uint8_threshold / one.float16_threshold - 1) < 0.036
+        by_code = entropy_patch_starts(exact, threshold=one.uint8_threshold, begins=sample.begins)
+        by_value = entropy_patch_starts(exact, threshold=one.float16_threshold, begins=sample.begins)
+        # Both thresholds lie where rounding moves nothing, so the exact values give the same share.
+        assert one.share == pytest.approx((by_code != by_value).sum() / by_value.sum(), abs=1e-3)
+        assert 0 < one.share < 0.05
 
 
 def test_top_k_cuts_to_the_size():

@@ -171,6 +171,7 @@ def test_the_command_scores_with_a_run_s_last_checkpoint(data, checkpoint, capsy
     assert main([*arguments, "--quantize", "uint8"]) == 2
     assert "made with another storage" in capsys.readouterr().err
     assert main([*arguments, "--quantize", "uint8", "--name", "small"]) == 0
+    assert "boundaries of uint8 codes that are not those of float16" in capsys.readouterr().out
 
 
 def test_what_is_not_an_entropy_model_is_refused(data, tmp_path, capsys):
