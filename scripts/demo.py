@@ -230,10 +230,11 @@ def _advance(bar: tqdm, metrics: Path) -> None:
         return
     # The last line may be half written.
     lines = [json.loads(line) for line in metrics.read_text().split("\n")[:-1]]
-    for line in lines[-2:]:
-        bar.update(max(0, line["step"] - bar.n))
-        if "bits_per_byte" in line:
-            bar.set_postfix_str(f"{line['bits_per_byte']:.2f} bits/byte, {line['bytes_per_second']:,.0f} bytes/s")
+    training = [line for line in lines if "bits_per_byte" in line]
+    if training:
+        last = training[-1]
+        bar.update(last["step"] - bar.n)
+        bar.set_postfix_str(f"{last['bits_per_byte']:.2f} bits/byte, {last['bytes_per_second']:,.0f} bytes/s")
 
 
 def _gzip_bits_per_byte() -> float:
