@@ -2,8 +2,8 @@
 
     python -m benchmarks.data_wait --data outputs/demo/data --threshold 2.6221 --out benchmarks/results/data_wait.json
 
-A short run of `run_train.sh` with one loader worker, as the demo leaves its data; the figure is the median of the logged
-steps after the first, which holds start-up.
+A short run of `run_train.sh` with one loader worker, as the demo leaves its data; the figure is the median of the
+logged steps after the first, which holds start-up.
 """
 
 import argparse

@@ -28,7 +28,7 @@ from blt_titan.data.loader import HeldOutRows, ReadEntropies, RowLoader, RowSour
 from blt_titan.data.mixture import MixtureOrder, ShardSets, mixture_order
 from blt_titan.data.order import StreamOrder
 from blt_titan.data.packing import MarkByEntropy, MarkPatchStarts, RowShape
-from blt_titan.data.shards import ShardSet
+from blt_titan.data.shards import RecordBatch, ShardSet
 from blt_titan.inference.checkpoint import load_entropy_model
 from blt_titan.inference.entropies import EntropyScorer, OnlineEntropies, Share
 from blt_titan.loss import ByteCrossEntropy
@@ -141,6 +141,10 @@ def _online_scorer(checkpoint: str) -> EntropyScorer:
     return EntropyScorer(load_entropy_model(checkpoint, device=device_type))
 
 
+class RowsDifferError(RuntimeError):
+    """Ranks that read the same rows are not at the same place of the data."""
+
+
 class RowRanks:
     """The ranks that read the same rows: those of a data-parallel rank, over pp, cp and tp.
 
@@ -153,9 +157,19 @@ class RowRanks:
         assert isinstance(group, dist.ProcessGroup)
         self.group = group
 
-    def share(self, make: Callable[[], np.ndarray], size: int) -> np.ndarray:
-        """Have the first rank make an array, fp32 [size], and give it to all."""
-        shared = torch.empty(size, device=device_type)
+    def share(self, make: Callable[[], np.ndarray], batch: RecordBatch) -> np.ndarray:
+        """Have the first rank make the entropies of a record batch, fp32 [text bytes], and give them to all.
+
+        Raises:
+            RowsDifferError: the ranks are at different record batches.
+        """
+        if not self.agree(batch.crc32):
+            raise RowsDifferError(
+                f"rank {dist.get_rank()}: ranks that read the same rows are at different record batches, this one at "
+                f"{batch.shard_path}: record batch {batch.batch_in_shard}. One of them passed over what others could "
+                "read (their logs say what): see that all nodes have the same files"
+            )
+        shared = torch.empty(len(batch.text), device=device_type)
         if self.group.rank() == 0:
             shared.copy_(torch.from_numpy(make()))
         dist.broadcast(shared, group=self.group, group_src=0)

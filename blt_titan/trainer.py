@@ -14,20 +14,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import blt_titan.titan_device
-
 # isort: split
 from torchtitan.components.dataloader import DataloaderExhaustedError
 from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 
-import blt_titan.train_spec  # registers the models
 from blt_titan.batch import IGNORE_LABEL
 from blt_titan.data.collate import Batch
 from blt_titan.data.loader import RowLoader
 from blt_titan.inference.entropies import OnlineEntropies
 from blt_titan.loss import ByteCrossEntropy, bits_per_byte, count_targets
 from blt_titan.metrics import COUNTS, BLTMetrics
+from blt_titan.train_spec import RowsDifferError, row_ranks  # registers the models, too
 from parallelisms.clipping import clip_grad_norm
 from parallelisms.hash_tables import reduce_partial_gradients
 
@@ -86,7 +84,7 @@ class BLTTrainer(Trainer):
             self.metrics_processor.online_seconds = lambda: read_entropies.seconds
         self._first_bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
         quarantines = job_config.data.on_damage == "quarantine"
-        self._row_ranks = blt_titan.train_spec.row_ranks(job_config) if quarantines else None
+        self._row_ranks = row_ranks(job_config) if quarantines else None
 
     def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:
         """Yield batches, counting their real bytes and the time spent waiting for them."""
@@ -239,7 +237,7 @@ class BLTTrainer(Trainer):
     def _stop_if_rows_differ(self) -> None:
         """Find a record batch that was passed over on some of the ranks that read the same rows, and not on others."""
         if self._row_ranks is not None and not self._row_ranks.agree(self.dataloader.position_crc32()):
-            raise RunStateError(
+            raise RowsDifferError(
                 f"rank {dist.get_rank()}: at step {self.step} ranks that read the same rows are not at the same place "
                 "of the data: one of them passed over a record batch that others could read (the logs of the ranks say "
                 "which). Nothing was saved since; see that all nodes have the same files"

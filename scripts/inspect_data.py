@@ -21,7 +21,7 @@ from tqdm import tqdm
 from blt_titan.data.destination import destination, fetch_shard
 from blt_titan.data.entropies import DIRECTORY, EntropySidecar
 from blt_titan.data.errors import DataError
-from blt_titan.data.manifest import MANIFEST_NAME, SPLITS, Manifest, ShardEntry, read_manifest, write_manifest
+from blt_titan.data.manifest import MANIFEST_NAME, SPLITS, Manifest, ShardEntry, read_manifest
 from blt_titan.data.shards import ShardSet
 from blt_titan.data.sources import is_remote
 
@@ -97,7 +97,7 @@ def _show_samples(data: str, manifest: Manifest, count: int) -> bool:
     try:
         for split in SPLITS:
             if manifest.splits[split] and count > 0:
-                with _one_shard(data, split, manifest.splits[split][0]) as shards:
+                with _one_shard(data, manifest, split, manifest.splits[split][0]) as shards:
                     batch = shards.read(0)
                 for row in range(min(count, batch.rows)):
                     text = batch.document(row).tobytes()
@@ -122,13 +122,15 @@ def _verify(data: str, manifest: Manifest, *, progress: bool) -> Iterator[str]:
             yield from faults
             for entry in manifest.splits[split]:
                 try:
-                    with _one_shard(data, split, entry) as shards:
+                    with _one_shard(data, manifest, split, entry) as shards:
+                        sound = set(sidecars)
                         for batch in shards:
                             bar.update(len(batch.text))
-                            for name in [*sidecars]:
+                            for name in sorted(sound):
                                 try:
                                     sidecars[name](batch)
                                 except DataError as error:
+                                    sound.remove(name)
                                     yield str(error)
                 except (DataError, OSError) as error:
                     yield str(error)
@@ -145,16 +147,15 @@ def _sidecars(data: str, split: str, names: Sequence[str]) -> tuple[dict[str, En
 
 
 @contextmanager
-def _one_shard(data: str, split: str, entry: ShardEntry) -> Iterator[ShardSet]:
+def _one_shard(data: str, manifest: Manifest, split: str, entry: ShardEntry) -> Iterator[ShardSet]:
     """Open one shard alone, so that damage to another does not matter; one that is not here is copied first."""
     if not is_remote(data):
-        yield ShardSet(data, split, only=entry.file)
+        yield ShardSet(data, split, only=entry.file, manifest=manifest)
         return
     with tempfile.TemporaryDirectory() as folder:
         try:
             fetch_shard(data, entry, Path(folder))
-            write_manifest(folder, _manifest(data))
-            yield ShardSet(folder, split, only=entry.file)
+            yield ShardSet(folder, split, only=entry.file, manifest=manifest)
         except (DataError, OSError) as error:
             raise DataError(str(error).replace(folder, data.rstrip("/"))) from error
 

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 
 from blt_titan.data.errors import DataError
-from blt_titan.data.prepare import LEAST_WORKER_BYTES, MEMORY_BYTES, prepare
+from blt_titan.data.prepare import MAX_RECORD_BYTES, MEMORY_BYTES, least_memory_bytes, prepare
 from blt_titan.data.shards import RECORD_BATCH_BYTES, SHARD_BYTES
 from blt_titan.data.sources import HUB_PRESETS
 
@@ -106,6 +106,14 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="what a record does that cannot be used: end the work and be named, or be left out, named and counted in "
         "the manifest (default %(default)s)",
     )
+    add(
+        "--max-record-bytes",
+        type=size,
+        default=MAX_RECORD_BYTES,
+        metavar="SIZE",
+        help="a longer file, line or text of a table cannot be used; see --on-error. A worker must have memory for ten "
+        "times as much (default 64MiB)",
+    )
     add("--workers", type=int, help="processes (default: as many as there are cores and memory for)")
     add(
         "--memory",
@@ -116,7 +124,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--work",
         metavar="DIR",
-        help="where intermediate files go, as much as the text (default: .prepare in the --out directory)",
+        help="where intermediate files go, up to twice as much as the text (default: .prepare in the --out directory)",
     )
     add(
         "--overwrite",
@@ -132,7 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_args(arguments)
     logging.basicConfig(format="prepare_data: %(message)s")
     cores, half = len(os.sched_getaffinity(0)), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    workers = args.workers or max(1, min(cores, (args.memory or half) // LEAST_WORKER_BYTES))
+    least = least_memory_bytes(args.max_record_bytes)
+    workers = max(1, min(cores, (args.memory or half) // least)) if args.workers is None else args.workers
+    memory = max(least * workers, min(half, MEMORY_BYTES * workers)) if args.memory is None else args.memory
     try:
         summary = prepare(
             args.source,
@@ -143,9 +153,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             record_batch_bytes=args.record_batch_bytes,
             shard_bytes=args.shard_bytes,
             text_column=args.text_column,
+            max_record_bytes=args.max_record_bytes,
             on_error=args.on_error,
             workers=workers,
-            memory_bytes=args.memory or max(LEAST_WORKER_BYTES * workers, min(half, MEMORY_BYTES * workers)),
+            memory_bytes=memory,
             work=args.work,
             overwrite=args.overwrite,
             progress=not args.no_progress,
@@ -153,6 +164,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DataError as error:
         print(f"prepare_data: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("prepare_data: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
     print(summary)
     return 0
 

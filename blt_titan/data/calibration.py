@@ -141,7 +141,11 @@ class Disagreement(NamedTuple):
 
 
 def quantization_disagreement(
-    entropies_nats: np.ndarray, begins: np.ndarray, *, targets: Sequence[float] = (4, 4.5, 6, 8)
+    entropies_nats: np.ndarray,
+    begins: np.ndarray,
+    *,
+    targets: Sequence[float] = (4, 4.5, 6, 8),
+    max_patch_bytes: int = 512,
 ) -> list[Disagreement]:
     """Compare the boundaries of rule `global` from uint8 codes with those from float16.
 
@@ -149,6 +153,7 @@ def quantization_disagreement(
         entropies_nats: as the model gave them, fp32 [N]; 0 at BOS and EOS.
         begins: where documents begin, bool [N].
         targets: wanted mean patches, in bytes; one that no threshold gives is left out.
+        max_patch_bytes: longer patches are split.
     """
     found = []
     for target in targets:
@@ -156,11 +161,15 @@ def quantization_disagreement(
         for storage in get_args(Storage):
             sample = Sample(from_storage(to_storage(entropies_nats, storage)), begins, storage)
             try:
-                threshold = calibrate(sample, target).threshold
+                threshold = calibrate(sample, target, max_patch_bytes=max_patch_bytes).threshold
             except DataError:
                 break
             thresholds.append(threshold)
-            starts.append(entropy_patch_starts(sample.entropies_nats, threshold=threshold, begins=begins))
+            starts.append(
+                entropy_patch_starts(
+                    sample.entropies_nats, threshold=threshold, begins=begins, max_patch_bytes=max_patch_bytes
+                )
+            )
         else:
             share = float((starts[0] != starts[1]).sum() / starts[0].sum())
             found.append(Disagreement(target, thresholds[0], thresholds[1], share))

@@ -1,150 +1,218 @@
 """Where a data set is written: a directory here, or a folder of an object store.
 
 Finished shards, under temporary names in a working directory, are moved to their places, and the manifest is written
-last, so that a folder that has one is complete. `manifest.json.installing` names the files while they are moved: the
-next run then knows which ones an interrupted one left.
+last, so that a folder that has one is complete. `manifest.json.installing` names the files while they are moved, and
+`manifest.json.replaced` those of an old data set until they are removed: the next run then knows what an interrupted
+one left.
 """
 
+import errno
 import os
-from dataclasses import dataclass
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from typing_extensions import override
+
+from blt_titan.data.atomic_file import write_atomically
 from blt_titan.data.errors import DataError
-from blt_titan.data.manifest import MANIFEST_NAME, Manifest, parse_manifest, read_manifest, write_manifest
+from blt_titan.data.manifest import MANIFEST_NAME, Manifest, ShardEntry, parse_manifest
 from blt_titan.data.shards import ShardSet
 from blt_titan.data.sources import file_system, is_remote
 
 _INSTALLING_NAME = f"{MANIFEST_NAME}.installing"
+_REPLACED_NAME = f"{MANIFEST_NAME}.replaced"
 
 
-class LocalDestination:
-    """A directory of this machine, or of a network file system that it sees."""
+class Destination(ABC):
+    """A folder that shards go to. What differs is how files are reached."""
 
-    def __init__(self, out: str):
-        self.directory = Path(out)
+    name: str
+    """As the user gave it."""
 
     def __str__(self) -> str:
-        return str(self.directory)
+        return self.name
 
-    def read_manifest(self) -> Manifest | None:
-        """Return the manifest that is there, or None."""
-        return read_manifest(self.directory) if (self.directory / MANIFEST_NAME).exists() else None
+    @abstractmethod
+    def make(self) -> None:
+        """Make the folder, if it is not there."""
 
+    @abstractmethod
+    def size(self, name: str) -> int | None:
+        """Return the bytes of a file; None if it is not there."""
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """Return the content of a file."""
+
+    @abstractmethod
+    def write(self, name: str, content: bytes) -> None:
+        """Write a small file, whole or not at all."""
+
+    @abstractmethod
+    def take(self, path: Path, name: str) -> None:
+        """Move a file of this machine here."""
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+
+    @abstractmethod
     def check_intact(self, manifest: Manifest) -> None:
         """Raise DataError if files of the manifest are missing or damaged; reads no text."""
-        for split, shards in manifest.splits.items():
-            if shards:
-                ShardSet(self.directory, split).verify_structure()
 
-    def make(self) -> None:
-        """Make the directory, if it is not there."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+    def read_manifest(self, name: str = MANIFEST_NAME) -> Manifest | None:
+        """Return the manifest that is there, or None."""
+        return parse_manifest(self.read(name), f"{self}/{name}") if self.size(name) is not None else None
+
+    def finish_removal(self) -> None:
+        """Remove what a manifest named that has been replaced; an interrupted run may have left it."""
+        if old := self.read_manifest(_REPLACED_NAME):
+            new = self.read_manifest()
+            for name in old.file_names() - (new.file_names() if new else set()):
+                self.remove(name)
+            self.remove(_REPLACED_NAME)
 
     def installing(self) -> set[str]:
         """Name the files that an interrupted run was moving into place."""
-        if not (self.directory / _INSTALLING_NAME).exists():
-            return set()
-        return read_manifest(self.directory, _INSTALLING_NAME).file_names()
+        manifest = self.read_manifest(_INSTALLING_NAME)
+        return manifest.file_names() if manifest else set()
 
     def discard_installing(self, existing: Manifest | None) -> None:
         """Remove what an interrupted run had moved into place; it will not be gone on with."""
         for name in self.installing() - (existing.file_names() if existing else set()):
-            (self.directory / name).unlink(missing_ok=True)
-        for name in (_INSTALLING_NAME, f"{_INSTALLING_NAME}.partial"):
-            (self.directory / name).unlink(missing_ok=True)
+            self.remove(name)
+        self.remove(_INSTALLING_NAME)
 
-    def exists(self, name: str) -> bool:
-        """Tell whether there is such a file."""
-        return (self.directory / name).exists()
-
-    def install(self, moves: dict[str, Path], manifest: Manifest, existing: Manifest | None) -> None:
+    def install(self, moves: Mapping[str, Path], manifest: Manifest, existing: Manifest | None) -> None:
         """Move files into place, then the manifest, then remove what only the old manifest named.
 
         Args:
             moves: where each file of the manifest is now; one that is gone from there was moved before.
             manifest: the new one.
             existing: the one that it replaces.
+
+        Raises:
+            DataError: a file that was moved before is not there.
         """
-        write_manifest(self.directory, manifest, _INSTALLING_NAME)
+        for entry in (entry for shards in manifest.splits.values() for entry in shards):
+            if not moves[entry.file].exists() and self.size(entry.file) != entry.file_bytes:
+                raise DataError(
+                    f"{self}/{entry.file}: was moved there by a run that was interrupted, and is gone or changed; "
+                    f"remove {moves[entry.file].parent.parent.parent} and start again"
+                )
+        self.write(_INSTALLING_NAME, manifest.to_json().encode())
         for name, path in moves.items():
             if path.exists():
-                _move(path, self.directory / name)
-        os.replace(self.directory / _INSTALLING_NAME, self.directory / MANIFEST_NAME)
-        for name in (existing.file_names() if existing else set()) - manifest.file_names():
-            (self.directory / name).unlink(missing_ok=True)
+                self.take(path, name)
+        if existing is not None:
+            self.write(_REPLACED_NAME, existing.to_json().encode())
+        self.write(MANIFEST_NAME, manifest.to_json().encode())
+        self.remove(_INSTALLING_NAME)
+        self.finish_removal()
 
 
-@dataclass
-class RemoteDestination:
+class LocalDestination(Destination):
+    """A directory of this machine, or of a network file system that it sees."""
+
+    def __init__(self, out: str):
+        self.name = out
+        self.directory = Path(out)
+
+    @override
+    def make(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+
+    @override
+    def size(self, name: str) -> int | None:
+        path = self.directory / name
+        return path.stat().st_size if path.exists() else None
+
+    @override
+    def read(self, name: str) -> bytes:
+        return (self.directory / name).read_bytes()
+
+    @override
+    def write(self, name: str, content: bytes) -> None:
+        write_atomically(self.directory / name, content)
+
+    @override
+    def take(self, path: Path, name: str) -> None:
+        target = self.directory / name
+        try:
+            os.replace(path, target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            # The working directory is on another disk. `write_atomically` would hold it all in memory.
+            between = target.with_name(f"{name}.partial")
+            with open(path, "rb") as source, open(between, "wb") as copy:
+                shutil.copyfileobj(source, copy, 1 << 24)
+                copy.flush()
+                os.fsync(copy.fileno())
+            os.replace(between, target)
+            path.unlink()
+
+    @override
+    def remove(self, name: str) -> None:
+        for each in (name, f"{name}.partial"):
+            (self.directory / each).unlink(missing_ok=True)
+
+    @override
+    def check_intact(self, manifest: Manifest) -> None:
+        for split, shards in manifest.splits.items():
+            if shards:
+                ShardSet(self.directory, split).verify_structure()
+
+
+class RemoteDestination(Destination):
     """A folder that an fsspec file system reaches."""
 
-    url: str
+    def __init__(self, url: str):
+        self.name = url.rstrip("/")
+        self._fs, self._root = file_system(self.name)
 
-    def __post_init__(self):
-        self.url = self.url.rstrip("/")
-        self._fs, self._root = file_system(self.url)
+    @override
+    def make(self) -> None:
+        self._fs.makedirs(self._root, exist_ok=True)
 
-    def __str__(self) -> str:
-        return self.url
-
-    def read_manifest(self) -> Manifest | None:
-        """Return the manifest that is there, or None."""
-        path = f"{self._root}/{MANIFEST_NAME}"
-        if not self._fs.exists(path):
+    @override
+    def size(self, name: str) -> int | None:
+        try:
+            return int(self._fs.info(f"{self._root}/{name}")["size"])
+        except FileNotFoundError:
             return None
-        return parse_manifest(self._fs.cat_file(path), f"{self.url}/{MANIFEST_NAME}")
 
+    @override
+    def read(self, name: str) -> bytes:
+        return self._fs.cat_file(f"{self._root}/{name}")
+
+    @override
+    def write(self, name: str, content: bytes) -> None:
+        self._fs.pipe_file(f"{self._root}/{name}", content)
+
+    @override
+    def take(self, path: Path, name: str) -> None:
+        self._fs.put_file(str(path), f"{self._root}/{name}")
+        path.unlink()
+
+    @override
+    def remove(self, name: str) -> None:
+        if self.size(name) is not None:
+            self._fs.rm_file(f"{self._root}/{name}")
+
+    @override
     def check_intact(self, manifest: Manifest) -> None:
-        """Raise DataError if shards of the manifest are missing or not of their size."""
         there = {path.rpartition("/")[2]: info for path, info in self._fs.find(self._root, detail=True).items()}
         for entry in (entry for shards in manifest.splits.values() for entry in shards):
             found = there.get(entry.file, {}).get("size")
             if found != entry.file_bytes or entry.index_file not in there:
                 there_is = "no such file" if found is None else f"{found} bytes"
                 raise DataError(
-                    f"{self.url}/{entry.file}: {there_is}, {MANIFEST_NAME} says {entry.file_bytes} and an index; "
+                    f"{self}/{entry.file}: {there_is}, {MANIFEST_NAME} says {entry.file_bytes} and an index; "
                     "restore it, or prepare the data again"
                 )
-
-    def make(self) -> None:
-        """Make the folder, where the store has such a thing."""
-        self._fs.makedirs(self._root, exist_ok=True)
-
-    def installing(self) -> set[str]:
-        """Name the files that an interrupted run was sending."""
-        path = f"{self._root}/{_INSTALLING_NAME}"
-        if not self._fs.exists(path):
-            return set()
-        return parse_manifest(self._fs.cat_file(path), f"{self.url}/{_INSTALLING_NAME}").file_names()
-
-    def discard_installing(self, existing: Manifest | None) -> None:
-        """Remove what an interrupted run had sent; it will not be gone on with."""
-        for name in self.installing() - (existing.file_names() if existing else set()):
-            if self.exists(name):
-                self._fs.rm_file(f"{self._root}/{name}")
-        if self.exists(_INSTALLING_NAME):
-            self._fs.rm_file(f"{self._root}/{_INSTALLING_NAME}")
-
-    def exists(self, name: str) -> bool:
-        """Tell whether there is such a file."""
-        return self._fs.exists(f"{self._root}/{name}")
-
-    def install(self, moves: dict[str, Path], manifest: Manifest, existing: Manifest | None) -> None:
-        """Send files, then the manifest, then remove what only the old manifest named; see LocalDestination."""
-        self._fs.pipe_file(f"{self._root}/{_INSTALLING_NAME}", manifest.to_json().encode())
-        for name, path in moves.items():
-            if path.exists():
-                self._fs.put_file(str(path), f"{self._root}/{name}")
-                # Marks it as sent, too.
-                path.unlink()
-        self._fs.pipe_file(f"{self._root}/{MANIFEST_NAME}", manifest.to_json().encode())
-        self._fs.rm_file(f"{self._root}/{_INSTALLING_NAME}")
-        for name in (existing.file_names() if existing else set()) - manifest.file_names():
-            self._fs.rm_file(f"{self._root}/{name}")
-
-
-Destination = LocalDestination | RemoteDestination
 
 
 def destination(out: str | os.PathLike[str]) -> Destination:
@@ -157,25 +225,8 @@ def destination(out: str | os.PathLike[str]) -> Destination:
     return RemoteDestination(name) if is_remote(name) else LocalDestination(name)
 
 
-def fetch_shard(url: str, entry: Any, folder: Path) -> None:
+def fetch_shard(url: str, entry: ShardEntry, folder: Path) -> None:
     """Copy a shard and its index from a remote data set into a folder."""
     fs, root = file_system(url.rstrip("/"))
     for name in (entry.file, entry.index_file):
         fs.get_file(f"{root}/{name}", str(folder / name))
-
-
-def _move(path: Path, target: Path) -> None:
-    try:
-        os.replace(path, target)
-    except OSError:
-        if path.stat().st_dev == target.parent.stat().st_dev:
-            raise
-        # The working directory is on another disk.
-        between = target.with_name(f"{target.name}.partial")
-        with open(path, "rb") as source, open(between, "wb") as copy:
-            while piece := source.read(1 << 24):
-                copy.write(piece)
-            copy.flush()
-            os.fsync(copy.fileno())
-        os.replace(between, target)
-        path.unlink()

@@ -32,6 +32,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import pyarrow as pa
 
+from blt_titan.data.atomic_file import write_atomically
 from blt_titan.data.errors import DataError
 from blt_titan.data.manifest import SPLITS, ShardEntry, read_manifest
 from blt_titan.data.shards import RecordBatch, ShardSet
@@ -144,9 +145,9 @@ class SidecarWriter:
             record_batches=len(self._index),
             text_index_sha256=self._shard.index_sha256,
         )
-        _write(self._directory / entry.index_file, content.getvalue())
+        write_atomically(self._directory / entry.index_file, content.getvalue())
         os.replace(self._temporary, self._directory / entry.file)
-        _write(self._directory / f"{entry.file}{_DONE_SUFFIX}", json.dumps(asdict(entry)).encode())
+        write_atomically(self._directory / f"{entry.file}{_DONE_SUFFIX}", json.dumps(asdict(entry)).encode())
 
     def abandon(self) -> None:
         """Remove what was written."""
@@ -188,7 +189,7 @@ def begin_sidecar(data: str | os.PathLike[str], name: str, settings: SidecarSett
                     f"{directory}: made with another {', '.join(differing)}; choose another --name, or remove it"
                 )
             return known != SIDECAR_NAME
-    _write(directory / "settings.json", json.dumps({"settings": wanted}).encode())
+    write_atomically(directory / "settings.json", json.dumps({"settings": wanted}).encode())
     return True
 
 
@@ -200,7 +201,7 @@ def complete_sidecar(data: str | os.PathLike[str], name: str, settings: SidecarS
         return (directory / SIDECAR_NAME).exists()
     entries = [json.loads((directory / f"{shard.file}{_DONE_SUFFIX}").read_bytes()) for shard in shards]
     content = {"format": FORMAT, "version": VERSION, "settings": settings._asdict(), "shards": entries}
-    _write(directory / SIDECAR_NAME, (json.dumps(content, indent=2) + "\n").encode())
+    write_atomically(directory / SIDECAR_NAME, (json.dumps(content, indent=2) + "\n").encode())
     # What is only for going on; and what killed ranks left.
     for pattern in (f"*{_DONE_SUFFIX}", f"*{_TEMPORARY_SUFFIX}", "settings.json"):
         for path in directory.glob(pattern):
@@ -341,14 +342,3 @@ class EntropySidecars:
 
 def _schema(storage: Storage) -> pa.Schema:
     return pa.schema([("entropies_nats", pa.float16() if storage == "float16" else pa.uint8())])
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file in one step."""
-    # Several ranks may write the same file at once.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{_TEMPORARY_SUFFIX}")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

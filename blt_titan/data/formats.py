@@ -7,13 +7,15 @@ that are not UTF-8 are taken as they stand between the quotation marks:
     {"text": "caf\xe9"}          -> b"caf\xe9"         though a strict parser would refuse the line
     {"text": "a"}{"text": "b"}   -> b"a" and b"b"      two files were joined, the first without a final newline
 
-Memory is bounded by the largest record, and a record larger than it may be is a Problem.
+Memory is bounded by the largest record, about ten times, and a record larger than it may be is a Problem.
 """
 
+import gzip
 import io
 import json
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -22,19 +24,20 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from blt_titan.data.errors import DataError
-from blt_titan.data.shards import MAX_RECORD_BATCH_BYTES
-from blt_titan.data.sources import Extent, cannot_read, hub_dataset, is_remote, open_binary
+from blt_titan.data.sources import Extent, cannot_read, hub_dataset, is_remote, open_binary, printable
 
 BINARY_PROBE_BYTES = 8 * 1024
 _ROWS_AT_A_TIME = 64
-_TEXT_COPIES = 2
-_JSON_COPIES = 10
-"""What a line of JSON takes at most, of its own size: as characters of four bytes, twice, and as bytes, twice."""
+_BATCH_BYTES = 8 * 1024**2
+"""Of a table's rows, about."""
+_DECOMPRESSED_BYTES = 64 * 1024
+"""At a time: so much of what goes before a damage may be lost with it."""
 _UTF8_BOM = b"\xef\xbb\xbf"
-# A \uDC80 to \uDCFF that no \uD800 to \uDBFF goes before: in a line that is not UTF-8, it would pass for a raw byte.
-_LONE_ESCAPE = re.compile(rb"(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][cC][89a-fA-F]")
 _DECODER = json.JSONDecoder()
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_TOO_LONG = "raise --max-record-bytes, or split it"
 _REPORT_BYTES = 1 << 16
+_NETWORK_MODULES = ("requests", "urllib3", "httpx", "httpcore", "aiohttp", "huggingface_hub", "fsspec", "asyncio")
 
 
 class Document(NamedTuple):
@@ -65,14 +68,14 @@ class _BadRecord(ValueError):
 
 
 def read_extent(
-    extent: Extent, *, text_column: str, record_bytes: int, report: Report = lambda _: None
+    extent: Extent, *, text_column: str, max_record_bytes: int, report: Report = lambda _: None
 ) -> Iterator[Document | Problem | Binary]:
     """Yield what an extent holds.
 
     Args:
         extent: from `list_extents`.
         text_column: where a record keeps its text.
-        record_bytes: memory that one record may take; a text file or JSON line that needs more is a Problem.
+        max_record_bytes: a longer text file, JSON line or text of a table is a Problem.
         report: progress.
 
     Raises:
@@ -80,18 +83,16 @@ def read_extent(
     """
     try:
         if extent.format == "hub":
-            yield from _read_hub(extent, text_column, report)
+            yield from _read_hub(extent, text_column, max_record_bytes, report)
             return
         _check_unchanged(extent)
         with open_binary(extent.path) as file:
             if extent.format == "text":
-                yield _read_text(file, extent, min(record_bytes // _TEXT_COPIES, MAX_RECORD_BATCH_BYTES), report)
+                yield _read_text(file, extent, max_record_bytes, report)
             elif extent.format == "lines":
-                yield from _read_lines(
-                    file, extent, text_column, min(record_bytes // _JSON_COPIES, MAX_RECORD_BATCH_BYTES), report
-                )
+                yield from _read_lines(file, extent, text_column, max_record_bytes, report)
             else:
-                yield from _read_table(file, extent, text_column, report)
+                yield from _read_table(file, extent, text_column, max_record_bytes, report)
     except OSError as error:
         raise cannot_read(extent.path, error) from error
 
@@ -111,42 +112,40 @@ def _read_text(file: Any, extent: Extent, most_bytes: int, report: Report) -> Do
     text = file.read(most_bytes + 1)
     report(extent.size_bytes)
     if len(text) > most_bytes:
-        return Problem(f"{extent.path}: more than {most_bytes} bytes in one document; raise --memory, or split it")
+        return Problem(f"{printable(extent.path)}: more than {most_bytes} bytes; {_TOO_LONG}")
     if not extent.keep_binary and b"\0" in text[:BINARY_PROBE_BYTES]:
-        return Binary(extent.path)
+        return Binary(printable(extent.path))
     return Document(extent.doc_id, text)
 
 
 def _read_lines(
     file: Any, extent: Extent, text_column: str, most_bytes: int, report: Report
 ) -> Iterator[Document | Problem]:
-    number = extent.first
-    path = extent.path.lower()
-    compression = "gzip" if path.endswith(".gz") else "zstd" if path.endswith(".zst") else None
+    number, path = extent.first, printable(extent.path)
+    compressed = extent.path.lower().endswith((".gz", ".zst"))
     place, unreported = extent.begin, 0
-    if compression:
-        lines: Any = io.BufferedReader(
-            pa.CompressedInputStream(pa.PythonFile(_Reporting(file, report)), compression), 1 << 20
-        )
-    else:
-        lines = file
-        if place:
-            # The line that begins before this extent belongs to the one before; a newline at its end may be all.
-            file.seek(place - 1)
-            before, place = file.readline(), place - 1
-            place += len(before)
-            number += before != b"\n"
+    if compressed and extent.file_bytes == 0:
+        yield Problem(f"{path}: is empty, which no compressed file is; fetch the file again")
+        return
+    lines = _open_lines(file, extent, report)
+    if place:
+        # The line that begins before this extent belongs to the one before; a newline at its end may be all.
+        file.seek(place - 1)
+        place, ended = place - 1, False
+        while not ended and place < extent.end and (piece := file.readline(1 << 20)):
+            ended, place = piece.endswith(b"\n"), place + len(piece)
+        number += place > extent.begin
     while extent.end < 0 or place < extent.end:
         try:
             line = lines.readline(most_bytes + 1)
             n_bytes = len(line)
             while n_bytes > most_bytes and not line.endswith(b"\n") and (line := lines.readline(1 << 20)):
                 n_bytes += len(line)
-        except (OSError, EOFError) as error:
-            if not compression or (is_remote(extent.path) and "runcated" not in str(error)):
-                raise  # the way there may be what failed: nothing to pass over
+        except (OSError, EOFError, zlib.error) as error:
+            if not compressed or _is_of_the_way(error, extent):
+                raise
             yield Problem(
-                f"{extent.path}, after line {number}: the compressed data is truncated or damaged ({error}); fetch the "
+                f"{path}, after line {number}: the compressed data is truncated or damaged ({error}); fetch the "
                 "file again"
             )
             return
@@ -154,14 +153,14 @@ def _read_lines(
             break
         place += n_bytes
         number += 1
-        if not compression:
+        if not compressed:
             unreported += n_bytes
             if unreported > _REPORT_BYTES:
                 report(unreported)
                 unreported = 0
-        where = f"{extent.path}, line {number}"
+        where = f"{path}, line {number}"
         if n_bytes > most_bytes:
-            yield Problem(f"{where}: longer than {most_bytes} bytes; raise --memory, or split it")
+            yield Problem(f"{where}: longer than {most_bytes} bytes; {_TOO_LONG}")
             continue
         if number == 1:
             line = line.removeprefix(_UTF8_BOM)
@@ -189,7 +188,8 @@ def _texts_of_line(line: bytes, text_column: str) -> list[bytes]:
     try:
         decoded, errors = line.decode(), "strict"
     except UnicodeDecodeError as error:
-        if _LONE_ESCAPE.search(line):
+        # Half a surrogate pair that the line spells out would pass for a raw byte.
+        if any(_has_surrogates(record) for record in _joined_records(line.decode(errors="replace"))):
             raise _BadRecord(f"neither valid UTF-8 nor without half a surrogate pair ({error})") from error
         decoded, errors = line.decode(errors="surrogateescape"), "surrogateescape"
     try:
@@ -199,6 +199,10 @@ def _texts_of_line(line: bytes, text_column: str) -> list[bytes]:
         if not records:
             raise _BadRecord(f"not JSON ({error}); correct or remove the line") from error
     return [_text_of(record, text_column, errors) for record in records]
+
+
+def _has_surrogates(record: dict[str, Any]) -> bool:
+    return any(isinstance(value, str) and _SURROGATE.search(value) for value in record.values())
 
 
 def _joined_records(line: str) -> list[Any]:
@@ -234,20 +238,22 @@ def _text_of(record: Any, text_column: str, errors: str) -> bytes:
         raise _BadRecord(f"{text_column!r} has no UTF-8 form ({error}); correct the line") from error
 
 
-def _read_table(file: Any, extent: Extent, text_column: str, report: Report) -> Iterator[Document | Problem]:
+def _read_table(
+    file: Any, extent: Extent, text_column: str, most_bytes: int, report: Report
+) -> Iterator[Document | Problem]:
     row = extent.first
     try:
         for batch, share in _record_batches(file, extent, text_column):
-            yield from _rows(batch, text_column, extent, row)
+            yield from _rows(batch, text_column, extent, row, most_bytes)
             row += batch.num_rows
             report(round(share * extent.size_bytes))
     except (pa.ArrowException, OSError, _BadRecord) as error:
-        if isinstance(error, OSError) and is_remote(extent.path):
-            raise  # the way there may be what failed: nothing to pass over
+        if isinstance(error, OSError) and _is_of_the_way(error, extent):
+            raise
         # Arrow's messages of damage run over lines.
         reason = " ".join(str(error).split())
         what = "" if isinstance(error, _BadRecord) else f"cannot be read as {extent.format} from row {row + 1} on: "
-        yield Problem(f"{extent.path}: {what}{reason}")
+        yield Problem(f"{printable(extent.path)}: {what}{reason}")
 
 
 def _record_batches(file: Any, extent: Extent, text_column: str) -> Iterator[tuple[pa.RecordBatch, float]]:
@@ -256,29 +262,36 @@ def _record_batches(file: Any, extent: Extent, text_column: str) -> Iterator[tup
         # Not the whole row group at once.
         table = pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
         _check_column(table.schema_arrow, text_column)
-        groups = list(range(extent.begin, table.num_row_groups if extent.end < 0 else extent.end))
-        rows = sum(table.metadata.row_group(number).num_rows for number in groups)
-        for batch in table.iter_batches(_ROWS_AT_A_TIME, row_groups=groups, columns=[text_column]):
+        groups = range(extent.begin, table.num_row_groups if extent.end < 0 else extent.end)
+        metadata = [table.metadata.row_group(number) for number in groups]
+        rows = sum(group.num_rows for group in metadata)
+        n_bytes = sum(group.total_byte_size for group in metadata)
+        at_a_time = max(1, min(_ROWS_AT_A_TIME, _BATCH_BYTES * rows // max(1, n_bytes)))
+        for batch in table.iter_batches(at_a_time, row_groups=list(groups), columns=[text_column]):
             yield batch, batch.num_rows / rows
         return
     with pa.PythonFile(file) as source:
         magic = source.read(6)
         source.seek(0)
+        open_reader = pa.ipc.open_file if magic == b"ARROW1" else pa.ipc.open_stream
+        schema = open_reader(source).schema
+        _check_column(schema, text_column)
+        source.seek(0)
+        only = pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index(text_column)])
+        reader = open_reader(source, options=only)
         if magic == b"ARROW1":
-            reader = pa.ipc.open_file(source)
-            _check_column(reader.schema, text_column)
             for number in range(reader.num_record_batches):
-                yield reader.get_batch(number).select([text_column]), 1 / reader.num_record_batches
+                yield reader.get_batch(number), 1 / reader.num_record_batches
         else:
-            reader = pa.ipc.open_stream(source)
-            _check_column(reader.schema, text_column)
             for batch in reader:
-                yield batch.select([text_column]), 0.0
+                yield batch, 0.0
 
 
 def _check_column(schema: pa.Schema, text_column: str) -> None:
     if text_column not in schema.names:
         raise _BadRecord(f"no column {text_column!r} among {schema.names}; name the text's column with --text-column")
+    if schema.names.count(text_column) > 1:
+        raise _BadRecord(f"several columns {text_column!r} among {schema.names}; rename all but one")
     kind = schema.field(text_column).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not any(
@@ -295,18 +308,21 @@ def _check_column(schema: pa.Schema, text_column: str) -> None:
         raise _BadRecord(f"the column {text_column!r} is {kind}, expected strings; name another with --text-column")
 
 
-def _rows(batch: Any, text_column: str, extent: Extent, row: int) -> Iterator[Document | Problem]:
+def _rows(batch: Any, text_column: str, extent: Extent, row: int, most_bytes: int) -> Iterator[Document | Problem]:
     # As bytes, whatever the file calls them: an invalid string stays as it is.
     column = pc.cast(batch.column(text_column), pa.large_binary())
     for number, text in enumerate(column, start=row + 1):
-        if text.is_valid:
-            yield Document(f"{extent.doc_id}#R{number}", text.as_py())
+        where = f"{printable(extent.path)}, row {number}"
+        if not text.is_valid:
+            yield Problem(f"{where}: {text_column!r} is null, expected a string")
+        elif len(content := text.as_py()) > most_bytes:
+            yield Problem(f"{where}: longer than {most_bytes} bytes; {_TOO_LONG}")
         else:
-            yield Problem(f"{extent.path}, row {number}: {text_column!r} is null, expected a string")
+            yield Document(f"{extent.doc_id}#R{number}", content)
 
 
-def _read_hub(extent: Extent, text_column: str, report: Report) -> Iterator[Document | Problem]:
-    dataset = hub_dataset(extent.path)
+def _read_hub(extent: Extent, text_column: str, most_bytes: int, report: Report) -> Iterator[Document | Problem]:
+    dataset = hub_dataset(extent.path, extent.modified)
     if dataset.column_names and text_column not in dataset.column_names:
         yield Problem(
             f"hf:{extent.path}: no column {text_column!r} among {dataset.column_names}; name the text's column with "
@@ -319,17 +335,32 @@ def _read_hub(extent: Extent, text_column: str, report: Report) -> Iterator[Docu
         for table in shard.iter(_ROWS_AT_A_TIME):
             _check_column(table.schema, text_column)
             for batch in table.select([text_column]).combine_chunks().to_batches():
-                yield from _rows(batch, text_column, extent, row)
+                yield from _rows(batch, text_column, extent, row, most_bytes)
                 row += batch.num_rows
                 report(batch.nbytes)
-    except (DataError, _BadRecord) as error:
-        raise DataError(f"hf:{extent.path}: {error}") from error
-    except Exception as error:  # the library lets through what its many parts raise; most often, the network
-        reason = " ".join(str(error).split())
-        raise DataError(
-            f"hf:{extent.path}, file {extent.begin}, after row {row}: {type(error).__name__}: {reason}; start again "
-            "to go on"
-        ) from error
+    except Exception as error:  # the library lets through what its many parts raise
+        reason = f"hf:{extent.path}, file {extent.begin}, after row {row}: {' '.join(str(error).split())}"
+        if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _NETWORK_MODULES:
+            raise DataError(f"{reason} ({type(error).__name__}); start again to go on") from error
+        yield Problem(f"{reason} ({type(error).__name__})")
+
+
+def _open_lines(file: Any, extent: Extent, report: Report) -> Any:
+    """Return what lines are read from."""
+    path = extent.path.lower()
+    if path.endswith(".gz"):
+        return gzip.GzipFile(fileobj=_Reporting(file, report))
+    if path.endswith(".zst"):
+        raw = pa.CompressedInputStream(pa.PythonFile(_Reporting(file, report)), "zstd")
+        return io.BufferedReader(raw, _DECOMPRESSED_BYTES)
+    # Files of object stores cannot read a line of bounded length.
+    return io.BufferedReader(_Reporting(file, lambda _: None), 1 << 20) if is_remote(extent.path) else file
+
+
+def _is_of_the_way(error: Exception, extent: Extent) -> bool:
+    """Tell whether a disk or a network failed rather than the file being damaged: nothing to pass over."""
+    damaged = "runcated" in str(error) or isinstance(error, EOFError | zlib.error | gzip.BadGzipFile)
+    return getattr(error, "errno", None) is not None or (is_remote(extent.path) and not damaged)
 
 
 class _Reporting(io.RawIOBase):
@@ -340,6 +371,11 @@ class _Reporting(io.RawIOBase):
 
     def readable(self) -> bool:
         return True
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self.read(len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
 
     def read(self, size: int = -1) -> bytes:
         piece = self._file.read(size)

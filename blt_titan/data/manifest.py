@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from blt_titan.data.atomic_file import write_atomically
 from blt_titan.data.errors import DataError
 
 FORMAT = "blt_titan.byte_shards"
@@ -56,6 +57,8 @@ class SourceCounts:
     empty_documents: int
     binary_files: int
     skipped_records: int
+    revision: str = ""
+    """Commit of a data set of the hub."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,13 +139,7 @@ def parse_manifest(written: bytes, path: str) -> Manifest:
 
 def write_manifest(directory: str | os.PathLike[str], manifest: Manifest, name: str = MANIFEST_NAME) -> None:
     """Write a manifest in one step: the file is there whole, or not at all."""
-    path = Path(directory) / name
-    temporary = path.with_name(f"{name}.partial")
-    with open(temporary, "wb") as file:
-        file.write(manifest.to_json().encode())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_atomically(Path(directory) / name, manifest.to_json().encode())
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -25,33 +25,39 @@ from typing import Any
 
 import numpy as np
 
+from blt_titan.data.atomic_file import write_atomically
 from blt_titan.data.destination import Destination, destination
 from blt_titan.data.errors import DataError
 from blt_titan.data.manifest import MANIFEST_NAME, SPLITS, Counts, Manifest, ShardEntry, SourceCounts
+from blt_titan.data.prepare_plan import plan_pieces
 from blt_titan.data.prepare_work import (
     Done,
     Piece,
     ReadUnit,
     WritePiece,
+    count_newlines,
     done_path,
+    least_worker_bytes,
     piece_path,
     read_unit,
     runs_of,
     unit_path,
     write_piece,
 )
-from blt_titan.data.runs import BUCKET_BITS, BUCKETS, Choice, Runs
-from blt_titan.data.shards import RECORD_BATCH_BYTES, SHARD_BYTES, TEMPORARY_SUFFIX
-from blt_titan.data.sources import Source, group, is_remote, list_extents, resolve_sources
+from blt_titan.data.shards import MAX_RECORD_BATCH_BYTES, RECORD_BATCH_BYTES, SHARD_BYTES
+from blt_titan.data.sources import Extent, Source, group, is_remote, list_extents, resolve_sources
 from blt_titan.data.worker_pool import run_tasks
 
 # Far above any sensible value, and far below the 2 GiB where Arrow's 32-bit offsets end, even for one-byte documents.
 MAX_SETTABLE_RECORD_BATCH_BYTES = 64 * 1024**2
 MEMORY_BYTES = 1024**3
-LEAST_WORKER_BYTES = 256 * 1024**2
+"""Of a worker."""
+MAX_RECORD_BYTES = 64 * 1024**2
 WORK_DIRECTORY = ".prepare"
+_FORMAT = 1
+"""Of what lies in a working directory; another format is not gone on with."""
+_LEAST_HELD_BYTES = 64 * 1024**2
 MOST_SKIPPED_NAMED = 100
-_INDEX_ROWS_AT_ONCE = 1_000_000
 _LOCK_NAME = "lock"
 
 
@@ -94,10 +100,11 @@ def prepare(
     record_batch_bytes: int = RECORD_BATCH_BYTES,
     shard_bytes: int = SHARD_BYTES,
     text_column: str = "text",
+    max_record_bytes: int = MAX_RECORD_BYTES,
     on_error: str = "stop",
     overwrite: bool = False,
     workers: int = 1,
-    memory_bytes: int = MEMORY_BYTES,
+    memory_bytes: int | None = None,
     work: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> PrepareSummary:
@@ -117,13 +124,14 @@ def prepare(
         record_batch_bytes: text per record batch; the smallest unit that is read, checked and shuffled.
         shard_bytes: size of a shard file.
         text_column: where the records of JSON lines, Parquet, Arrow and the hub keep their text.
+        max_record_bytes: a longer text file, JSON line or text of a table cannot be used; see on_error.
         on_error: what a record does that cannot be used: "stop" ends the work and names it, "skip" counts it in the
             manifest, which names the first hundred.
         overwrite: replace the data set that is in `out`: the files that its manifest names, and no others.
         workers: processes; 1 works in this one.
-        memory_bytes: of all processes together.
-        work: where the intermediate files go, as much as the text; default OUT/.prepare. An `out` that is not here
-            needs one.
+        memory_bytes: of all processes together; default 1 GiB each. A record takes up to ten times its size.
+        work: where the intermediate files go, up to twice as much as the text, in a folder of their own; default `out`.
+            An `out` that is not here needs one.
         progress: show progress bars.
 
     Raises:
@@ -137,25 +145,29 @@ def prepare(
         "record_batch_bytes": record_batch_bytes,
         "shard_bytes": shard_bytes,
         "text_column": text_column,
+        "max_record_bytes": max_record_bytes,
         "on_error": on_error,
     }
+    memory_bytes = MEMORY_BYTES * workers if memory_bytes is None else memory_bytes
     _check_settings(settings, workers, memory_bytes)
     resolved = resolve_sources(sources)
     settings["sources"] = sorted(source.setting for source in resolved)
     target = destination(out)
-    _check_out_lies_outside(target, resolved)
     if work is None and is_remote(str(target)):
         raise DataError(
             f"{target}: is not on this machine, so name a directory that is, for intermediate files: --work"
         )
+    folder = _work_directory(work, target)
+    _check_out_lies_outside(target, folder, resolved)
     try:
+        target.finish_removal()
         existing = target.read_manifest()
         if existing is not None and not overwrite:
             _check_same_settings(target, existing.settings, settings)
             _check_intact(target, existing)
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed while it did so
             return PrepareSummary(str(target), existing, already_done=True)
         target.make()
-        folder = Path(work) if work is not None else Path(out) / WORK_DIRECTORY
         with _locked(folder):
             job = _Job(folder, target, existing, resolved, settings, workers, memory_bytes // workers, progress)
             manifest = job.run()
@@ -181,24 +193,27 @@ class _Job:
     worker_bytes: int
     progress: bool
 
+    def __post_init__(self):
+        self._revisions: dict[str, str] = {}
+
     def run(self) -> Manifest:
         """Do what is not done yet, and install it."""
         units = self._begin()
         done = self._read(units)
         self._check_records(done)
         runs = runs_of(self.folder, len(units))
-        pieces, documents, text_bytes, over = self._plan(runs, done)
-        entries, moves = self._write(len(units), pieces, text_bytes)
+        plan = plan_pieces(runs, done, self.settings)
+        entries, moves = self._write(len(units), plan.pieces, plan.text_bytes)
         splits = {split: entries[split] for split in SPLITS}
         counts = Counts(
-            documents=documents,
+            documents=plan.documents,
             text_bytes=sum(shard.text_bytes for shards in splits.values() for shard in shards),
             empty_documents_left_out=sum(unit.empty for unit in done),
             binary_files_left_out=sum(unit.binary for unit in done),
-            documents_over_max_bytes=over,
+            documents_over_max_bytes=plan.over_max_bytes,
             skipped_records=sum(unit.skipped for unit in done),
         )
-        assert documents == sum(shard.documents for shards in splits.values() for shard in shards)
+        assert plan.documents == sum(shard.documents for shards in splits.values() for shard in shards)
         manifest = Manifest(self.settings, counts, splits, self._by_source(done), self._skipped(done))
         self._check_names_are_free(moves)
         self.target.install(moves, manifest, self.existing)
@@ -206,38 +221,84 @@ class _Job:
 
     def _begin(self) -> list[ReadUnit]:
         """List the work; what is there of other work goes."""
-        extents = list_extents(self.sources)
-        common = (self.settings["seed"], self.settings["validation_fraction"], self.settings["text_column"])
-        units = [
-            ReadUnit(number, str(self.folder), tuple(unit), *common, self.settings["on_error"], self.worker_bytes)
-            for number, unit in enumerate(group(extents))
-        ]
+        plan_path = self.folder / "plan.json"
+        plan = json.loads(plan_path.read_bytes()) if plan_path.exists() else {}
+        same_work = {"format": _FORMAT, "target": os.path.abspath(str(self.target)), "settings": dict(self.settings)}
+        # A data set of the hub is read as it was when the work began.
+        revisions = dict(plan.get("revisions", {})) if plan.get("work") == same_work else {}
+        units = group(list_extents(self.sources, revisions))
+        for extent in (extent for unit in units for extent in unit):
+            self._check_is_not_ours(extent)
         digest = hashlib.sha256(
-            json.dumps([self.settings, [asdict(extent) for extent in extents]]).encode()
+            json.dumps([[asdict(extent) for extent in unit] for unit in units]).encode()
         ).hexdigest()
-        plan = self.folder / "plan.json"
-        if not plan.exists() or json.loads(plan.read_bytes())["digest"] != digest:
+        wanted = {"work": same_work, "revisions": revisions, "digest": digest}
+        if plan != wanted:
             for path in self.folder.iterdir():
                 if path.name != _LOCK_NAME:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             self.target.discard_installing(self.existing)
-            _write_json(plan, {"digest": digest})
-        return units
+            write_atomically(plan_path, json.dumps(wanted).encode())
+        self._revisions = revisions
+        return [
+            ReadUnit(
+                number=number,
+                folder=str(self.folder),
+                extents=tuple(unit),
+                seed=self.settings["seed"],
+                validation_fraction=self.settings["validation_fraction"],
+                text_column=self.settings["text_column"],
+                on_error=self.settings["on_error"],
+                max_record_bytes=self.settings["max_record_bytes"],
+                worker_bytes=self.worker_bytes,
+            )
+            for number, unit in enumerate(self._number_lines(units))
+        ]
+
+    def _check_is_not_ours(self, extent: Extent) -> None:
+        ours = [str(self.folder.absolute()), str(self.target)]
+        ours[1] = ours[1] if is_remote(ours[1]) else os.path.abspath(ours[1])
+        if any(f"{extent.path}/".startswith(f"{folder}/") for folder in ours):
+            raise DataError(
+                f"{extent.path}: is a source, and lies in what this run writes; choose another --out or --work"
+            )
+
+    def _number_lines(self, units: list[list[Extent]]) -> list[list[Extent]]:
+        """Count the lines before the parts of large files, once."""
+        counted = self.folder / "lines.json"
+        parts = [e for unit in units for e in unit if e.format == "lines" and e.end >= 0]
+        if not parts:
+            return units
+        if not counted.exists():
+            # Nothing follows a last part.
+            found = self._run(count_newlines, [part for part in parts if part.end < part.file_bytes], "counting lines")
+            write_atomically(counted, json.dumps([newlines for _, newlines in found]).encode())
+        before: dict[Extent, int] = {}
+        newlines = iter(json.loads(counted.read_bytes()))
+        first = 0
+        for part in parts:
+            before[part] = first = first if part.begin else 0
+            first += next(newlines) if part.end < part.file_bytes else 0
+        return [[replace(extent, first=before.get(extent, extent.first)) for extent in unit] for unit in units]
+
+    def _run(
+        self, function: Any, tasks: Sequence[Any], description: str, total: int | None = None, done: int = 0
+    ) -> Any:
+        return run_tasks(
+            function,
+            tasks,
+            workers=self.workers,
+            total_bytes=sum(task.size_bytes for task in tasks) if total is None else total,
+            done_bytes=done,
+            description=description,
+            progress=self.progress,
+        )
 
     def _read(self, units: Sequence[ReadUnit]) -> list[Done]:
         done = {unit.number: found for unit in units if (found := Done.read(unit_path(self.folder, unit.number)))}
-        sizes = [sum(extent.size_bytes for extent in unit.extents) for unit in units]
-        finished = run_tasks(
-            read_unit,
-            [unit for unit in units if unit.number not in done],
-            workers=self.workers,
-            total_bytes=sum(sizes)
-            if all(e.size_bytes or e.format != "hub" for u in units for e in u.extents)
-            else None,
-            done_bytes=sum(sizes[number] for number in done),
-            description="reading",
-            progress=self.progress,
-        )
+        left = [unit for unit in units if unit.number not in done]
+        sizes = [unit.size_bytes for unit in units]
+        finished = self._run(read_unit, left, "reading", sum(sizes), sum(sizes[number] for number in done))
         return [found for _, found in sorted({**done, **{unit.number: found for unit, found in finished}}.items())]
 
     def _check_records(self, done: Sequence[Done]) -> None:
@@ -247,75 +308,6 @@ class _Job:
                 f"ones, {sum(unit.binary for unit in done)} binary files and {sum(unit.skipped for unit in done)} "
                 "records that could not be used; name a source that holds text"
             )
-
-    def _plan(self, runs: Runs, done: Sequence[Done]) -> tuple[list[Piece], int, int, int]:
-        """Return the pieces, documents and bytes that are taken, and documents that max_bytes leaves out."""
-        documents, sizes = runs.sizes()
-        choice, total = Choice(), int(documents.sum())
-        if (most := self.settings["max_bytes"]) is not None:
-            choice = self._choose(runs, documents, done, most)
-            documents, sizes = _taken(runs, documents, choice)
-        in_split = [int(documents[:BUCKETS].sum()), int(documents[BUCKETS:].sum())]
-        moved: list[Piece] = []
-        wants_validation = self.settings["validation_fraction"] > 0 and sum(in_split) > 1
-        if not in_split[0] or (wants_validation and not in_split[1]):
-            # The first document of train goes to validation, or the last of validation to train.
-            empty = in_split.index(0)
-            there = np.flatnonzero(documents)
-            bucket = int(there[0] if empty == 1 else there[-1])
-            rows = runs.rows(bucket, bucket + 1)
-            keys = rows[choice.mask(rows)]["key"]
-            key = int(keys.min() if empty == 1 else keys.max())
-            moved = [Piece(SPLITS[empty], 0, bucket, bucket + 1, replace(choice, only=key))]
-            choice = replace(choice, without=key)
-        per_document = 24  # offsets and padding, about
-        planned = sizes + per_document * documents
-        pieces = moved + [
-            Piece(SPLITS[split], number, begin, end, replace(choice, later=_keys_in(choice.later, begin, end)))
-            for split in range(2)
-            if in_split[split]
-            for number, (begin, end) in enumerate(self._buckets_of_pieces(planned, split * BUCKETS))
-        ]
-        return pieces, sum(in_split), int(sizes.sum()), total - sum(in_split)
-
-    def _buckets_of_pieces(self, sizes: np.ndarray, first: int) -> Iterator[tuple[int, int]]:
-        """Cut the buckets of a split where the next one would make a piece longer than a shard."""
-        begin, held = first, 0
-        for bucket in range(first, first + BUCKETS):
-            if held and held + sizes[bucket] > self.settings["shard_bytes"]:
-                yield begin, bucket
-                begin, held = bucket, 0
-            held += int(sizes[bucket])
-        yield begin, first + BUCKETS
-
-    def _choose(self, runs: Runs, documents: np.ndarray, done: Sequence[Done], most_bytes: int) -> Choice:
-        """Find the documents that fit into `most_bytes`: in the order of the keys, passing over those that do not."""
-        smallest, doc_id = min((unit.smallest, unit.smallest_id) for unit in done if unit.documents)
-        if smallest > most_bytes:
-            raise DataError(
-                f"{doc_id}: the smallest document has {smallest} bytes, more than max_bytes {most_bytes}; raise it"
-            )
-        left, last_key, passed_over = most_bytes, 0, False
-        later: list[int] = []
-        for begin, end in _stretches_of_buckets(documents):
-            rows = np.concatenate([runs.rows(split * BUCKETS + begin, split * BUCKETS + end) for split in range(2)])
-            rows = rows[rows["text_bytes"] <= (left if passed_over else most_bytes)]
-            rows = rows[np.argsort(rows["key"])]
-            fit = 0
-            if not passed_over:
-                ends = np.cumsum(rows["text_bytes"], dtype=np.int64)
-                fit = int(np.searchsorted(ends, left, side="right"))
-                if fit:
-                    last_key = int(rows["key"][fit - 1])
-                    left -= int(ends[fit - 1])
-                passed_over = fit < len(rows)
-            for key, text_bytes in rows[["key", "text_bytes"]][fit:].tolist():
-                if text_bytes <= left:
-                    later.append(key)
-                    left -= text_bytes
-            if left < smallest:
-                break
-        return Choice(last_key=last_key, later=tuple(later), most_bytes=most_bytes)
 
     def _write(
         self, units: int, pieces: Sequence[Piece], text_bytes: int
@@ -333,17 +325,9 @@ class _Job:
             for piece in pieces
         ]
         left = [task for task in tasks if not done_path(piece_path(self.folder, task.piece)).exists()]
-        written = {task.piece: self._entries_of(task.piece) for task in tasks if task not in left}
-        done_bytes = sum(entry.text_bytes for entries in written.values() for entry in entries)
-        run_tasks(
-            write_piece,
-            left,
-            workers=self.workers,
-            total_bytes=text_bytes,
-            done_bytes=done_bytes,
-            description="writing",
-            progress=self.progress,
-        )
+        undone = {task.piece for task in left}
+        written = [entry for piece in pieces if piece not in undone for entry in self._entries_of(piece)]
+        self._run(write_piece, left, "writing", text_bytes, sum(entry.text_bytes for entry in written))
         entries: dict[str, list[ShardEntry]] = {split: [] for split in SPLITS}
         moves: dict[str, Path] = {}
         for piece in pieces:
@@ -351,8 +335,8 @@ class _Job:
             for entry in self._entries_of(piece):
                 name = f"{piece.split}-{len(of_split):05d}"
                 of_split.append(replace(entry, file=f"{name}.arrow", index_file=f"{name}.index.npy"))
-                for was, becomes in ((entry.file, f"{name}.arrow"), (entry.index_file, f"{name}.index.npy")):
-                    moves[becomes] = piece_path(self.folder, piece) / (was + TEMPORARY_SUFFIX)
+                moves[f"{name}.arrow"] = piece_path(self.folder, piece) / entry.file
+                moves[f"{name}.index.npy"] = piece_path(self.folder, piece) / entry.index_file
         return {split: tuple(of_split) for split, of_split in entries.items()}, moves
 
     def _entries_of(self, piece: Piece) -> list[ShardEntry]:
@@ -365,7 +349,8 @@ class _Job:
             for number, counted in unit.by_source.items():
                 totals[number] += counted
         return tuple(
-            SourceCounts(source.setting, *total.tolist()) for source, total in zip(self.sources, totals, strict=True)
+            SourceCounts(source.setting, *total.tolist(), revision=self._revisions.get(source.root, ""))
+            for source, total in zip(self.sources, totals, strict=True)
         )
 
     def _skipped(self, done: Sequence[Done]) -> tuple[str, ...]:
@@ -374,41 +359,11 @@ class _Job:
     def _check_names_are_free(self, moves: Mapping[str, Path]) -> None:
         replaceable = self.target.installing() | (self.existing.file_names() if self.existing else set())
         for name in sorted(moves.keys() - replaceable):
-            if self.target.exists(name):
+            if self.target.size(name) is not None:
                 raise DataError(
                     f"{self.target}/{name}: is there already, and no manifest names it; move it away, or choose "
                     "another --out"
                 )
-
-
-def _keys_in(keys: Sequence[int], first: int, end: int) -> tuple[int, ...]:
-    """Return the keys of some buckets of one split."""
-    shift, split = 64 - BUCKET_BITS, first // BUCKETS * BUCKETS
-    return tuple(key for key in keys if first <= split + (key >> shift) < end)
-
-
-def _stretches_of_buckets(documents: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Yield stretches of buckets, of both splits together, whose index rows fit into memory easily."""
-    begin, held = 0, 0
-    for bucket, count in enumerate((documents[:BUCKETS] + documents[BUCKETS:]).tolist()):
-        if held and held + count > _INDEX_ROWS_AT_ONCE:
-            yield begin, bucket
-            begin, held = bucket, 0
-        held += count
-    yield begin, BUCKETS
-
-
-def _taken(runs: Runs, documents: np.ndarray, choice: Choice) -> tuple[np.ndarray, np.ndarray]:
-    """Count what is taken of each bucket: documents, and bytes of ids and texts."""
-    taken, sizes = np.zeros_like(documents), np.zeros_like(documents)
-    for begin, end in _stretches_of_buckets(documents):
-        for split in range(2):
-            rows = runs.rows(split * BUCKETS + begin, split * BUCKETS + end)
-            rows = rows[choice.mask(rows)]
-            buckets = split * BUCKETS + (rows["key"] >> np.uint64(64 - BUCKET_BITS)).astype(np.int64)
-            np.add.at(taken, buckets, 1)
-            np.add.at(sizes, buckets, rows["text_bytes"].astype(np.int64) + rows["id_bytes"])
-    return taken, sizes
 
 
 @contextmanager
@@ -423,10 +378,12 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _write_json(path: Path, content: Any) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(content))
-    os.replace(temporary, path)
+def _work_directory(work: str | os.PathLike[str] | None, target: Destination) -> Path:
+    """Return the folder of this work's intermediate files; no other files are in it."""
+    if work is None:
+        return Path(str(target)) / WORK_DIRECTORY
+    of_target = hashlib.sha256(os.path.abspath(str(target)).encode()).hexdigest()[:12]
+    return Path(work) / f"{WORK_DIRECTORY}-{of_target}"
 
 
 def _check_settings(settings: Mapping[str, Any], workers: int, memory_bytes: int) -> None:
@@ -447,24 +404,36 @@ def _check_settings(settings: Mapping[str, Any], workers: int, memory_bytes: int
         refuse("on_error", repr(settings["on_error"]), "'stop' or 'skip'")
     if workers < 1:
         refuse("workers", workers, "1 or more")
-    if memory_bytes < workers * LEAST_WORKER_BYTES:
-        refuse("memory", memory_bytes, f"{LEAST_WORKER_BYTES} or more for each of {workers} workers")
+    if not 1 <= settings["max_record_bytes"] <= MAX_RECORD_BATCH_BYTES:
+        refuse("max_record_bytes", settings["max_record_bytes"], f"from 1 to {MAX_RECORD_BATCH_BYTES}")
+    if memory_bytes < workers * (least := least_memory_bytes(settings["max_record_bytes"])):
+        refuse(
+            "memory",
+            memory_bytes,
+            f"{least * workers} or more: {least} for each of {workers} workers, who may meet records of "
+            f"{settings['max_record_bytes']} bytes; take fewer --workers, or lower --max-record-bytes",
+        )
 
 
-def _check_out_lies_outside(target: Destination, sources: Sequence[Source]) -> None:
-    out = str(target)
-    for source in sources:
-        if source.kind in ("hub", "pattern") or is_remote(source.root) != is_remote(out):
-            continue
-        if is_remote(out):
-            inside = f"{out}/".startswith(f"{source.root}/")
-        else:
-            inside = Path(out).resolve().is_relative_to(Path(source.root).resolve())
-        if inside:
-            raise DataError(
-                f"{out}: lies inside the source {source.setting}, which would then hold its own shards; "
-                "choose another --out"
-            )
+def least_memory_bytes(max_record_bytes: int) -> int:
+    """Return what each worker must be allowed."""
+    return least_worker_bytes(max_record_bytes) + _LEAST_HELD_BYTES
+
+
+def _check_out_lies_outside(target: Destination, folder: Path, sources: Sequence[Source]) -> None:
+    for written in (str(target), str(folder)):
+        for source in sources:
+            if source.kind in ("hub", "pattern") or is_remote(source.root) != is_remote(written):
+                continue
+            if is_remote(written):
+                inside = f"{written}/".startswith(f"{source.root}/")
+            else:
+                inside = Path(written).resolve().is_relative_to(Path(source.root).resolve())
+            if inside:
+                raise DataError(
+                    f"{written}: lies inside the source {source.setting}, which would then hold its own shards; "
+                    "choose another --out or --work"
+                )
 
 
 def _check_same_settings(target: Destination, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

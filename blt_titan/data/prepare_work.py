@@ -4,34 +4,32 @@ Tasks are small and pickle; what they make lies in the working directory, and th
 that the rest is there.
 
     units/00012.text .index .table.npy .done.json
-    pieces/train-00003/train-00000.arrow.tmp ...    pieces/train-00003.done.json
+    pieces/train-00003/train-00000.arrow ...    pieces/train-00003.done.json
 """
 
 import hashlib
 import json
 import logging
-import os
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from blt_titan.data.atomic_file import write_atomically
 from blt_titan.data.errors import DataError
 from blt_titan.data.formats import Binary, Problem, read_extent
-from blt_titan.data.runs import Choice, Runs, RunWriter
-from blt_titan.data.shards import ShardWriter
+from blt_titan.data.runs import OVERHEAD_BYTES, Choice, Runs, RunWriter, join_runs, stretches
+from blt_titan.data.shards import ShardWriter, install
 from blt_titan.data.sources import Extent
 
 logger = logging.getLogger(__name__)
 
 _PROCESS_BYTES = 128 * 1024**2
 """Of a worker that holds no text: the interpreter and its libraries."""
-_SPILL_SHARE = 4
-"""Of a worker's memory for text, the run holds a quarter; the rest is for the record that is read."""
-_STRETCH_SHARE = 2
-"""When shards are written, text is held once and copied piece by piece."""
+_RECORD_COPIES = 10
+"""What a line of JSON takes at most, of its own size: as characters of four bytes, twice, and as bytes, twice."""
 _MESSAGES_OF_UNIT = 20
 _TWO_HASHES = struct.Struct("<QQ")
 
@@ -47,7 +45,13 @@ class ReadUnit:
     validation_fraction: float
     text_column: str
     on_error: str
+    max_record_bytes: int
     worker_bytes: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all extents, as they are stored."""
+        return sum(extent.size_bytes for extent in self.extents)
 
 
 @dataclass
@@ -111,14 +115,22 @@ def piece_path(folder: str | Path, piece: Piece) -> Path:
     )
 
 
+def least_worker_bytes(max_record_bytes: int) -> int:
+    """Return what a worker takes that holds nothing but a record."""
+    return _PROCESS_BYTES + _RECORD_COPIES * max_record_bytes
+
+
 def done_path(path: Path) -> Path:
     """Return the file that says that a unit or a piece is done."""
     return path.with_name(f"{path.name}.done.json")
 
 
 def runs_of(folder: str | Path, units: int) -> Runs:
-    """Return the runs of all units."""
-    return Runs([unit_path(folder, number) for number in range(units)])
+    """Return the runs of all units; what joins them is made when it is missing."""
+    paths, joined = [unit_path(folder, number) for number in range(units)], Path(folder) / "table.npy"
+    if not joined.exists():
+        join_runs(paths, joined)
+    return Runs(paths, joined)
 
 
 def keyed_hashes(seed: int, doc_id: bytes) -> tuple[int, int]:
@@ -135,14 +147,14 @@ def read_unit(unit: ReadUnit, report: Callable[[int], None]) -> Done:
     path = unit_path(unit.folder, unit.number)
     path.parent.mkdir(parents=True, exist_ok=True)
     done = Done()
-    text_bytes = max(unit.worker_bytes - _PROCESS_BYTES, 0)
-    record_bytes = text_bytes * 7 // 10
     held_out_below = int(unit.validation_fraction * 2**64)
-    run = RunWriter(path, memory_bytes=text_bytes // _SPILL_SHARE)
+    run = RunWriter(path, memory_bytes=unit.worker_bytes - least_worker_bytes(unit.max_record_bytes))
     try:
         for extent in unit.extents:
             counted = done.by_source.setdefault(extent.source, [0, 0, 0, 0, 0])
-            for item in read_extent(extent, text_column=unit.text_column, record_bytes=record_bytes, report=report):
+            for item in read_extent(
+                extent, text_column=unit.text_column, max_record_bytes=unit.max_record_bytes, report=report
+            ):
                 if isinstance(item, Problem):
                     if unit.on_error == "stop":
                         raise DataError(f"{item.message} (or pass over such records with --on-error skip)")
@@ -183,36 +195,35 @@ def write_piece(task: WritePiece, report: Callable[[int], None]) -> None:
     writer = ShardWriter(
         folder, task.piece.split, record_batch_bytes=task.record_batch_bytes, shard_bytes=task.shard_bytes
     )
-    memory_bytes = (task.worker_bytes - _PROCESS_BYTES) // _STRETCH_SHARE
+    piece, memory_bytes = task.piece, (task.worker_bytes - _PROCESS_BYTES) // 2
+    documents, text_bytes = runs.sizes(piece.first, piece.end)
+    sizes = (text_bytes + OVERHEAD_BYTES * documents).tolist()
     try:
-        for first, end, at_once in _stretches(task.piece, runs, memory_bytes):
-            for doc_id, text in runs.read(first, end, task.piece.choice, at_once=at_once):
+        for begin, end in stretches(sizes, memory_bytes):
+            at_once = sum(sizes[begin:end]) <= memory_bytes
+            buckets = (piece.first + begin, piece.first + end)
+            for doc_id, text in runs.read(*buckets, piece.choice, at_once=at_once):
                 writer.add(doc_id, text)
                 report(len(text) + len(doc_id))
         entries = writer.finish()
     except BaseException:
         writer.abandon()
         raise
+    install(folder, entries)
     _say_done(folder, [asdict(entry) for entry in entries])
 
 
-def _stretches(piece: Piece, runs: Runs, memory_bytes: int) -> Iterator[tuple[int, int, bool]]:
-    """Yield stretches of the piece's buckets that fit into memory; a bucket that does not is fetched bit by bit."""
-    _, sizes = runs.sizes(piece.first, piece.end)
-    begin, held = piece.first, 0
-    for bucket, size in enumerate(sizes.tolist(), start=piece.first):
-        if held and held + size > memory_bytes:
-            yield begin, bucket, held <= memory_bytes
-            begin, held = bucket, 0
-        held += size
-    if held:
-        yield begin, piece.end, held <= memory_bytes
-
-
 def _say_done(path: Path, content: Any) -> None:
-    temporary = path.with_name(f"{path.name}.done.json.tmp")
-    with open(temporary, "w") as file:
-        file.write(json.dumps(content))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, done_path(path))
+    write_atomically(done_path(path), json.dumps(content).encode())
+
+
+def count_newlines(extent: Extent, report: Callable[[int], None]) -> int:
+    """Count the newlines in an extent of lines."""
+    newlines, left = 0, extent.end - extent.begin
+    with open(extent.path, "rb", buffering=0) as file:
+        file.seek(extent.begin)
+        while left and (piece := file.read(min(left, 1 << 20))):
+            newlines += piece.count(b"\n")
+            left -= len(piece)
+            report(len(piece))
+    return newlines

@@ -11,7 +11,8 @@ buckets in a row are read from all spills and sorted once more.
 Train and validation are kept apart from the beginning: bucket b of validation is BUCKETS + b.
 
 Three files make a run: `.text`, ids and texts one after the other; `.index`, 28 bytes a document; `.table.npy`, int64
-[spills, 2, 2 * BUCKETS + 1], where each bucket begins in the index and in the text.
+[spills, 2, 2 * BUCKETS + 1], where each bucket begins in the index and in the text. Before the second pass the tables
+of all runs are turned into one, int64 [2, 2 * BUCKETS + 1, spills], so that some buckets are one stretch of it.
 """
 
 import os
@@ -28,8 +29,9 @@ from blt_titan.data.errors import DataError
 
 BUCKET_BITS = 12
 BUCKETS = 1 << BUCKET_BITS
-OVERHEAD_BYTES = 300
+OVERHEAD_BYTES = 350
 """Of a document that is held, beside its text and id."""
+_TABLES_AT_ONCE, _BUCKETS_AT_ONCE = 256, 256
 _INDEX = np.dtype([("key", "<u8"), ("offset", "<u8"), ("text_bytes", "<u4"), ("id_bytes", "<u4"), ("crc32", "<u4")])
 
 
@@ -139,18 +141,43 @@ class Choice:
         return taken
 
 
-class Runs:
-    """Read finished runs, some buckets at a time."""
+def join_runs(paths: Sequence[Path], joined: Path) -> None:
+    """Write the table of all runs, `joined`, and beside it the number of each spill's run."""
+    tables = [_table(path) for path in paths]
+    run_of_spill = np.repeat(np.arange(len(paths)), [len(table) for table in tables])
+    temporary = joined.with_name(f"{joined.name}.tmp")
+    shape = (2, 2 * BUCKETS + 1, len(run_of_spill))
+    whole = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.int64, shape=shape)
+    done = 0
+    for begin in range(0, len(tables), _TABLES_AT_ONCE):
+        several = np.concatenate(tables[begin : begin + _TABLES_AT_ONCE])
+        whole[:, :, done : done + len(several)] = several.transpose(1, 2, 0)
+        done += len(several)
+    whole.flush()
+    np.save(_runs_of_spills(joined), run_of_spill)
+    os.replace(temporary, joined)
 
-    def __init__(self, paths: Sequence[Path]):
+
+class Runs:
+    """Read finished runs, some buckets at a time.
+
+    Args:
+        paths: of the runs, without suffix.
+        joined: what `join_runs` made of them.
+    """
+
+    def __init__(self, paths: Sequence[Path], joined: Path):
         self._paths = paths
+        self._table = np.load(joined, mmap_mode="r", allow_pickle=False)
+        self._run_of_spill = np.load(_runs_of_spills(joined))
 
     def sizes(self, first: int = 0, end: int = 2 * BUCKETS) -> np.ndarray:
         """Return what each bucket holds: documents, and bytes of ids and texts; int64 [2, end - first]."""
-        sizes = np.zeros((2, end - first), np.int64)
-        for path in self._paths:
-            sizes += np.diff(_table(path)[:, :, first : end + 1], axis=2).sum(axis=0)
-        return sizes
+        parts = []
+        for begin in range(first, end, _BUCKETS_AT_ONCE):
+            stop = min(begin + _BUCKETS_AT_ONCE, end)
+            parts.append(np.diff(self._table[:, begin : stop + 1], axis=1).sum(axis=2))
+        return np.concatenate(parts, axis=1)
 
     def rows(self, first: int, end: int) -> np.ndarray:
         """Return the index of the buckets first..end-1, unsorted."""
@@ -195,11 +222,10 @@ class Runs:
 
     def _parts(self, first: int, end: int) -> Iterator[tuple[str, np.ndarray]]:
         """Yield, for each spill that has some of it, the file of its texts and its index rows."""
-        for path in self._paths:
-            for begin, stop in _table(path)[:, 0, [first, end]].tolist():
-                if begin < stop:
-                    offset = begin * _INDEX.itemsize
-                    yield f"{path}.text", np.fromfile(f"{path}.index", _INDEX, count=stop - begin, offset=offset)
+        begins, ends = self._table[0, first], self._table[0, end]
+        for spill in np.flatnonzero(begins < ends).tolist():
+            path, offset = self._paths[self._run_of_spill[spill]], int(begins[spill]) * _INDEX.itemsize
+            yield f"{path}.text", np.fromfile(f"{path}.index", _INDEX, int(ends[spill] - begins[spill]), offset=offset)
 
 
 class _Stretch:
@@ -234,6 +260,26 @@ class _Stretch:
 
 def _table(path: Path) -> np.ndarray:
     return np.load(f"{path}.table.npy", mmap_mode="r", allow_pickle=False)
+
+
+def _runs_of_spills(joined: Path) -> Path:
+    return joined.with_name(f"{joined.name}.runs.npy")
+
+
+def stretches(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
+    """Cut a sequence into stretches, each as long as its sizes sum to `limit` at most, or of one element.
+
+    >>> list(stretches([3, 3, 9, 1, 1], 6))
+    [(0, 2), (2, 3), (3, 5)]
+    """
+    begin = held = 0
+    for number, size in enumerate(sizes):
+        if number > begin and held + size > limit:
+            yield begin, number
+            begin, held = number, 0
+        held += size
+    if begin < len(sizes):
+        yield begin, len(sizes)
 
 
 def _temporary(path: Path, suffix: str) -> Path:

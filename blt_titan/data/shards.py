@@ -33,7 +33,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from blt_titan.data.errors import DataError
-from blt_titan.data.manifest import FORMAT, MANIFEST_NAME, VERSION, ShardEntry, read_manifest
+from blt_titan.data.manifest import FORMAT, MANIFEST_NAME, VERSION, Manifest, ShardEntry, read_manifest
 
 SCHEMA = pa.schema([("doc_id", pa.string()), ("text", pa.binary())])
 INDEX_COLUMNS = ("offset", "length", "rows", "text_bytes", "crc32")
@@ -208,19 +208,26 @@ class ShardSet:
         split: "train" or "validation".
         max_open_shards: how many shards stay memory-mapped, the least recently used going first.
         only: the file name of one shard, to open it alone.
+        manifest: of the directory, if it was read before.
 
     Raises:
         DataError: no or unknown manifest, unknown or empty split, a file missing or not of its recorded size.
     """
 
     def __init__(
-        self, manifest_dir: str | os.PathLike[str], split: str, *, max_open_shards: int = 64, only: str | None = None
+        self,
+        manifest_dir: str | os.PathLike[str],
+        split: str,
+        *,
+        max_open_shards: int = 64,
+        only: str | None = None,
+        manifest: Manifest | None = None,
     ):
         assert max_open_shards >= 1
         self._directory = Path(manifest_dir)
         self._max_open_shards = max_open_shards
         manifest_path = self._directory / MANIFEST_NAME
-        splits = read_manifest(self._directory).splits
+        splits = (manifest or read_manifest(self._directory)).splits
         if split not in splits:
             raise DataError(f"{manifest_path}: no split {split!r}; it may be one of {', '.join(splits)}")
         self._shards = tuple(shard for shard in splits[split] if only in (None, shard.file))

@@ -1,7 +1,8 @@
 r"""Where documents come from: files, trees and patterns, here or on an object store, and data sets of the hub.
 
 In go source names as a user types them, out come *extents*: stretches of files that one worker reads in one go
-(`formats.py`). No text is held, nor anything for each document, so a source may be of any size.
+(`formats.py`). No text is held, and nothing for each document but where it is a file of its own, so a source may be of
+any size.
 
     a directory      notes/a.txt               -> one extent, document "notes/a.txt"
                      crawl.jsonl.gz            -> one extent, documents "crawl.jsonl.gz#L1", "...#L2", ...
@@ -16,6 +17,7 @@ import re
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,13 +34,17 @@ HUB_PRESETS = {
     "fineweb_edu_10bt": "hf:HuggingFaceFW/fineweb-edu:sample-10BT:train",
     "dclm_baseline_1.0": "hf:mlfoundations/dclm-baseline-1.0:default:train",
 }
-SPLIT_BYTES = 256 * 1024**2
+SPLIT_BYTES = 128 * 1024**2
 """Files here that are larger are read as several extents, if they are lines or Parquet."""
-UNIT_BYTES = 64 * 1024**2
+UNIT_BYTES = 128 * 1024**2
 """Smaller extents are read together."""
+_LEAST_COST_BYTES = 4096
+"""What opening a file costs, in bytes that could be read meanwhile."""
 _STDLIB_LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__"})
 _UNREADABLE = (".gz", ".zst", ".bz2", ".xz", ".zip", ".tar", ".7z")
 _LINES = re.compile(r"\.(jsonl|ndjson)$|\.(jsonl|ndjson|json)\.(gz|zst)$", re.IGNORECASE)
+
+NOT_COUNTED = -1
 
 Format = Literal["text", "lines", "parquet", "arrow", "hub"]
 
@@ -69,13 +75,13 @@ class Extent:
     file_bytes: int = -1
     """Of the whole file when it was listed; -1 if unknown."""
     modified: str = ""
-    """When the file was last changed, as its file system says it."""
+    """When the file was last changed, as its file system says it. Hub: the commit."""
     begin: int = 0
     """Lines: the byte where it begins. Parquet: the first row group. Hub: which shard."""
     end: int = -1
     """Of the same, where it ends; -1 for the end of the file. Hub: how many shards."""
     first: int = 0
-    """Lines: newlines before `begin`. Parquet: rows before it."""
+    """Lines: newlines before `begin`, NOT_COUNTED at first. Parquet: rows before it."""
     keep_binary: bool = True
     """Take a text that does not look like one."""
 
@@ -101,19 +107,26 @@ def resolve_sources(names: Sequence[str | os.PathLike[str]]) -> list[Source]:
     ]
 
 
-def list_extents(sources: Sequence[Source]) -> list[Extent]:
+def list_extents(sources: Sequence[Source], revisions: dict[str, str] | None = None) -> list[Extent]:
     """List the extents of all sources, in an order that depends on the names alone.
 
     A directory is walked in sorted order: every regular file, except hidden files and directories. Links to files are
     followed, links to directories are not.
 
+    Args:
+        sources: from `resolve_sources`.
+        revisions: commits of data sets of the hub, by root; those that are not there are asked for, and put there.
+
     Raises:
         DataError: a file or directory cannot be read, or a pattern fits nothing.
     """
+    revisions = {} if revisions is None else revisions
     extents: list[Extent] = []
     for number, source in enumerate(sources):
         prefix = f"{source.label}/" if len(sources) > 1 else ""
-        found = list(_extents(number, source, prefix))
+        if source.kind == "hub" and source.root not in revisions:
+            revisions[source.root] = _newest_revision(source.root)
+        found = list(_extents(number, source, prefix, revisions.get(source.root, "")))
         if not found:
             raise DataError(f"{source.setting}: no documents: it holds no file that could be read")
         extents += found
@@ -126,7 +139,7 @@ def group(extents: Sequence[Extent]) -> list[list[Extent]]:
     held = UNIT_BYTES
     for extent in extents:
         # What is unknown may be large.
-        size = extent.size_bytes or UNIT_BYTES
+        size = max(extent.size_bytes, _LEAST_COST_BYTES) if extent.file_bytes >= 0 else UNIT_BYTES
         if held + size > UNIT_BYTES:
             units.append([])
             held = 0
@@ -165,8 +178,9 @@ def cannot_read(path: str, error: OSError) -> DataError:
     return DataError(f"{path}: cannot be read ({error.strerror or error}); check the path and its permissions")
 
 
-def hub_dataset(source_root: str) -> Any:
-    """Open a data set of the hub, NAME[:CONFIG][:SPLIT], for streaming.
+@cache
+def hub_dataset(source_root: str, revision: str) -> Any:
+    """Open a data set of the hub, NAME[:CONFIG][:SPLIT], for streaming; once in a process.
 
     Raises:
         DataError: it cannot be had; says why.
@@ -177,9 +191,27 @@ def hub_dataset(source_root: str) -> Any:
     name, _, rest = source_root.partition(":")
     config, _, split = rest.partition(":")
     try:
-        return load_dataset(name, config or None, split=split or "train", streaming=True)
+        return load_dataset(name, config or None, split=split or "train", streaming=True, revision=revision or None)
     except Exception as error:  # the library lets through what its many parts raise
-        raise DataError(f"hf:{source_root}: cannot be opened ({type(error).__name__}: {error})") from error
+        raise _cannot_open(f"hf:{source_root}", error) from error
+
+
+def _newest_revision(source_root: str) -> str:
+    """Return the commit that a data set of the hub is at; of a directory here there is none."""
+    name = source_root.partition(":")[0]
+    if os.path.isdir(name):
+        return ""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(name).sha or ""
+    except Exception as error:  # of the network, of permissions, of the name
+        raise _cannot_open(f"hf:{source_root}", error) from error
+
+
+def _cannot_open(name: str, error: Exception) -> DataError:
+    reason = " ".join(str(error).split())
+    return DataError(f"{name}: cannot be opened ({type(error).__name__}: {reason}); check the name and the network")
 
 
 def _resolve(name: str) -> Source:
@@ -191,15 +223,15 @@ def _resolve(name: str) -> Source:
         return _resolve_remote(name)
     root = Path(os.path.abspath(name))
     if root.is_dir():
-        return Source(_printable(root.name), _printable(str(root)), "tree", str(root))
+        return Source(printable(root.name), printable(str(root)), "tree", str(root))
     if root.is_file():
         if _format(root.name) == "text" and root.suffix.lower() in _UNREADABLE:
             raise DataError(
                 f"{name}: {root.suffix} files of this kind are not read; unpack it, or convert it to .jsonl"
             )
-        return Source(_printable(root.name), _printable(str(root)), "file", str(root))
+        return Source(printable(root.name), printable(str(root)), "file", str(root))
     if glob.has_magic(name):
-        return Source(_printable(str(root)), _printable(str(root)), "pattern", str(root))
+        return Source(printable(str(root)), printable(str(root)), "pattern", str(root))
     raise DataError(
         f"{name}: no such file or directory; name one that exists, a pattern, hf:NAME, {', '.join(HUB_PRESETS)} "
         f"or {PYTHON_STDLIB}"
@@ -223,15 +255,16 @@ def _resolve_remote(name: str) -> Source:
         if not fs.exists(path):
             raise DataError(f"{name}: no such file or directory there; check the address and its permissions")
         return Source(name.rpartition("/")[2], name, "tree" if fs.isdir(path) else "file", name)
-    except OSError as error:
-        raise cannot_read(name, error) from error
+    except Exception as error:  # drivers have exceptions of their own
+        raise _cannot_open(name, error) from error
 
 
-def _extents(number: int, source: Source, prefix: str) -> Iterator[Extent]:
+def _extents(number: int, source: Source, prefix: str, revision: str) -> Iterator[Extent]:
     if source.kind == "hub":
-        n_shards = hub_dataset(source.root).num_shards
+        n_shards = hub_dataset(source.root, revision).num_shards
         for shard in range(n_shards):
-            yield Extent(number, "hub", source.root, f"{source.label}#{shard}", begin=shard, end=n_shards)
+            doc_id = f"{source.label}#{shard}"
+            yield Extent(number, "hub", source.root, doc_id, modified=revision, begin=shard, end=n_shards)
         return
     if source.kind == "file":
         # A file's label is its name already.
@@ -249,7 +282,10 @@ def _extents(number: int, source: Source, prefix: str) -> Iterator[Extent]:
 def _listed(path: str, doc_id: str) -> tuple[str, str, int, str]:
     if is_remote(path):
         fs, inner = file_system(path)
-        info = fs.info(inner)
+        try:
+            info = fs.info(inner)
+        except Exception as error:  # drivers have exceptions of their own
+            raise _cannot_open(path, error) from error
         return path, doc_id, int(info.get("size") or 0), _modified(info)
     try:
         status = os.stat(path)
@@ -268,7 +304,7 @@ def _local_files(source: Source, prefix: str) -> Iterator[tuple[str, str, int, s
         walked = _walk(root, _STDLIB_LEFT_OUT if stdlib else frozenset())
         paths = (path for path in walked if not stdlib or path.endswith(".py"))
     for path in paths:
-        yield _listed(path, prefix + _printable(Path(path).relative_to(root).as_posix()))
+        yield _listed(path, prefix + printable(Path(path).relative_to(root).as_posix()))
 
 
 def _remote_files(source: Source, prefix: str) -> Iterator[tuple[str, str, int, str]]:
@@ -278,8 +314,8 @@ def _remote_files(source: Source, prefix: str) -> Iterator[tuple[str, str, int, 
             root, found = _fixed_part(inner), fs.glob(inner, detail=True)
         else:
             root, found = inner, fs.find(inner, detail=True)
-    except OSError as error:
-        raise cannot_read(source.root, error) from error
+    except Exception as error:  # drivers have exceptions of their own
+        raise _cannot_open(source.root, error) from error
     for path, info in sorted(found.items()):
         below = path.removeprefix(root).lstrip("/")
         if info["type"] == "file" and not any(part.startswith(".") for part in below.split("/")):
@@ -324,15 +360,10 @@ def _split(whole: Extent) -> Iterator[Extent]:
 
 
 def _split_lines(whole: Extent) -> Iterator[Extent]:
-    newlines = 0
-    with open(whole.path, "rb", buffering=0) as file:
-        for begin in range(0, whole.size_bytes, SPLIT_BYTES):
-            end = min(begin + SPLIT_BYTES, whole.size_bytes)
-            yield replace(whole, begin=begin, end=end, first=newlines, size_bytes=end - begin)
-            left = end - begin
-            while left and (piece := file.read(min(left, 1 << 20))):
-                newlines += piece.count(b"\n")
-                left -= len(piece)
+    for begin in range(0, whole.size_bytes, SPLIT_BYTES):
+        end = min(begin + SPLIT_BYTES, whole.size_bytes)
+        first = NOT_COUNTED if begin else 0
+        yield replace(whole, begin=begin, end=end, first=first, size_bytes=end - begin)
 
 
 def _split_parquet(whole: Extent) -> Iterator[Extent]:
@@ -366,6 +397,6 @@ def _walk(directory: str, left_out: frozenset[str]) -> Iterator[str]:
             yield entry.path
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     """Give a file name as valid Unicode: a byte that is not UTF-8 becomes a backslash escape."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -5,9 +5,11 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -27,7 +29,7 @@ _shared: Any = None
 
 
 class _Stopped(Exception):
-    """Another worker failed, so this one need not go on."""
+    """The work has ended with an error elsewhere, so this worker need not go on."""
 
 
 def die_with_parent() -> None:
@@ -74,23 +76,43 @@ def run_tasks(
             return [(task, function(task, report)) for task in tasks]
         context = multiprocessing.get_context("spawn")
         shared = (context.Value("q", 0), context.Event())
-        with ProcessPoolExecutor(min(workers, len(tasks)), context, _begin_worker, shared) as pool:
-            futures = [pool.submit(_call, function, task) for task in tasks]
+        pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _begin_worker, shared)
+        try:
+            with _interrupts_ignored():
+                futures = [pool.submit(_call, function, task) for task in tasks]
             left, told = set(futures), 0
             while left:
                 finished, left = wait(left, _POLL_S, FIRST_EXCEPTION)
-                bar.update(shared[0].value - told)
+                report(shared[0].value - told)
                 told = shared[0].value
-                if failed := next((error for done in finished if (error := done.exception())), None):
-                    shared[1].set()
-                    pool.shutdown(wait=True, cancel_futures=True)
-                    if isinstance(failed, BrokenProcessPool):
-                        raise DataError(
-                            "a worker process was killed, perhaps because memory ran out: start again to go on, with "
-                            "fewer --workers or less --memory"
-                        ) from failed
-                    raise failed
-            return [(task, future.result()) for task, future in zip(tasks, futures, strict=True)]
+                for future in finished:
+                    future.result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a worker process was killed, perhaps because memory ran out: start again to go on, with fewer "
+                "--workers or less --memory"
+            ) from error
+        finally:
+            # After all is done nothing waits here; after an error, or Ctrl-C, the workers stop at their next report.
+            shared[1].set()
+            pool.shutdown(wait=True, cancel_futures=True)
+        return [(task, future.result()) for task, future in zip(tasks, futures, strict=True)]
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Start processes that ignore Ctrl-C, which reaches all of a terminal: the parent says what is to be done.
+
+    They inherit it, and so ignore it from the first moment.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _begin_worker(*shared: Any) -> None:
@@ -106,9 +128,9 @@ def _call(function: Callable[[Any, Callable[[int], None]], Any], task: Any) -> A
     def report(n_bytes: int) -> None:
         nonlocal held
         held += n_bytes
+        if stop.is_set():
+            raise _Stopped
         if held >= _REPORT_BYTES:
-            if stop.is_set():
-                raise _Stopped
             with done_bytes.get_lock():
                 done_bytes.value += held
             held = 0

@@ -200,8 +200,8 @@ class EntropyScorer:
         return entropy_nats(model.output(model.norm(h))).cpu().numpy()
 
 
-Share = Callable[[Callable[[], np.ndarray], int], np.ndarray]
-"""Gives all ranks that read the same rows the array, fp32 [size], that the function makes on one of them."""
+Share = Callable[[Callable[[], np.ndarray], RecordBatch], np.ndarray]
+"""Gives all ranks that read the same rows the entropies of a record batch, which the function makes on one of them."""
 
 
 class OnlineEntropies:
@@ -228,7 +228,7 @@ class OnlineEntropies:
             ids, is_byte = frame_documents(batch.text, batch.offsets)
             return from_storage(to_storage(self.scorer.score(ids)[is_byte], "float16"))
 
-        entropies = self.share(make, len(batch.text)) if self.share else make()
+        entropies = self.share(make, batch) if self.share else make()
         self.seconds += time.perf_counter() - began
         return entropies
 

@@ -16,9 +16,9 @@ from blt_titan.data.sources import list_extents, resolve_sources
 TEXTS = ["plain", "", "é 😀 \u2028 inside", "NUL \0 inside", "CRLF\r\n", "x" * 3000, '"quoted" \\ {"text": "no"}']
 
 
-def items_of(path: Path, text_column: str = "text", record_bytes: int = 1 << 24) -> list[Document | Problem]:
+def items_of(path: Path, text_column: str = "text", max_record_bytes: int = 1 << 20) -> list[Document | Problem]:
     extents = list_extents(resolve_sources([path]))
-    return [i for e in extents for i in read_extent(e, text_column=text_column, record_bytes=record_bytes)]  # type: ignore[misc]
+    return [i for e in extents for i in read_extent(e, text_column=text_column, max_record_bytes=max_record_bytes)]  # type: ignore[misc]
 
 
 def texts_of(path: Path, **options) -> list[bytes]:
@@ -76,13 +76,15 @@ def test_details_of_lines(tmp_path):
         b"\n  \r\n"
         b'{"id": 1, "text": "caf\\u00e9 \xc3\xa9 \\n\\u0000"}\r\n'
         b'{"text": "caf\xe9 \\ud83d\\ude00"}\n'
+        b'{"text": "\xff\\\\udce9"}\n'
         b'{"text": "no newline at the end"}'
     )
     assert items_of(path) == [
         Document("a.jsonl#L1", b"with a byte order mark"),
         Document("a.jsonl#L4", "café é \n\0".encode()),
         Document("a.jsonl#L5", b"caf\xe9 \xf0\x9f\x98\x80"),
-        Document("a.jsonl#L6", b"no newline at the end"),
+        Document("a.jsonl#L6", b"\xff\\udce9"),
+        Document("a.jsonl#L7", b"no newline at the end"),
     ]
 
 
@@ -118,7 +120,7 @@ def test_the_text_column_can_be_named(tmp_path):
 def test_a_bad_line_is_named_and_the_rest_is_read(tmp_path, line, message):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "fine"}\n\n' + line + b'\n{"text": "after"}')
-    before, problem, after = items_of(path, record_bytes=1_500_000)
+    before, problem, after = items_of(path, max_record_bytes=150_000)
     assert (before, after) == (Document("a.jsonl#L1", b"fine"), Document("a.jsonl#L4", b"after"))
     assert isinstance(problem, Problem)
     assert problem.message.startswith(f"{path}, line 3: {message}")
@@ -136,10 +138,30 @@ def test_a_truncated_archive_is_named(tmp_path, compress, cut):
     assert f"{path}, after line {len(documents)}: the compressed data is truncated or damaged" in problem.message
 
 
+@pytest.mark.parametrize("compress", [gzip.compress, zstd])
+def test_little_that_goes_before_a_truncation_is_lost(tmp_path, compress):
+    rng = np.random.default_rng(0)
+    path = tmp_path / ("a.jsonl.gz" if compress is gzip.compress else "a.jsonl.zst")
+    path.write_bytes(compress(jsonl([rng.bytes(300).hex() for _ in range(5000)]))[:-9])
+    *documents, _ = items_of(path)
+    assert len(documents) > 4700
+
+
+def test_odd_archives(tmp_path):
+    """Zeros after the end, as tape has them; and a file of nothing."""
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(jsonl(["a"])) + bytes(512))
+    assert texts_of(path) == [b"a"]
+    for name in ("b.jsonl.gz", "b.jsonl.zst"):
+        (tmp_path / name).write_bytes(b"")
+        [problem] = items_of(tmp_path / name)
+        assert f"{name}: is empty, which no compressed file is" in str(problem)
+
+
 def test_a_text_file_that_is_too_long_is_named(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"x" * 1001)
-    [problem] = items_of(tmp_path / "a.txt", record_bytes=2000)
-    assert "a.txt: more than 1000 bytes in one document" in str(problem)
+    [problem] = items_of(tmp_path / "a.txt", max_record_bytes=1000)
+    assert "a.txt: more than 1000 bytes; raise --max-record-bytes" in str(problem)
 
 
 COLUMNS = {
@@ -201,6 +223,15 @@ def test_problems_of_tables(tmp_path, how):
     ]
     [problem] = items_of(path, text_column="body")
     assert f"{path}: no column 'body' among ['text']" in str(problem)
+    write_table(path, pa.table({"text": ["a", "x" * 1001, "b"]}), how)
+    assert items_of(path, max_record_bytes=1000) == [
+        Document(f"{path.name}#R1", b"a"),
+        Problem(f"{path}, row 2: longer than 1000 bytes; raise --max-record-bytes, or split it"),
+        Document(f"{path.name}#R3", b"b"),
+    ]
+    write_table(path, pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"]), how)
+    [problem] = items_of(path)
+    assert "several columns 'text' among ['text', 'text']" in str(problem)
     write_table(path, pa.table({"text": [1, 2]}), how)
     [problem] = items_of(path)
     assert "the column 'text' is int64, expected strings" in str(problem)

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from blt_titan.data import prepare as prepare_module
-from blt_titan.data import prepare_work
+from blt_titan.data import prepare_plan, prepare_work
 from blt_titan.data import sources as sources_module
+from blt_titan.data.destination import LocalDestination
 from blt_titan.data.errors import DataError
-from blt_titan.data.manifest import MANIFEST_NAME, read_manifest
+from blt_titan.data.manifest import MANIFEST_NAME, parse_manifest, read_manifest
 from blt_titan.data.prepare import PrepareSummary, prepare
 from blt_titan.data.shards import ShardSet
 from scripts.prepare_data import main, size
@@ -35,7 +36,7 @@ def source(tmp_path) -> Path:
     return directory
 
 
-def run(source: Path, out: Path | str, **settings) -> PrepareSummary:
+def run(source: Path | str, out: Path | str, **settings) -> PrepareSummary:
     defaults = {"validation_fraction": 0.2, "seed": 0, "record_batch_bytes": 1000, "shard_bytes": 8000}
     return prepare([source], out, progress=False, **(defaults | settings))
 
@@ -68,26 +69,28 @@ def test_the_splits_are_disjoint_and_complete(source, tmp_path):
 
 def hold_only(monkeypatch, text_bytes: int) -> None:
     """Let workers hold so much text only, as much larger data would."""
-    share = (prepare_module.MEMORY_BYTES - prepare_work._PROCESS_BYTES) // text_bytes
-    monkeypatch.setattr(prepare_work, "_SPILL_SHARE", share)
-    monkeypatch.setattr(prepare_work, "_STRETCH_SHARE", share)
+    monkeypatch.setattr(prepare_module, "least_memory_bytes", lambda _: 0)
+    monkeypatch.setattr(prepare_work, "least_worker_bytes", lambda _: prepare_module.MEMORY_BYTES - text_bytes)
+    monkeypatch.setattr(prepare_work, "_PROCESS_BYTES", prepare_module.MEMORY_BYTES - 2 * text_bytes)
 
 
 def test_the_same_seed_gives_the_same_bytes_whatever_order_workers_and_memory(source, tmp_path, monkeypatch):
     run(source, tmp_path / "a")
-    monkeypatch.setattr(sources_module, "UNIT_BYTES", 2000)
+    monkeypatch.setattr(sources_module, "UNIT_BYTES", 60_000)
     for workers in (2, 3):
         run(source, tmp_path / f"{workers} workers", workers=workers)
-    for text_bytes in (300, 1500, 5000):
+    for text_bytes in (500, 1500, 5000):
         with monkeypatch.context() as patch:
             hold_only(patch, text_bytes)
             run(source, tmp_path / f"memory {text_bytes}")
     list_extents = prepare_module.list_extents
-    monkeypatch.setattr(prepare_module, "list_extents", lambda sources: list_extents(sources)[::-1])
+    monkeypatch.setattr(
+        prepare_module, "list_extents", lambda sources, revisions: list_extents(sources, revisions)[::-1]
+    )
     run(source, tmp_path / "backwards")
     run(source, tmp_path / "another seed", seed=1)
     assert len(list((tmp_path / "a").glob("train-*.arrow"))) > 1
-    for name in ("2 workers", "3 workers", "memory 300", "memory 1500", "memory 5000", "backwards"):
+    for name in ("2 workers", "3 workers", "memory 500", "memory 1500", "memory 5000", "backwards"):
         assert files(tmp_path / name) == files(tmp_path / "a"), name
     assert list(texts(tmp_path / "a", "train")) != list(texts(tmp_path / "another seed", "train"))
     assert texts(tmp_path / "a", "validation").keys() != texts(tmp_path / "another seed", "validation").keys()
@@ -95,7 +98,7 @@ def test_the_same_seed_gives_the_same_bytes_whatever_order_workers_and_memory(so
 
 def test_the_order_is_that_of_the_keyed_hash(source, tmp_path, monkeypatch):
     """Over several shards, spills and units; the twin sorts all documents at once."""
-    monkeypatch.setattr(sources_module, "UNIT_BYTES", 3000)
+    monkeypatch.setattr(sources_module, "UNIT_BYTES", 25_000)
     hold_only(monkeypatch, 1000)
     out = tmp_path / "out"
     run(source, out, seed=5)
@@ -115,7 +118,7 @@ def test_the_split_of_a_document_does_not_depend_on_other_documents(source, tmp_
 
 @pytest.mark.parametrize("index_rows", [1, 7, 1000])
 def test_max_bytes_takes_whole_documents_in_the_order_of_the_seed(source, tmp_path, monkeypatch, index_rows):
-    monkeypatch.setattr(prepare_module, "_INDEX_ROWS_AT_ONCE", index_rows)
+    monkeypatch.setattr(prepare_plan, "_INDEX_ROWS_AT_ONCE", index_rows)
     (source / "long.txt").write_bytes(b"x" * 6000)
     run(source, tmp_path / "all", validation_fraction=0)
     summary = run(source, tmp_path / "some", validation_fraction=0, max_bytes=5000)
@@ -217,7 +220,7 @@ def test_a_file_that_is_not_ours_is_never_replaced(source, tmp_path):
 @pytest.mark.parametrize("then", ["the same", "another"])
 def test_an_interruption_at_any_rename_changes_nothing(source, tmp_path, monkeypatch, overwriting, then):
     """Every step ends with a rename, so this stops behind each of them."""
-    monkeypatch.setattr(sources_module, "UNIT_BYTES", 8000)
+    monkeypatch.setattr(sources_module, "UNIT_BYTES", 100_000)
     replace = os.replace
     clean = tmp_path / "clean"
     seed = 1 if then == "the same" else 2
@@ -251,7 +254,7 @@ def test_an_interruption_at_any_rename_changes_nothing(source, tmp_path, monkeyp
 
 
 def test_what_is_done_is_not_done_again(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources_module, "UNIT_BYTES", 3000)
+    monkeypatch.setattr(sources_module, "UNIT_BYTES", 25_000)
     read, calls = prepare_module.read_unit, []
 
     def stopping(unit, report):
@@ -335,7 +338,7 @@ def test_leftovers_of_another_run_are_removed(source, tmp_path):
 
 
 def test_a_full_disk_is_one_sentence_and_what_was_done_stays(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources_module, "UNIT_BYTES", 3000)
+    monkeypatch.setattr(sources_module, "UNIT_BYTES", 25_000)
     fsync, calls = os.fsync, []
 
     def full(file):
@@ -356,7 +359,7 @@ def test_a_full_disk_is_one_sentence_and_what_was_done_stays(source, tmp_path, m
 
 
 def test_a_worker_that_is_killed_is_one_sentence(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources_module, "UNIT_BYTES", 3000)
+    monkeypatch.setattr(sources_module, "UNIT_BYTES", 25_000)
     monkeypatch.setattr(prepare_module, "read_unit", die)
     with pytest.raises(DataError, match=r"a worker process was killed.*start again to go on"):
         run(source, tmp_path / "out", workers=2)
@@ -424,7 +427,112 @@ def test_an_object_store_is_written_and_overwritten(source, tmp_path):
         run(source, "memory://out", **settings)
     run(source, "memory://out", seed=1, shard_bytes=2**30, overwrite=True, **settings)
     assert len(fs.find("/out")) == 5
-    assert not (tmp_path / "work").exists()
+    fs.rm_file("/out/validation-00000.arrow")  # gone already when it is replaced
+    run(source, "memory://out", seed=1, validation_fraction=0, overwrite=True, **settings)
+    assert {path.rpartition("/")[2] for path in fs.find("/out")} == {
+        MANIFEST_NAME,
+        *parse_manifest(fs.cat_file("/out/manifest.json"), "").file_names(),
+    }
+    assert not list((tmp_path / "work").iterdir())
+
+
+def test_what_else_is_in_the_working_directory_stays(source, tmp_path):
+    (tmp_path / "work" / "sub").mkdir(parents=True)
+    (tmp_path / "work" / "thesis.tex").write_bytes(b"mine")
+    run(source, tmp_path / "out", work=tmp_path / "work")
+    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["sub", "thesis.tex"]
+
+
+def test_an_install_that_was_interrupted_is_not_taken_for_another(source, tmp_path, monkeypatch):
+    """Killed while it moved files; then the target is removed, or another is named, with the same working directory."""
+    replace = os.replace
+
+    def stopping(path, target):
+        if str(target).endswith("train-00001.arrow") and Path(target).parent.name == "out":
+            raise KeyboardInterrupt
+        replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(source, tmp_path / "out", work=tmp_path / "work")
+    assert (tmp_path / "out" / "train-00000.arrow").exists()
+    run(source, tmp_path / "other", work=tmp_path / "work")
+    run(source, tmp_path / "clean")
+    assert files(tmp_path / "other") == files(tmp_path / "clean")
+    (tmp_path / "out" / "train-00000.arrow").unlink()
+    with pytest.raises(DataError, match=r"out/train-00000\.arrow: was moved there by a run that was interrupted, "):
+        run(source, tmp_path / "out", work=tmp_path / "work")
+
+
+def test_what_was_replaced_goes_even_if_its_removal_was_interrupted(source, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    run(source, out)
+    remove, calls = LocalDestination.remove, []
+
+    def stopping(self, name):
+        if name.endswith(".arrow"):
+            calls.append(name)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+        remove(self, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalDestination, "remove", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(source, out, shard_bytes=2**30, overwrite=True)
+    assert (out / calls[1]).exists()
+    assert (out / ".prepare").exists()
+    assert run(source, out, shard_bytes=2**30).already_done
+    run(source, tmp_path / "clean", shard_bytes=2**30)
+    assert files(out) == files(tmp_path / "clean")
+
+
+def test_a_working_directory_on_another_disk(source, tmp_path, monkeypatch):
+    replace = os.replace
+
+    def across(path, target):
+        if Path(target).parent.name == "out" and Path(path).parent != Path(target).parent:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        replace(path, target)
+
+    run(source, tmp_path / "clean")
+    monkeypatch.setattr(os, "replace", across)
+    run(source, tmp_path / "out", work=tmp_path / "work")
+    assert files(tmp_path / "out") == files(tmp_path / "clean")
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_workers_too(tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    command = [sys.executable, str(tmp_path / "killed.py"), "--source", "python-stdlib", "--out", str(tmp_path / "out")]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen(
+        [*command, "--workers", "2"], env=environment, stderr=subprocess.PIPE, start_new_session=True, text=True
+    )
+    while not list(tmp_path.glob("out/.prepare/units/*.done.json")):
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "prepare_data: stopped; the same command goes on from here"
+    assert "Traceback" not in said
+    assert not (tmp_path / "out" / MANIFEST_NAME).exists()
+
+
+def test_a_large_file_of_lines_gives_the_same_in_parts(tmp_path, monkeypatch):
+    """On one worker and on two; the lines before a part are counted once."""
+    lines = [json.dumps({"text": "x" * (37 * i % 300) + str(i)}) for i in range(200)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "b.jsonl").write_text("\n".join(lines[:50]) + "\n")
+    sources = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    settings = {"validation_fraction": 0.2, "seed": 0, "progress": False, "shard_bytes": 8000}
+    prepare(sources, tmp_path / "whole", **settings)
+    monkeypatch.setattr(sources_module, "SPLIT_BYTES", 5000)
+    monkeypatch.setattr(sources_module, "UNIT_BYTES", 5000)
+    for workers in (1, 2):
+        prepare(sources, tmp_path / str(workers), workers=workers, **settings)
+        assert files(tmp_path / str(workers)) == files(tmp_path / "whole")
 
 
 def test_an_interrupted_upload_goes_on(source, tmp_path, monkeypatch):
@@ -487,6 +595,7 @@ def test_an_out_that_cannot_be_a_directory_is_refused(source, tmp_path):
         {"shard_bytes": 0},
         {"workers": 0},
         {"memory_bytes": 2**20},
+        {"max_record_bytes": 0},
     ],
 )
 def test_settings_out_of_range_are_refused(source, tmp_path, settings):
@@ -502,6 +611,11 @@ def test_sources_that_cannot_work_are_refused(source, tmp_path):
     empty.mkdir()
     with pytest.raises(DataError, match="nothing: no documents"):
         run(empty, tmp_path / "out")
+    with pytest.raises(DataError, match=r"lies inside the source.*--work"):
+        run(source, tmp_path / "out", work=source / "work")
+    run(source, source.parent / "below" / "out")
+    with pytest.raises(DataError, match=r"manifest\.json: is a source, and lies in what this run writes"):
+        run(f"{source.parent}/below/**", source.parent / "below" / "out", overwrite=True)
     (source / "a.jsonl").write_bytes(b'{"text": "first"}\n')
     (source / "a.jsonl#L1").write_bytes(b"second")
     with pytest.raises(DataError, match=r"a second document with the id 'a\.jsonl#L1'"):

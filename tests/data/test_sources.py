@@ -1,5 +1,7 @@
+import gzip
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -10,13 +12,14 @@ import pytest
 from blt_titan.data import sources as module
 from blt_titan.data.errors import DataError
 from blt_titan.data.formats import Binary, Document, Problem, read_extent
+from blt_titan.data.prepare_work import count_newlines
 from blt_titan.data.sources import HUB_PRESETS, Extent, group, list_extents, resolve_sources
 
-RECORD_BYTES = 1 << 24
+MAX_RECORD_BYTES = 1 << 20
 
 
 def read(extents: list[Extent]) -> list[Document | Problem | Binary]:
-    return [item for e in extents for item in read_extent(e, text_column="text", record_bytes=RECORD_BYTES)]
+    return [item for e in extents for item in read_extent(e, text_column="text", max_record_bytes=MAX_RECORD_BYTES)]
 
 
 def texts_of(*names: str | Path) -> dict[str, bytes]:
@@ -125,7 +128,7 @@ def test_an_object_store_is_read_as_files_are(tmp_path):
         resolve_sources(["nonsense://x"])
 
 
-@pytest.mark.parametrize("split_bytes", [1, 7, 40, 100, 1000])
+@pytest.mark.parametrize("split_bytes", [7, 40, 100, 1000])
 @pytest.mark.parametrize("ending", [b"\n", b"\r\n", b""])
 def test_a_large_file_of_lines_is_read_in_parts(tmp_path, monkeypatch, split_bytes, ending):
     lines = [json.dumps({"text": "x" * (7 * i % 50) + str(i)}).encode() for i in range(40)]
@@ -137,7 +140,9 @@ def test_a_large_file_of_lines_is_read_in_parts(tmp_path, monkeypatch, split_byt
     monkeypatch.setattr(module, "SPLIT_BYTES", split_bytes)
     extents = list_extents(resolve_sources([tmp_path / "a.jsonl"]))
     assert len(extents) == -(-(tmp_path / "a.jsonl").stat().st_size // split_bytes)
-    assert texts_of(tmp_path / "a.jsonl") == expected
+    newlines = [count_newlines(extent, lambda _: None) for extent in extents]
+    found = read([replace(extent, first=sum(newlines[:i])) for i, extent in enumerate(extents)])
+    assert dict(item for item in found if item.text) == expected
 
 
 def test_a_large_parquet_file_is_read_by_row_groups(tmp_path, monkeypatch):
@@ -151,9 +156,12 @@ def test_a_large_parquet_file_is_read_by_row_groups(tmp_path, monkeypatch):
 
 def test_small_extents_are_read_together(monkeypatch):
     monkeypatch.setattr(module, "UNIT_BYTES", 100)
+    monkeypatch.setattr(module, "_LEAST_COST_BYTES", 0)
     sizes = [10, 80, 20, 300, 5, 5, 0, 1]
-    units = group([Extent(0, "text", str(size), "", size) for size in sizes])
-    assert [[extent.size_bytes for extent in unit] for unit in units] == [[10, 80], [20], [300], [5, 5], [0], [1]]
+    units = group([Extent(0, "text", str(size), "", size, size) for size in sizes])
+    assert [[extent.size_bytes for extent in unit] for unit in units] == [[10, 80], [20], [300], [5, 5, 0, 1]]
+    # What is unknown, as of the hub, is read alone.
+    assert len(group([Extent(0, "hub", "a", "", begin=i, end=3) for i in range(3)])) == 3
 
 
 def test_a_data_set_of_the_hub_has_an_extent_for_each_file(tmp_path):
@@ -166,11 +174,46 @@ def test_a_data_set_of_the_hub_has_an_extent_for_each_file(tmp_path):
     extents = list_extents(resolve_sources([f"hf:{tmp_path}"]))
     assert [(extent.begin, extent.end) for extent in extents] == [(0, 3), (1, 3), (2, 3)]
     assert texts_of(f"hf:{tmp_path}") == expected == texts_of(f"hf:{tmp_path}::train")
-    [problem] = list(read_extent(extents[0], text_column="body", record_bytes=RECORD_BYTES))
+    [problem] = list(read_extent(extents[0], text_column="body", max_record_bytes=MAX_RECORD_BYTES))
     assert "no column 'body' among ['id', 'text']" in str(problem)
     for name, message in ((f"hf:{tmp_path}::test", "cannot be opened"), ("hf:a:b:c:d", "is hf:NAME, hf:NAME:CONFIG")):
         with pytest.raises(DataError, match=message):
             list_extents(resolve_sources([name]))
+
+
+def test_a_bad_record_of_the_hub_is_named_and_the_rest_of_its_file_left(tmp_path):
+    lines = ['{"text": "fine"}\n'] * 5 + ["{\n"] + ['{"text": "after"}\n'] * 5
+    (tmp_path / "0.jsonl").write_text('{"text": "another"}\n')
+    (tmp_path / "1.jsonl").write_text("".join(lines))
+    first, *items = read(list_extents(resolve_sources([f"hf:{tmp_path}"])))
+    assert first == Document(f"{tmp_path}#0#R1", b"another")
+    problems = [item for item in items if isinstance(item, Problem)]
+    assert len(problems) == 1
+    assert problems[0].message.startswith(f"hf:{tmp_path}, file 1, after row ")
+
+
+class _OfAStore(fsspec.spec.AbstractBufferedFile):
+    """A file as the drivers of object stores have it: fetched by ranges, and no `readline` of bounded length."""
+
+    def _fetch_range(self, start, end):
+        return self.fs.cat_file(self.path, start=start, end=end)
+
+
+def test_files_of_real_object_stores_are_read(monkeypatch):
+    fs = fsspec.filesystem("memory")
+    text = "".join(json.dumps({"text": "x" * i}) + "\n" for i in range(300))
+    fs.pipe_file("/lines/a.jsonl", text.encode())
+    fs.pipe_file("/lines/b.jsonl.gz", gzip.compress(text.encode()))
+    with fs.open("/lines/c.parquet", "wb") as file:
+        pq.write_table(pa.table({"text": ["x" * i for i in range(300)]}), file)
+    expected = texts_of("memory://lines")
+    assert len(expected) == 3 * 299
+
+    def open_as_a_store(self, path, mode="rb", **_):
+        return _OfAStore(self, path, mode, block_size=1000)
+
+    monkeypatch.setattr(type(fs), "open", open_as_a_store)
+    assert texts_of("memory://lines") == expected
 
 
 def test_presets_name_data_sets_of_the_hub():

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from blt_titan.data.errors import DataError
 from blt_titan.data.shards import ShardSet
 from blt_titan.inference.checkpoint import describe_model, find_checkpoint, load_entropy_model
-from blt_titan.trainer import RunStateError
+from blt_titan.train_spec import RowsDifferError
 from scripts.calibrate_threshold import main as calibrate_threshold
 from scripts.score_entropies import main as score_entropies
 from scripts.view_patches import main as view_patches
@@ -59,27 +59,30 @@ def two_stages(root: str, small_run: list[str], data: str) -> None:
     train(f"{root}/monotonic", *by_entropy, *monotonic)
 
 
-def online_on_shared_rows(root: str, by_entropy: list[str], data: str) -> str:
+def online_on_shared_rows(root: str, by_entropy: list[str], data: str) -> list[str]:
     """Train online where two ranks read the same rows; then let one of them miss a record batch."""
     online = ["--patching.source=online", f"--patching.entropy_checkpoint={root}/entropy"]
     for name, layout in SHARED_ROWS.items():
         train(f"{root}/online_{name}", *by_entropy, *online, *layout)
+    read, failed = ShardSet.read, []
+
+    def failing(self, i):
+        if not failed and self.split == "train":
+            failed.append(i)
+            raise DataError("this rank's disk failed")
+        return read(self, i)
+
     if dist.get_rank() == 1:
         # As if this rank's disk had failed once.
-        read, failed = ShardSet.read, []
-
-        def failing(self, i):
-            if not failed and self.split == "train":
-                failed.append(i)
-                raise DataError("this rank's disk failed")
-            return read(self, i)
-
         ShardSet.read = failing
-    try:
-        train(f"{root}/torn", *by_entropy, *SHARED_ROWS["tp"], "--data.on_damage=quarantine")
-    except RunStateError as error:
-        return str(error)
-    return "went on"
+    messages = []
+    for name, source in (("torn", []), ("torn_online", online)):
+        failed.clear()
+        try:
+            train(f"{root}/{name}", *by_entropy, *SHARED_ROWS["tp"], *source, "--data.on_damage=quarantine")
+        except RowsDifferError as error:
+            messages.append(str(error))
+    return messages
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +118,9 @@ def test_ranks_that_share_rows_cut_the_same_patches_or_stop(trained, small_run, 
         found = losses(trained / f"online_{name}")
         assert found.keys() == expected.keys()
         assert max(abs(found[step] - expected[step]) for step in expected) <= LAYOUT_LOSS_ATOL, name
-    for message in messages:
-        assert "at step 1 ranks that read the same rows are not at the same place" in message
+    for by_sidecar, online in messages:
+        assert "at step 1 ranks that read the same rows are not at the same place" in by_sidecar
+        assert "ranks that read the same rows are at different record batches" in online
 
 
 def test_the_cost_of_scoring_online_is_a_metric(trained):
