@@ -3,7 +3,8 @@
     python -m benchmarks.prepare_throughput --out benchmarks/results/prepare_throughput.json
 
 Random words in documents of exponential lengths, as JSON lines in several files; `scripts.prepare_data` as a process of
-its own, with one worker and with two, for documents of mean 5 KB and 500 bytes. Speed is bytes of text by the clock and
+its own, with one worker and with two, for documents of mean 5 KB, 500 bytes and 30 bytes (a twentieth as much text,
+for the memory that documents take beside their text). Speed is bytes of text by the clock and
 by processor time of all its processes, start-up included. Memory is the sum of what its processes alone hold (their
 private pages, and shared ones by share), looked at every 20 ms.
 """
@@ -67,6 +68,7 @@ def run(source: Path, out: Path, workers: int, memory: str) -> dict[str, float]:
     """Prepare once; return its figures."""
     command = [sys.executable, "-m", "scripts.prepare_data", "--source", str(source), "--out", str(out)]
     command += ["--workers", str(workers), "--memory", memory, "--shard-bytes", "256MiB", "--no-progress"]
+    command += ["--max-record-bytes", "16MiB"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -93,18 +95,18 @@ def run(source: Path, out: Path, workers: int, memory: str) -> dict[str, float]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=size, default=size("1GB"), help="of each set of documents (default 1GB)")
-    parser.add_argument("--memory", default="512MiB", help="what prepare_data may take (default %(default)s)")
+    parser.add_argument("--memory", default="1GiB", help="what prepare_data may take (default %(default)s)")
     parser.add_argument("--repetitions", type=int, default=3, help="of each measurement (default %(default)s)")
     parser.add_argument("--folder", help="where the data is written for the time being (default: the system's)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the figures as JSON")
     args = parser.parse_args(arguments)
     results: dict[str, Any] = {}
     print(f"{'mean bytes':>10}{'workers':>9}{'MB/s per worker':>17}{'MB per CPU-second':>19}{'peak MiB':>10}")
-    for mean_bytes in (5000, 500):
+    for mean_bytes, part in ((5000, 1), (500, 1), (30, 20)):
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             source = Path(folder) / "source"
             source.mkdir()
-            write_lines(source, args.text, mean_bytes)
+            write_lines(source, args.text // part, mean_bytes)
             measured: dict[int, list[dict[str, float]]] = {1: [], 2: []}
             for number, workers in enumerate(tqdm([1, 2] * args.repetitions, desc="measuring", leave=False)):
                 with tempfile.TemporaryDirectory(dir=args.folder) as out:
