@@ -15,6 +15,7 @@ piece that is finished has a file that says so. A run that was stopped, by whate
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,6 +48,8 @@ from blt_titan.data.prepare_work import (
 from blt_titan.data.shards import MAX_RECORD_BATCH_BYTES, RECORD_BATCH_BYTES, SHARD_BYTES
 from blt_titan.data.sources import Extent, Source, group, is_remote, list_extents, resolve_sources
 from blt_titan.data.worker_pool import run_tasks
+
+logger = logging.getLogger(__name__)
 
 # Far above any sensible value, and far below the 2 GiB where Arrow's 32-bit offsets end, even for one-byte documents.
 MAX_SETTABLE_RECORD_BATCH_BYTES = 64 * 1024**2
@@ -172,10 +175,16 @@ def prepare(
             job = _Job(folder, target, existing, resolved, settings, workers, memory_bytes // workers, progress)
             manifest = job.run()
             shutil.rmtree(folder, ignore_errors=True)
-    except OSError as error:
+    except DataError:
+        raise
+    except Exception as error:
+        # The drivers of object stores have exceptions of their own.
+        if not (isinstance(error, OSError) or is_remote(str(target))):
+            raise
         raise DataError(
-            f"{error.filename or target}: cannot be written ({error.strerror or error}); free some space, check "
-            "permissions, or choose another --out. Started again, it goes on where it stopped"
+            f"{getattr(error, 'filename', None) or target}: cannot be written "
+            f"({getattr(error, 'strerror', None) or error}); free some space, check permissions, or choose another "
+            "--out. Started again, it goes on where it stopped"
         ) from error
     return PrepareSummary(str(target), manifest, already_done=False)
 
@@ -234,6 +243,8 @@ class _Job:
         ).hexdigest()
         wanted = {"work": same_work, "revisions": revisions, "digest": digest}
         if plan != wanted:
+            if plan:
+                logger.warning(f"{self.folder}: sources or settings are others than before: beginning anew")
             for path in self.folder.iterdir():
                 if path.name != _LOCK_NAME:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
