@@ -6,7 +6,7 @@ Random words in documents of exponential lengths, as JSON lines in several files
 its own, with one worker and with two, for documents of mean 5 KB, 500 bytes and 30 bytes (a twentieth as much text,
 for the memory that documents take beside their text). Speed is bytes of text by the clock and
 by processor time of all its processes, start-up included. Memory is the sum of what its processes alone hold (their
-private pages, and shared ones by share), looked at every 20 ms.
+private pages, and shared ones by share), looked at every 100 ms.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from scripts.prepare_data import size
 POOL_BYTES = 20_000_000
 FILES = 8
 TARGET_BYTES_PER_S_AND_CORE = 40e6
-POLL_S = 0.02
+POLL_S = 0.1
 
 
 def write_lines(directory: Path, total_bytes: int, mean_bytes: int) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from blt_titan.data.atomic_file import write_atomically
 from blt_titan.data.errors import DataError
-from blt_titan.data.formats import Binary, Problem, read_extent
+from blt_titan.data.formats import Document, Problem, read_extent
 from blt_titan.data.runs import OVERHEAD_BYTES, Choice, Runs, RunWriter, join_runs, stretches
 from blt_titan.data.shards import ShardWriter, install
 from blt_titan.data.sources import Extent
@@ -31,6 +31,7 @@ _PROCESS_BYTES = 128 * 1024**2
 _RECORD_COPIES = 10
 """What a line of JSON takes at most, of its own size: as characters of four bytes, twice, and as bytes, twice."""
 _MESSAGES_OF_UNIT = 20
+_REPORT_BYTES = 1 << 16
 _TWO_HASHES = struct.Struct("<QQ")
 
 
@@ -155,22 +156,13 @@ def read_unit(unit: ReadUnit, report: Callable[[int], None]) -> Done:
             for item in read_extent(
                 extent, text_column=unit.text_column, max_record_bytes=unit.max_record_bytes, report=report
             ):
-                if isinstance(item, Problem):
-                    if unit.on_error == "stop":
-                        raise DataError(f"{item.message} (or pass over such records with --on-error skip)")
-                    if done.skipped < _MESSAGES_OF_UNIT:
-                        logger.warning(f"skipped: {item.message}")
-                        done.messages.append(item.message)
-                    done.skipped += 1
-                    counted[4] += 1
-                elif isinstance(item, Binary):
-                    done.binary += 1
-                    counted[3] += 1
-                elif not item.text:
-                    done.empty += 1
-                    counted[2] += 1
-                else:
-                    text, doc_id = item.text, item.doc_id.encode()
+                if isinstance(item, Document):
+                    text = item.text
+                    if not text:
+                        done.empty += 1
+                        counted[2] += 1
+                        continue
+                    doc_id = item.doc_id.encode()
                     key, rank = keyed_hashes(unit.seed, doc_id)
                     run.add(rank < held_out_below, key, doc_id, text)
                     if not done.documents or len(text) < done.smallest:
@@ -178,6 +170,17 @@ def read_unit(unit: ReadUnit, report: Callable[[int], None]) -> Done:
                     done.documents += 1
                     counted[0] += 1
                     counted[1] += len(text)
+                elif isinstance(item, Problem):
+                    if unit.on_error == "stop":
+                        raise DataError(f"{item.message} (or pass over such records with --on-error skip)")
+                    if done.skipped < _MESSAGES_OF_UNIT:
+                        logger.warning(f"skipped: {item.message}")
+                        done.messages.append(item.message)
+                    done.skipped += 1
+                    counted[4] += 1
+                else:
+                    done.binary += 1
+                    counted[3] += 1
         run.finish()
     except BaseException:
         run.abandon()
@@ -202,9 +205,14 @@ def write_piece(task: WritePiece, report: Callable[[int], None]) -> None:
         for begin, end in stretches(sizes, memory_bytes):
             at_once = sum(sizes[begin:end]) <= memory_bytes
             buckets = (piece.first + begin, piece.first + end)
+            unreported = 0
             for doc_id, text in runs.read(*buckets, piece.choice, at_once=at_once):
                 writer.add(doc_id, text)
-                report(len(text) + len(doc_id))
+                unreported += len(text) + len(doc_id)
+                if unreported >= _REPORT_BYTES:
+                    report(unreported)
+                    unreported = 0
+            report(unreported)
         entries = writer.finish()
     except BaseException:
         writer.abandon()
