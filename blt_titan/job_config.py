@@ -33,7 +33,8 @@ class Data:
     on_damage: Literal["stop", "quarantine"] = "stop"
     """
     What a record batch does that fails its checksum, or whose entropies do: 'stop' ends the run and names it,
-    'quarantine' passes over it, names it in the log, and counts it in metrics and checkpoint. Validation always stops.
+    'quarantine' passes over it, names it in the log and in <dump_folder>/quarantined.jsonl, and counts it in metrics
+    and checkpoint. What is missing or cut short when a run starts is refused either way, and validation always stops.
     """
     verify_bytes_at_start: int = 256 * 1024 * 1024
     """

@@ -198,6 +198,10 @@ def _check_entropy_rule(config: Any) -> None:
                 "scripts.calibrate_threshold` prints the lines for your data"
             )
     if not goes_by_entropy(config):
+        if patching.source == "online":
+            raise RunConfigError(
+                f"patching.source = 'online' with patching.rule = {patching.rule!r}, which asks for no entropies"
+            )
         return
     if (patching.source == "online") != (patching.entropy_checkpoint is not None):
         raise RunConfigError(

@@ -12,6 +12,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler, 
 from blt_titan.data.errors import DataError
 from blt_titan.inference.checkpoint import CheckpointError
 from blt_titan.run_config import RunConfigError, check_run, load_run_config
+from blt_titan.train_spec import RowsDifferError
 from blt_titan.trainer import BLTTrainer, NonFiniteLossError, RunStateError
 
 # isort: split
@@ -33,7 +34,14 @@ def main() -> None:
             logger.info("Wrote the seed checkpoint")
         else:
             trainer.train()
-    except (RunConfigError, DataError, CheckpointError, NonFiniteLossError, RunStateError) as error:
+    except (
+        RunConfigError,
+        DataError,
+        CheckpointError,
+        NonFiniteLossError,
+        RunStateError,
+        RowsDifferError,
+    ) as error:
         # A worker process hands over its traceback as text; its last line is the sentence.
         logger.error(str(error).strip().splitlines()[-1])
         # torchrun prints it as the cause also where this rank's own output is filtered out.

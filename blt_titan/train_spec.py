@@ -5,7 +5,8 @@ Importing this module registers both. Everything a run needs beside the trainer 
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, get_args
+from pathlib import Path
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
 from blt_titan.batch import WHOLE_ROW, ContextSlice
-from blt_titan.data.entropies import EntropySidecar, EntropySidecars
+from blt_titan.data.entropies import EntropySidecar, EntropySidecars, fingerprint_of
 from blt_titan.data.loader import HeldOutRows, ReadEntropies, RowLoader, RowSource
 from blt_titan.data.mixture import MixtureOrder, ShardSets, mixture_order
 from blt_titan.data.order import StreamOrder
@@ -31,6 +32,7 @@ from blt_titan.data.packing import MarkByEntropy, MarkPatchStarts, RowShape
 from blt_titan.data.shards import RecordBatch, ShardSet
 from blt_titan.inference.checkpoint import load_entropy_model
 from blt_titan.inference.entropies import EntropyScorer, OnlineEntropies, Share
+from blt_titan.inference.score_data import sidecar_settings
 from blt_titan.loss import ByteCrossEntropy
 from blt_titan.metrics import BLTMetrics
 from blt_titan.model.blt import BLT
@@ -87,8 +89,19 @@ def row_source(job_config: Any, split: str, seq_len: int) -> RowSource:
     shape = RowShape(seq_len // data.segment_bytes, data.segment_bytes, data.segment_patches)
     shards = open_shards(job_config, split)
     if not goes_by_entropy(job_config):
-        return RowSource(shards, text_rule(job_config), shape)
-    return RowSource(shards, entropy_rule(job_config), shape, _read_entropies(job_config, shards))
+        return RowSource(shards, text_rule(job_config), shape, patching=_patching(job_config, None))
+    read_entropies = _read_entropies(job_config, shards)
+    return RowSource(
+        shards, entropy_rule(job_config), shape, read_entropies, patching=_patching(job_config, read_entropies)
+    )
+
+
+def _patching(job_config: Any, read_entropies: ReadEntropies | None) -> dict[str, Any]:
+    keys = ("rule", "stride", "threshold", "threshold_add", "max_patch_bytes")
+    found = {f"patching.{key}": getattr(job_config.patching, key) for key in keys}
+    if isinstance(read_entropies, EntropySidecars | OnlineEntropies):
+        found["entropies (of the model)"] = read_entropies.fingerprint
+    return found
 
 
 def dataset_paths(job_config: Any) -> list[str]:
@@ -132,13 +145,15 @@ def _read_entropies(job_config: Any, shards: ShardSets) -> ReadEntropies:
     patching = job_config.patching
     if patching.source == "sidecar":
         return open_sidecars(job_config, shards)
-    return OnlineEntropies(_online_scorer(patching.entropy_checkpoint), _share_rows(job_config))
+    scorer, fingerprint = _online_scorer(patching.entropy_checkpoint)
+    return OnlineEntropies(scorer, _share_rows(job_config), fingerprint)
 
 
 @cache
-def _online_scorer(checkpoint: str) -> EntropyScorer:
-    """One for training and validation."""
-    return EntropyScorer(load_entropy_model(checkpoint, device=device_type))
+def _online_scorer(checkpoint: str) -> tuple[EntropyScorer, str]:
+    """One for training and validation; and the fingerprint of its model."""
+    model = load_entropy_model(checkpoint, device=device_type)
+    return EntropyScorer(model), fingerprint_of(sidecar_settings(model, "float16", "float32"))
 
 
 class RowsDifferError(RuntimeError):
@@ -225,7 +240,7 @@ def build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: None, job_conf
         logger.info("patching.source = 'online': rows are made in the training process, without worker processes")
     loader = RowLoader(
         source,
-        stream_order(job_config, open_shards(job_config, "train")),
+        stream_order(job_config, cast(ShardSets, source.shards)),
         dp_rank=dp_rank,
         dp_size=dp_world_size,
         rows_per_batch=job_config.training.local_batch_size,
@@ -235,6 +250,7 @@ def build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: None, job_conf
         # Pinning is for copies to an accelerator, and needs one.
         pin_memory=settings.pin_memory and device_type != "cpu",
         quarantine=job_config.data.on_damage == "quarantine",
+        quarantine_log=Path(job_config.job.dump_folder) / "quarantined.jsonl",
         merge_positions=_merge_positions if dp_world_size > 1 else None,
     )
     if loader.num_workers != settings.num_workers and not online:

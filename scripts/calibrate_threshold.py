@@ -16,6 +16,7 @@ from typing import get_args
 import numpy as np
 
 from blt_titan.data.calibration import (
+    SEGMENT_PATCHES,
     Calibration,
     SegmentBudget,
     best_budgets,
@@ -59,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; give its exit code: 0, or 2 after an error."""
     args = parse_args(arguments)
     try:
+        if args.rule == "topk" and not args.target_patch_bytes.is_integer():
+            raise DataError(f"--target-patch-bytes {args.target_patch_bytes:g}: rule topk takes whole numbers")
         if args.target_patch_bytes <= 1 or args.max_patch_bytes < 2:
             raise DataError("--target-patch-bytes must be above 1 and --max-patch-bytes at least 2")
         shards = ShardSet(args.data, args.split)
@@ -81,10 +84,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cost_of_byte=parts.encoder + parts.decoder,
         cost_of_patch=flavor.global_layers * parts.global_layer * mean,
         longest_patch=args.max_patch_bytes,
+        segment_patches=sorted({*SEGMENT_PATCHES, args.segment_patches}),
     )
+    if args.segment_patches not in [budget.patches for budget in budgets]:
+        print(
+            f"calibrate_threshold: error: --segment-patches {args.segment_patches}: the sample has only "
+            f"{len(calibration.lengths):,} patches, which must fill a segment of at least two",
+            file=sys.stderr,
+        )
+        return 2
     _report(args, calibration, budgets, n_ids=len(sample.entropies_nats))
     if args.png:
-        _draw(args.png, calibration, budgets)
+        try:
+            _draw(args.png, calibration, budgets)
+        except OSError as error:
+            print(f"calibrate_threshold: error: {args.png}: {error.strerror}", file=sys.stderr)
+            return 2
         print(f"\n{args.png}: the distribution and the trade-off")
     return 0
 
@@ -113,17 +128,16 @@ def _report(args: argparse.Namespace, calibration: Calibration, budgets: list[Se
     if calibration.rule == "topk":
         print("\nrule topk looks at whole documents: it is for analysis, and no run can use it")
         return
-    chosen = next((b for b in budgets if b.patches == args.segment_patches), budgets[-1] if budgets else None)
+    chosen = next(budget for budget in budgets if budget.patches == args.segment_patches)
     add = f"threshold_add = {calibration.threshold_add}\n" if calibration.threshold_add is not None else ""
     print(
         f'\n[patching]\nrule = "{calibration.rule}"\nthreshold = {calibration.threshold!r}\n{add}'
         f'max_patch_bytes = {args.max_patch_bytes}\nsidecar = "{args.name}"'
     )
-    if chosen:
-        print(
-            f"\n[data]\nsegment_bytes = {chosen.bytes}\nsegment_patches = {chosen.patches}\n\n"
-            f"[training]\nseq_len = {8 * chosen.bytes}    # 8 segments"
-        )
+    print(
+        f"\n[data]\nsegment_bytes = {chosen.bytes}\nsegment_patches = {chosen.patches}\n\n"
+        f"[training]\nseq_len = {8 * chosen.bytes}    # 8 segments"
+    )
 
 
 def _draw(path: Path, calibration: Calibration, budgets: list[SegmentBudget]) -> None:

@@ -57,6 +57,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
     add("--lanes", type=int, default=LANES, help="sequences of a batch (default %(default)s)")
     add("--chunk-bytes", type=int, default=CHUNK, help="bytes of a sequence in one forward (default %(default)s)")
+    add("--verify", action="store_true", help="check every byte of finished shards, and score damaged ones again")
     add("--no-progress", action="store_true", help="show no progress bar")
     return parser.parse_args(arguments)
 
@@ -65,10 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; give its exit code: 0, or 2 after an error."""
     args = parse_args(arguments)
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    device = torch.device(args.device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     try:
+        device = _device(args.device)
         if min(args.lanes, args.chunk_bytes) < 1:
             raise DataError(f"--lanes {args.lanes} and --chunk-bytes {args.chunk_bytes} must be at least 1")
         model = load_entropy_model(args.checkpoint, device=device)
@@ -83,10 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             settings,
             rank=rank,
             ranks=ranks,
+            verify=args.verify,
             observe=sampled.add if rank == 0 and args.quantize == "uint8" else None,
             progress=rank == 0 and not args.no_progress,
         )
-    except (DataError, CheckpointError) as error:
+    except (DataError, CheckpointError, OSError) as error:
         print(f"score_entropies: error: {error}", file=sys.stderr)
         return 2
     seconds = time.perf_counter() - began
@@ -100,6 +100,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sampled.report()
     print(f"{where}: " + ("complete" if summary.complete else "other ranks are still scoring"))
     return 0
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DataError(f"--device {name}: no such device; it may be cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DataError(f"--device {name}: this machine has no CUDA device")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return device
 
 
 class _Sampled:

@@ -94,6 +94,11 @@ def test_command_line_wins_over_toml_and_toml_over_default():
             r"source = 'sidecar' with patching\.entropy_checkpoint = 'x'.*'sidecar' takes none",
         ),
         (
+            "--patching.source=online",
+            1,
+            r"source = 'online' with patching\.rule = 'space', which asks for no entropies",
+        ),
+        (
             "--parallelism.data_parallel_shard_degree=2",
             3,
             r"data_parallel_shard_degree 2 .* makes 2 ranks, but .* gives 3",
@@ -193,7 +198,7 @@ def test_a_mixture_is_set_instead_of_a_path(toml, stdlib_data):
     with pytest.raises(RunConfigError, match=r"data\.mixture: '/nowhere': no such directory"):
         check_run(config, world_size=1, verify_data=False)
     config.data.mixture = {str(stdlib_data): -1.0}
-    with pytest.raises(DataError, match="weights must be positive"):
+    with pytest.raises(DataError, match="weights must be positive numbers"):
         check_run(config, world_size=1, verify_data=False)
     with pytest.raises(RunConfigError, match="must be a table of a number"):
         load_run_config([toml("[data]", "[data]\nmixture = { web = true }")])

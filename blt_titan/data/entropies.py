@@ -14,14 +14,15 @@ either: nothing follows.
 
 A record batch of a sidecar carries the crc of the text's record batch, so that a swap of files shows at once, and its
 own raw bytes are checked before Arrow parses them, as those of shards are. A sidecar directory is complete when it has
-`sidecar.json`, which is written last. Until then each finished shard has an entry `NAME.done.json`, so that scoring
-goes on where it stopped.
+`sidecar.json`, which is written last, from the entries `NAME.done.json` of the shards. Those stay: scoring goes on with
+the shards that have none, or one that no longer fits, and ranks need no other word from each other.
 """
 
 import hashlib
 import io
 import json
 import os
+import uuid
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -43,6 +44,7 @@ DIRECTORY = "entropies"
 INDEX_COLUMNS = ("offset", "length", "values", "text_crc32", "crc32")
 Storage = Literal["float16", "uint8"]
 
+_SETTINGS_NAME = "settings.json"
 _DONE_SUFFIX = ".done.json"
 _TEMPORARY_SUFFIX = ".tmp"
 
@@ -96,6 +98,11 @@ class _Entry:
     text_index_sha256: str
 
 
+def fingerprint_of(settings: SidecarSettings) -> str:
+    """Identify what decides about entropies, the same for a sidecar and for the model that scores while training."""
+    return hashlib.sha256(json.dumps([settings.storage, settings.model, settings.weights_sha256]).encode()).hexdigest()
+
+
 def sidecar_directory(data: str | os.PathLike[str], name: str) -> Path:
     """Return where the sidecar `name` of a data set lies."""
     return Path(data) / DIRECTORY / name
@@ -111,15 +118,24 @@ class SidecarWriter:
         self._directory, self._shard = directory, shard
         self._storage: Storage = storage
         directory.mkdir(parents=True, exist_ok=True)
-        self._temporary = directory / f"{shard.file}{_TEMPORARY_SUFFIX}"
+        self._temporary = directory / f"{shard.file}.{uuid.uuid4().hex}{_TEMPORARY_SUFFIX}"
         self._file = open(self._temporary, "wb")  # noqa: SIM115
         self._schema = _schema(storage)
         self._arrow: Any = pa.ipc.new_file(self._file, self._schema)
         self._index = np.full((shard.record_batches, len(INDEX_COLUMNS)), -1, np.int64)
 
     def add(self, batch_in_shard: int, entropies_nats: np.ndarray, text_crc32: int) -> None:
-        """Append one record batch's entropies, fp32 [text bytes]."""
+        """Append one record batch's entropies, fp32 [text bytes].
+
+        Raises:
+            DataError: they are not finite.
+        """
         assert self._index[batch_in_shard, 0] < 0, "added twice"
+        if not np.isfinite(entropies_nats).all():
+            raise DataError(
+                f"{self._directory / self._shard.file}: record batch {batch_in_shard}: the entropy model gave values "
+                "that are not finite: its weights are damaged, or --dtype is too small for it"
+            )
         stored = to_storage(entropies_nats, self._storage)
         batch = pa.record_batch([pa.array(stored)], schema=self._schema)
         message = batch.serialize()
@@ -146,7 +162,13 @@ class SidecarWriter:
             text_index_sha256=self._shard.index_sha256,
         )
         write_atomically(self._directory / entry.index_file, content.getvalue())
-        os.replace(self._temporary, self._directory / entry.file)
+        try:
+            os.replace(self._temporary, self._directory / entry.file)
+        except FileNotFoundError:
+            # Another launch scored the same shard and completed the sidecar meanwhile.
+            if not is_done(self._directory, self._shard):
+                raise
+            return
         write_atomically(self._directory / f"{entry.file}{_DONE_SUFFIX}", json.dumps(asdict(entry)).encode())
 
     def abandon(self) -> None:
@@ -155,25 +177,35 @@ class SidecarWriter:
         self._temporary.unlink(missing_ok=True)
 
 
-def is_done(directory: Path, shard: ShardEntry) -> bool:
-    """Tell whether a shard's entropies are finished; False where they are of another text."""
-    path = directory / f"{shard.file}{_DONE_SUFFIX}"
+def is_done(directory: Path, shard: ShardEntry, *, verify: bool = False) -> bool:
+    """Tell whether a shard's entropies are finished and sound; False where they are of another text.
+
+    Args:
+        directory: of the sidecar.
+        shard: of the text.
+        verify: also check every record batch against its crc; reads the whole file.
+    """
     try:
-        entry = _Entry(**json.loads(path.read_bytes()))
-        return (
+        entry = _Entry(**json.loads((directory / f"{shard.file}{_DONE_SUFFIX}").read_bytes()))
+        index_bytes = (directory / entry.index_file).read_bytes()
+        sound = (
             entry.text_index_sha256 == shard.index_sha256
             and (directory / entry.file).stat().st_size == entry.file_bytes
-            and (directory / entry.index_file).is_file()
+            and hashlib.sha256(index_bytes).hexdigest() == entry.index_sha256
+        )
+        if not sound or not verify:
+            return sound
+        content = np.memmap(directory / entry.file, mode="r")
+        index = np.load(io.BytesIO(index_bytes), allow_pickle=False).tolist()
+        return all(
+            zlib.crc32(content[offset : offset + length].tobytes()) == crc for offset, length, _, _, crc in index
         )
     except (OSError, ValueError, TypeError):
         return False
 
 
-def begin_sidecar(data: str | os.PathLike[str], name: str, settings: SidecarSettings) -> bool:
-    """Make a sidecar's directory, or check that what is there was begun with the same settings.
-
-    Returns:
-        False if it is complete already.
+def begin_sidecar(data: str | os.PathLike[str], name: str, settings: SidecarSettings) -> None:
+    """Make a sidecar's directory, or check that what is there was made with the same settings.
 
     Raises:
         DataError: it was made with other settings.
@@ -181,16 +213,22 @@ def begin_sidecar(data: str | os.PathLike[str], name: str, settings: SidecarSett
     directory = sidecar_directory(data, name)
     directory.mkdir(parents=True, exist_ok=True)
     wanted = settings._asdict()
-    for known in (SIDECAR_NAME, "settings.json"):
-        if (directory / known).exists():
+    for known in (_SETTINGS_NAME, SIDECAR_NAME):
+        try:
             there = json.loads((directory / known).read_bytes())["settings"]
-            if differing := [key for key in wanted if there.get(key) != wanted[key]]:
-                raise DataError(
-                    f"{directory}: made with another {', '.join(differing)}; choose another --name, or remove it"
-                )
-            return known != SIDECAR_NAME
-    write_atomically(directory / "settings.json", json.dumps({"settings": wanted}).encode())
-    return True
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # it is not there, or damaged and will be written anew
+        if differing := [key for key in wanted if there.get(key) != wanted[key]]:
+            raise DataError(
+                f"{directory}: made with another {', '.join(differing)}; choose another --name, or remove it"
+            )
+        return
+    write_atomically(directory / _SETTINGS_NAME, json.dumps({"settings": wanted}).encode())
+
+
+def withdraw_sidecar(data: str | os.PathLike[str], name: str) -> None:
+    """Say that a sidecar is no longer complete: some of its shards must be scored again."""
+    (sidecar_directory(data, name) / SIDECAR_NAME).unlink(missing_ok=True)
 
 
 def complete_sidecar(data: str | os.PathLike[str], name: str, settings: SidecarSettings) -> bool:
@@ -198,14 +236,16 @@ def complete_sidecar(data: str | os.PathLike[str], name: str, settings: SidecarS
     directory = sidecar_directory(data, name)
     shards = [shard for split in SPLITS for shard in read_manifest(data).splits[split]]
     if not all(is_done(directory, shard) for shard in shards):
-        return (directory / SIDECAR_NAME).exists()
+        return False
     entries = [json.loads((directory / f"{shard.file}{_DONE_SUFFIX}").read_bytes()) for shard in shards]
     content = {"format": FORMAT, "version": VERSION, "settings": settings._asdict(), "shards": entries}
-    write_atomically(directory / SIDECAR_NAME, (json.dumps(content, indent=2) + "\n").encode())
-    # What is only for going on; and what killed ranks left.
-    for pattern in (f"*{_DONE_SUFFIX}", f"*{_TEMPORARY_SUFFIX}", "settings.json"):
-        for path in directory.glob(pattern):
-            path.unlink(missing_ok=True)
+    written = (json.dumps(content, indent=2) + "\n").encode()
+    path = directory / SIDECAR_NAME
+    if not path.exists() or path.read_bytes() != written:
+        write_atomically(path, written)
+    # What killed ranks left of shards.
+    for left in directory.glob(f"*.arrow.*{_TEMPORARY_SUFFIX}"):
+        left.unlink(missing_ok=True)
     return True
 
 
@@ -247,7 +287,6 @@ class EntropySidecar:
             self._entries = {entry.file: entry for entry in (_Entry(**entry) for entry in content["shards"])}
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}: malformed ({error!r}); score the data again") from error
-        self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
         self._max_open_shards = max_open_shards
         self._open: OrderedDict[str, _OpenSidecar] = OrderedDict()
         for shard in shards.entries:
@@ -272,7 +311,10 @@ class EntropySidecar:
             )
         message = opened.content.slice(offset, length)
         if zlib.crc32(message) != crc32:
-            raise DataError(f"{where}: does not match its crc32: the file is damaged; restore it, or score again")
+            raise DataError(
+                f"{where}: does not match its crc32: the file is damaged; restore it, or score the data again with "
+                "--verify"
+            )
         try:
             [column] = pa.ipc.read_record_batch(pa.ipc.read_message(message), self._schema).columns
             stored = column.to_numpy(zero_copy_only=False)
@@ -334,6 +376,8 @@ class EntropySidecars:
 
     def __init__(self, sidecars: Sequence[EntropySidecar]):
         self._of_directory = {sidecar.directory.parent.parent: sidecar for sidecar in sidecars}
+        self.fingerprint = fingerprint_of(sidecars[0].settings)
+        """Of the model, the storage and the precision; of the first, if there are several."""
 
     def __call__(self, batch: RecordBatch) -> np.ndarray:
         """Check and read the entropies of a record batch, as `EntropySidecar` does."""

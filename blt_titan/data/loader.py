@@ -15,8 +15,9 @@ import itertools
 import json
 import logging
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -68,6 +69,8 @@ class RowSource:
     shape: RowShape
     read_entropies: ReadEntropies | None = None
     """For the rules that go by entropies."""
+    patching: Mapping[str, Any] = field(default_factory=dict)
+    """What decides where patches begin, by name; to tell a run that goes on with other patches."""
 
     def read(self, record_batch: int) -> PatchedIds:
         """Read and patch one record batch."""
@@ -98,12 +101,14 @@ class RowDataset(IterableDataset):
         first_row: int,
         rows_per_block: int,
         quarantine: bool = False,
+        quarantine_log: Path | None = None,
     ):
         self.source = source
         self.order = order
         self.dp_rank = dp_rank
         self.dp_size = dp_size
         self.positions = positions
+        self.quarantine_log = quarantine_log
         self.first_row = first_row
         self.rows_per_block = rows_per_block
         self.quarantine = quarantine
@@ -153,6 +158,10 @@ class RowDataset(IterableDataset):
                     f"{self._quarantined_in_a_row} record batches in a row could not be used, the last: {error}"
                 ) from error
             logger.warning(f"in quarantine: {error}")
+            if self.quarantine_log is not None:
+                self.quarantine_log.parent.mkdir(parents=True, exist_ok=True)
+                with self.quarantine_log.open("a") as log:
+                    log.write(json.dumps({"dp_rank": self.dp_rank, "what": str(error)}) + "\n")
             return QUARANTINED
         self._quarantined_in_a_row = 0
         return patched
@@ -173,6 +182,7 @@ class RowLoader:
         pin_memory: page-locked batches for faster copies to a GPU.
         quarantine: pass over record batches that cannot be used, name them in the log and count them in the state;
             else the first one ends the iteration with its error.
+        quarantine_log: a file that gets a line for each of them, when it is read (workers read ahead).
         merge_positions: makes the table whole: entries that other ranks own are -1 on entry. None where one rank
             owns all streams.
 
@@ -193,6 +203,7 @@ class RowLoader:
         prefetch_factor: int | None = None,
         pin_memory: bool = False,
         quarantine: bool = False,
+        quarantine_log: Path | None = None,
         merge_positions: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
         assert order.streams % dp_size == 0
@@ -214,6 +225,8 @@ class RowLoader:
         self._prefetch_factor = prefetch_factor
         self._pin_memory = pin_memory
         self._quarantine = quarantine
+        # Of ranks that share rows, one writes.
+        self._quarantine_log = quarantine_log if part.index == 0 else None
         self._quarantined_told = 0
         self._merge_positions = merge_positions
         fields = len(POSITION_FIELDS) + (len(order.sizes) if isinstance(order, MixtureOrder) else 0)
@@ -241,6 +254,7 @@ class RowLoader:
             first_row=self._rows_served // self.dp_size,
             rows_per_block=self.rows_per_batch,
             quarantine=self._quarantine,
+            quarantine_log=self._quarantine_log,
         )
         blocks = iter(
             StatefulDataLoader(
@@ -295,7 +309,7 @@ class RowLoader:
             # An array, not a tensor: DCP refuses a tensor of another size before the identity below can say why.
             "positions": whole.numpy(),
             "rows_served": self._rows_served,
-            "identity": json.dumps(self._identity()),
+            "identity": json.dumps(self._identity() | {"patching": dict(self.source.patching)}),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -310,6 +324,12 @@ class RowLoader:
                 raise DataError(
                     f"the checkpoint's data order cannot be continued: it was written with {key} = {saved.get(key)!r}, "
                     f"this run has {value!r}"
+                )
+        for key, value in self.source.patching.items():
+            if (before := saved.get("patching", {}).get(key)) != value:
+                logger.warning(
+                    f"the checkpoint was written with {key} = {before!r}, this run has {value!r}: from here on patches "
+                    "are cut otherwise (no text is lost or repeated)"
                 )
         rows_served = int(state_dict["rows_served"])
         if rows_served % self.dp_size:

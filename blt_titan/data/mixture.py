@@ -155,8 +155,8 @@ def mixture_order(sets: ShardSets, weights: Sequence[float], *, streams: int, se
         DataError: a weight is not positive, or too small against the others.
     """
     assert len(weights) == len(sets.sets)
-    if min(weights) <= 0:
-        raise DataError(f"data.mixture: weights must be positive, got {min(weights)}")
+    if not (np.isfinite(weights).all() and min(weights) > 0):
+        raise DataError(f"data.mixture: weights must be positive numbers, got {', '.join(map(str, weights))}")
     picks = np.array([weight * len(s) / s.text_bytes for weight, s in zip(weights, sets.sets, strict=True)])
     shares = picks / picks.sum()
     if shares.min() < SMALLEST_SHARE:

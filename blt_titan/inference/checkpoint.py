@@ -2,12 +2,14 @@
 
 import json
 import os
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -41,7 +43,7 @@ def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
     """Fill every parameter of `model` from a DCP checkpoint; needs no process group.
 
     Raises:
-        Exception: torch's own, if a parameter is missing or of another shape.
+        CheckpointError: it is damaged, or a parameter is missing or of another shape.
     """
     state = model.state_dict()
     _fill(state, checkpoint)
@@ -71,9 +73,11 @@ def describe_model(checkpoint: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it does not say, as a checkpoint of weights alone does not.
     """
-    if not isinstance(
-        FileSystemReader(checkpoint).read_metadata().state_dict_metadata.get(MODEL_KEY), BytesStorageMetadata
-    ):
+    try:
+        metadata = FileSystemReader(checkpoint).read_metadata()
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{checkpoint}/.metadata: cannot be read ({error}); take another checkpoint") from error
+    if not isinstance(metadata.state_dict_metadata.get(MODEL_KEY), BytesStorageMetadata):
         raise CheckpointError(
             f"{checkpoint}: does not say what model it holds; checkpoints with optimizer and data state do "
             "(checkpoint.last_save_model_only = false)"
@@ -102,4 +106,9 @@ def _fill(state: dict[str, Any], checkpoint: str | os.PathLike[str]) -> None:
     with warnings.catch_warnings():
         # That no process group is needed is meant.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load(state, checkpoint_id=str(checkpoint), no_dist=True)
+        try:
+            load(state, checkpoint_id=str(checkpoint), no_dist=True)
+        # torch's own derives from BaseException.
+        except (CheckpointException, OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+            reason = " ".join(str(error).split())[-300:]
+            raise CheckpointError(f"{checkpoint}: cannot be read, or is of another model: ... {reason}") from error

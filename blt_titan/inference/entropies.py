@@ -9,7 +9,7 @@ entropies are those of the whole document, and a short one costs its own length:
     lane 1   <s> o n e   l o n  g | d o c u m e  n   t | ...
 
 Lanes take pieces (some whole documents of one request) from one queue as they run dry. Shapes are fixed until the queue
-is empty; then lanes that are done are left out, by halves.
+is empty; then lanes that are done are left out, down to powers of two, so that there are few shapes to compile for.
 
 Letters: B lanes, C ids of a chunk, W window, H heads, K head size.
 """
@@ -77,7 +77,8 @@ class _CarriedAttention:
         if self.kv_BWHX is None:
             self.kv_BWHX = kv_BCHX.new_zeros(kv_BCHX.shape[0], self.before, *kv_BCHX.shape[2:])
         kv_BTHX = torch.cat([self.kv_BWHX, kv_BCHX], dim=1)
-        self.kv_BWHX = kv_BTHX[:, kv_BTHX.shape[1] - self.before :]
+        # A copy: a view would keep the whole chunk.
+        self.kv_BWHX = kv_BTHX[:, kv_BTHX.shape[1] - self.before :].clone()
         k, v = kv_BTHX.chunk(2, dim=-1)
         return attend(q_BCHK, k, v, mask)
 
@@ -139,10 +140,14 @@ class EntropyScorer:
                     lane.waiting += len(piece[1])
             busy = [number for number, lane in enumerate(lanes) if lane.waiting]
             if not busy:
-                break
-            if 2 * len(busy) <= len(lanes):
-                lanes = [lanes[number] for number in busy]
-                kept = torch.tensor(busy)
+                for carried in self._attention:
+                    carried.kv_BWHX = None
+                return
+            enough = 1 << (len(busy) - 1).bit_length()
+            if enough < len(lanes):
+                idle = [number for number, lane in enumerate(lanes) if not lane.waiting]
+                kept = torch.tensor(sorted(busy + idle[: enough - len(busy)]))
+                lanes = [lanes[number] for number in kept.tolist()]
                 context_BW, last_context_B = context_BW[kept], last_context_B[kept]
                 for carried in self._attention:
                     carried.keep(kept.to(self.device))
@@ -194,10 +199,12 @@ class EntropyScorer:
         pos_BC = torch.arange(position, position + self.chunk, device=self.device).expand_as(ids_BC)
         rotation = rotary_angles(pos_BC, head_dim=args.dim // args.n_heads, theta=args.rope_theta)
         mask = window_mask(context_BC, window=args.window, backend=args.attention_backend, before_doc_BW=context_BW)
-        h = model.tok_embeddings(ids_BC)
-        for block in model.layers.values():
-            h = block(h, rotation, mask)
-        return entropy_nats(model.output(model.norm(h))).cpu().numpy()
+        # A run may score inside an autocast of its own, and must not get other entropies there.
+        with torch.autocast(self.device.type, enabled=False):
+            h = model.tok_embeddings(ids_BC)
+            for block in model.layers.values():
+                h = block(h, rotation, mask)
+            return entropy_nats(model.output(model.norm(h))).cpu().numpy()
 
 
 Share = Callable[[Callable[[], np.ndarray], RecordBatch], np.ndarray]
@@ -211,11 +218,13 @@ class OnlineEntropies:
 
     Args:
         scorer: of the frozen entropy model.
+        fingerprint: of the model, as `EntropySidecars` has it.
         share: where several ranks read the same rows, which must not differ by a rounding; None where one does.
     """
 
-    def __init__(self, scorer: EntropyScorer, share: Share | None = None):
+    def __init__(self, scorer: EntropyScorer, share: Share | None = None, fingerprint: str = ""):
         self.scorer = scorer
+        self.fingerprint = fingerprint
         self.share = share
         self.seconds = 0.0
         """Spent so far, waiting for the rank that scores included."""

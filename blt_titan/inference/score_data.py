@@ -1,21 +1,19 @@
 """Score a data set: from shards and an entropy model to sidecars, a shard at a time, on any number of ranks.
 
-Ranks share nothing but the directory. Rank r of R takes every R-th shard that is not done; whoever finishes the last
-one completes the sidecar. A rank that is killed leaves temporary files, and its shard is scored again.
+Ranks share nothing but the directory. Rank r of R takes every R-th shard, if it is not done; whoever finishes the last
+one completes the sidecar. A rank that is killed leaves a temporary file, and its shard is scored again.
 """
 
 import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import accumulate
 
 import numpy as np
 from tqdm import tqdm
 
 from blt_titan.byte_vocab import BYTE_OFFSET
 from blt_titan.data.entropies import (
-    SIDECAR_NAME,
     SidecarSettings,
     SidecarWriter,
     Storage,
@@ -23,8 +21,9 @@ from blt_titan.data.entropies import (
     complete_sidecar,
     is_done,
     sidecar_directory,
+    withdraw_sidecar,
 )
-from blt_titan.data.manifest import SPLITS, ShardEntry, read_manifest
+from blt_titan.data.manifest import SPLITS, read_manifest
 from blt_titan.data.packing import frame_documents
 from blt_titan.data.shards import RecordBatch, ShardSet
 from blt_titan.inference.entropies import EntropyScorer
@@ -61,6 +60,7 @@ def score_data(
     *,
     rank: int = 0,
     ranks: int = 1,
+    verify: bool = False,
     observe: Callable[[np.ndarray, np.ndarray], None] | None = None,
     progress: bool = False,
 ) -> ScoreSummary:
@@ -73,47 +73,41 @@ def score_data(
         settings: from `sidecar_settings`.
         rank: this rank, from 0.
         ranks: ranks that share the work.
+        verify: check every record batch of finished shards, and score damaged ones again.
         observe: is called with the ids of each record batch and their entropies as the model gives them, fp32.
         progress: show a progress bar.
 
     Raises:
         DataError: text is damaged, or a sidecar of this name was made with other settings.
     """
-    if not begin_sidecar(data, name, settings):
-        return ScoreSummary(0, 0, 0, complete=True)
-    directory = sidecar_directory(data, name)
-    splits = read_manifest(data).splits
-    numbered = [(split, number) for split in SPLITS for number in range(len(splits[split]))]
-    own = [(s, n) for s, n in numbered[rank::ranks] if not is_done(directory, splits[s][n])]
-    if (directory / SIDECAR_NAME).exists():  # another rank has just completed it
-        return ScoreSummary(0, 0, 0, complete=True)
-    n_shards = n_bytes = 0
-    before = scorer.slots_run
-    total = sum(splits[s][n].text_bytes for s, n in own)
+    begin_sidecar(data, name, settings)
+    directory, manifest = sidecar_directory(data, name), read_manifest(data)
+    own = [(split, shard) for split in SPLITS for shard in manifest.splits[split]][rank::ranks]
+    own = [(split, shard) for split, shard in own if not is_done(directory, shard, verify=verify)]
+    if own:
+        withdraw_sidecar(data, name)
+    n_bytes, before = 0, scorer.slots_run
+    total = sum(shard.text_bytes for _, shard in own)
     with tqdm(total=total, unit="B", unit_scale=True, desc="scoring", disable=not progress) as bar:
-        for split, number in own:
-            shard = splits[split][number]
+        for split, shard in own:
             writer = SidecarWriter(directory, shard, settings.storage)
             try:
-                for (batch, ids), entropies in scorer.score_all(_requests(data, split, number, splits[split])):
+                requests = _requests(ShardSet(data, split, only=shard.file, manifest=manifest))
+                for (batch, ids), entropies in scorer.score_all(requests):
                     writer.add(batch.batch_in_shard, entropies[ids >= BYTE_OFFSET], batch.crc32)
                     bar.update(len(batch.text))
                     if observe is not None:
                         observe(ids, entropies)
+                writer.finish()
             except BaseException:
                 writer.abandon()
                 raise
-            writer.finish()
-            n_shards, n_bytes = n_shards + 1, n_bytes + shard.text_bytes
-    return ScoreSummary(n_shards, n_bytes, scorer.slots_run - before, complete=complete_sidecar(data, name, settings))
+            n_bytes += shard.text_bytes
+    complete = complete_sidecar(data, name, settings)
+    return ScoreSummary(len(own), n_bytes, scorer.slots_run - before, complete)
 
 
-def _requests(
-    data: str | os.PathLike[str], split: str, number: int, shards: tuple[ShardEntry, ...]
-) -> Iterator[tuple[tuple[RecordBatch, np.ndarray], np.ndarray]]:
-    shard_set = ShardSet(data, split)
-    first = [0, *accumulate(shard.record_batches for shard in shards)]
-    for i in range(first[number], first[number + 1]):
-        batch = shard_set.read(i)
+def _requests(shards: ShardSet) -> Iterator[tuple[tuple[RecordBatch, np.ndarray], np.ndarray]]:
+    for batch in shards:
         ids, _ = frame_documents(batch.text, batch.offsets)
         yield (batch, ids), ids

@@ -1,5 +1,6 @@
 """A run that stops anywhere and goes on with other ranks and workers makes the rows of one that never stopped."""
 
+import dataclasses
 import hashlib
 import itertools
 import shutil
@@ -95,6 +96,21 @@ def test_another_global_batch_keeps_the_order(data):
         loader.rows_per_batch = 24
     rows += hashes(interleaved([rows_of(take(loader, 2)) for loader in loaders]))
     assert rows == unbroken_run(data, len(rows))
+
+
+def test_a_run_that_goes_on_with_other_patches_is_told(data, caplog):
+    def patched(**patching) -> RowLoader:
+        loader = loader_of(data, streams=STREAMS, rows_per_batch=1)
+        loader.source = dataclasses.replace(loader.source, patching=patching)
+        return loader
+
+    state = patched(threshold=1.5, entropies="abc").state_dict()
+    patched(threshold=1.5, entropies="abc").load_state_dict(state)
+    assert not caplog.records
+    patched(threshold=2.5, entropies="abd").load_state_dict(state)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert "written with threshold = 1.5, this run has 2.5: from here on patches are cut otherwise" in messages[0]
 
 
 def start(folder: Path, data: Path, world_size: int, workers: int, steps: int) -> list[subprocess.Popen]:

@@ -130,13 +130,13 @@ def test_an_incomplete_sidecar_is_not_read_and_says_how_to_go_on(data):
 
 
 def test_settings_are_kept_from_the_beginning(data):
-    assert begin_sidecar(data, "default", SETTINGS)
-    assert begin_sidecar(data, "default", SETTINGS)
+    begin_sidecar(data, "default", SETTINGS)
+    begin_sidecar(data, "default", SETTINGS)
     other = SETTINGS._replace(weights_sha256="other", compute_dtype="bfloat16")
     with pytest.raises(DataError, match="made with another weights_sha256, compute_dtype"):
         begin_sidecar(data, "default", other)
     score(data)
-    assert not begin_sidecar(data, "default", SETTINGS)
+    begin_sidecar(data, "default", SETTINGS)
     with pytest.raises(DataError, match="made with another"):
         begin_sidecar(data, "default", other)
 
@@ -152,6 +152,35 @@ def test_a_flipped_byte_is_found(data):
     sidecar(batches[0])
     with pytest.raises(DataError, match=r"default/train-00000\.arrow: record batch 1: does not match its crc32"):
         sidecar(batches[1])
+
+
+def test_values_that_are_not_finite_are_refused(data):
+    [shard, *_] = read_manifest(data).splits["train"]
+    writer = SidecarWriter(sidecar_directory(data, "default"), shard, "float16")
+    with pytest.raises(DataError, match=r"train-00000\.arrow: record batch 0: the entropy model gave values that"):
+        writer.add(0, np.array([1.0, np.nan]), 0)
+    writer.abandon()
+    assert not list(sidecar_directory(data, "default").iterdir())
+
+
+def test_two_launches_over_one_shard_leave_one_sound_shard(data):
+    """The first to finish completes the sidecar, the second comes too late."""
+    score(data)
+    expected = {path.name: path.read_bytes() for path in sidecar_directory(data, "default").iterdir()}
+    [entry, *_] = read_manifest(data).splits["train"]
+    writers = [SidecarWriter(sidecar_directory(data, "default"), entry, "float16") for _ in range(2)]
+    for batch in ShardSet(data, "train", only=entry.file):
+        h = entropies_of(entry.file, batch.batch_in_shard, len(batch.text))
+        for writer in writers:
+            writer.add(batch.batch_in_shard, h, batch.crc32)
+    for writer in writers:
+        writer.finish()
+        assert complete_sidecar(data, "default", SETTINGS)
+    assert {path.name for path in sidecar_directory(data, "default").iterdir()} == set(expected)
+    sidecar = sidecar_of(data)
+    for batch in ShardSet(data, "train"):
+        h = entropies_of(batch.shard_path.name, batch.batch_in_shard, len(batch.text))
+        np.testing.assert_array_equal(sidecar(batch), h.astype(np.float16))
 
 
 def test_swapped_files_are_found(data):

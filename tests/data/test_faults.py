@@ -1,6 +1,7 @@
 """Injuries to files: none gets into a batch, each is named, and a run stops or passes over it as it was told."""
 
 import itertools
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -130,6 +131,7 @@ def test_ten_thousand_injuries_are_found_before_their_bytes_are_used(sound, stal
     rng = np.random.default_rng(0)
     harmless = 0
     messages: list[str] = []
+    misleading: list[str] = []
     by_kind: dict[str, int] = {}
     for number in range(INJURIES):
         path, injure = named[number % len(named)], injuries[int(rng.integers(len(injuries)))]
@@ -139,6 +141,9 @@ def test_ten_thousand_injuries_are_found_before_their_bytes_are_used(sound, stal
             after = contents(directory)
         except DataError as error:
             messages.append(str(error))
+            beside = {path.name, path.name.replace(".index.npy", ".arrow"), "manifest.json", "sidecar.json"}
+            if not any(name in str(error) for name in beside) and path.name != "manifest.json":
+                misleading.append(f"{injure.__name__} of {path}: {error}")
             by_kind[injure.__name__] = by_kind.get(injure.__name__, 0) + 1
         else:
             # Footers, padding between messages, spaces in JSON; or the same bytes again.
@@ -148,6 +153,8 @@ def test_ten_thousand_injuries_are_found_before_their_bytes_are_used(sound, stal
     assert contents(directory) == expected
     print(f"{len(messages)} found {by_kind}, {harmless} changed nothing that is read")
     assert all(str(directory) in message for message in messages)
+    # Each names the file that was injured, or one that says what it should be.
+    assert not misleading, misleading[:5]
     assert len(messages) > 0.8 * INJURIES
     assert by_kind.keys() == {injure.__name__ for injure in injuries}
 
@@ -184,6 +191,23 @@ def test_stop_is_the_default_and_names_file_and_record_batch(injured, num_worker
     loader = loader_of(directory, quarantine=False, num_workers=num_workers)
     with pytest.raises(DataError, match=r"train-\d+\.arrow: record batch \d+: .*crc32"):
         take(loader, 10_000)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_what_is_in_quarantine_is_written_down(injured, num_workers, tmp_path):
+    directory, damaged = injured
+    log = tmp_path / "run" / "quarantined.jsonl"
+    loader = loader_of(directory, quarantine=True, num_workers=num_workers, quarantine_log=log)
+    batches = iter(loader)
+    while loader.state_dict()["positions"][:, 0].min() < len(ShardSet(directory, "train")) // STREAMS + 1:
+        next(batches)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert len(lines) >= loader.take_quarantined() >= len(damaged)
+    shards = ShardSet(directory, "train")
+    for i, folder in zip(damaged, (directory, directory / "entropies" / "default"), strict=True):
+        info = shards.record_batch_info(i)
+        where = f"{folder / info.shard_path.name}: record batch {info.batch_in_shard}"
+        assert any(where in line["what"] for line in lines)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

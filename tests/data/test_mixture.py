@@ -111,7 +111,11 @@ def test_other_weights_cannot_continue_a_run(sets):
 
 @pytest.mark.parametrize(
     ("weights", "message"),
-    [([1.0, 0.0, 1.0], "weights must be positive, got 0"), ([1.0, 1.0, 1e-6], "the least is 0.0002")],
+    [
+        ([1.0, 0.0, 1.0], "weights must be positive numbers, got 1.0, 0.0"),
+        ([1.0, float("nan"), 1.0], "got 1.0, nan, 1.0"),
+        ([1.0, 1.0, 1e-6], "the least is 0.0002"),
+    ],
 )
 def test_weights_that_cannot_be_had_are_refused(sets, weights, message):
     with pytest.raises(DataError, match=message):

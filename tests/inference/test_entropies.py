@@ -70,6 +70,32 @@ def test_little_is_padded():
     assert scorer.slots_run <= 1.05 * n_ids
 
 
+def test_few_shapes_are_run_as_lanes_run_dry():
+    scorer = EntropyScorer(model_of(), lanes=11, chunk=16)
+    shapes, forward = set(), scorer._forward
+
+    def watched(ids_BC, *others):
+        shapes.add(tuple(ids_BC.shape))
+        return forward(ids_BC, *others)
+
+    scorer._forward = watched
+    each = documents([40 * i for i in range(1, 30)])
+    expected = [scored_alone(model_of(), ids) for ids in each]
+    for number, entropies in scorer.score_all(enumerate(each)):
+        np.testing.assert_allclose(entropies, expected[number], atol=ENTROPY_ATOL, rtol=0)
+    assert (11, 16) in shapes
+    assert shapes <= {(lanes, 16) for lanes in (11, 8, 4, 2, 1)}
+    assert all(carried.kv_BWHX is None for carried in scorer._attention), "nothing is held between calls"
+
+
+def test_an_autocast_around_it_changes_nothing():
+    scorer = EntropyScorer(model_of(), lanes=1, chunk=64)
+    [ids] = documents([200])
+    expected = scorer.score(ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        np.testing.assert_array_equal(scorer.score(ids), expected)
+
+
 def test_requests_are_read_as_lanes_run_dry():
     read = 0
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from blt_titan.byte_vocab import BYTE_OFFSET, document_ids
 from blt_titan.data.entropies import EntropySidecar, from_storage, sidecar_directory, to_storage
+from blt_titan.data.errors import DataError
 from blt_titan.data.manifest import SPLITS, read_manifest
 from blt_titan.data.prepare import prepare
 from blt_titan.data.shards import ShardSet
@@ -129,6 +131,84 @@ def test_an_interrupted_run_goes_on_with_the_shards_that_are_missing(data, monke
     assert summary.shards == total - len(finished)
     again = run(data)
     assert (again.complete, again.shards) == (True, 0)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "missing": lambda d: (d / "train-00000.arrow").unlink(),
+    "cut short": lambda d: (d / "train-00001.arrow").write_bytes(b"short"),
+    "index": lambda d: flip_a_bit(d / "train-00000.index.npy"),
+    "sidecar.json": lambda d: (d / "sidecar.json").write_text("{"),
+    "settings.json": lambda d: (d / "settings.json").write_text("{"),
+    "entry": lambda d: (d / "train-00001.arrow.done.json").write_text("{"),
+    "one bit": lambda d: flip_a_bit(d / "train-00001.arrow"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_is_damaged_is_scored_again_and_nothing_else(data, damage):
+    run(data)
+    expected = files(data)
+    DAMAGE[damage](sidecar_directory(data, "default"))
+    assert files(data) != expected
+    # A flipped bit shows only to who reads all.
+    summary = run(data, verify=damage == "one bit")
+    assert summary.complete
+    assert summary.shards == (damage not in ("sidecar.json", "settings.json"))
+    if damage == "settings.json":
+        assert json.loads(expected["sidecar.json"])["settings"] == json.loads(files(data)["sidecar.json"])["settings"]
+    else:
+        assert files(data) == expected
+
+
+def test_text_that_was_prepared_again_is_scored_again(data, tmp_path):
+    run(data)
+    prepare(
+        [tmp_path / "source"],
+        data,
+        validation_fraction=0.1,
+        seed=1,
+        record_batch_bytes=2000,
+        shard_bytes=8000,
+        overwrite=True,
+        progress=False,
+    )
+    with pytest.raises(DataError, match="has other text; the data was prepared again since: score it again"):
+        EntropySidecar(data, "default", ShardSet(data, "train"))
+    summary = run(data)
+    assert summary.complete
+    assert summary.shards == sum(len(shards) for shards in read_manifest(data).splits.values())
+    EntropySidecar(data, "default", ShardSet(data, "train"))
+
+
+def score_as(rank: int, ranks: int, data: Path, begin: Any) -> None:
+    torch.set_num_threads(1)
+    begin.wait()
+    run(data, rank=rank, ranks=ranks)
+
+
+@pytest.mark.slow
+def test_ranks_that_finish_together_make_one_sidecar(data):
+    """Each shard twice: as of two launches of three ranks over one directory."""
+    run(data)
+    expected = files(data)
+    context = torch.multiprocessing.get_context("spawn")
+    for path in sidecar_directory(data, "default").iterdir():
+        path.unlink()
+    begin = context.Barrier(6)
+    ranks = [context.Process(target=score_as, args=(rank % 3, 3, data, begin)) for rank in range(6)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+        assert process.exitcode == 0
+    assert run(data).complete
+    assert files(data) == expected
 
 
 def test_online_gives_what_the_sidecar_holds(data):
