@@ -135,7 +135,7 @@ class LocalDestination(Destination):
 
     @override
     def write(self, name: str, content: bytes) -> None:
-        write_atomically(self.directory / name, content)
+        write_atomically(self.directory / name, content, temporary=self.directory / f"{name}.partial")
 
     @override
     def take(self, path: Path, name: str) -> None:

@@ -244,7 +244,7 @@ def complete_sidecar(data: str | os.PathLike[str], name: str, settings: SidecarS
     if not path.exists() or path.read_bytes() != written:
         write_atomically(path, written)
     # What killed ranks left of shards.
-    for left in directory.glob(f"*.arrow.*{_TEMPORARY_SUFFIX}"):
+    for left in directory.glob(f"*.arrow.{'?' * 32}{_TEMPORARY_SUFFIX}"):
         left.unlink(missing_ok=True)
     return True
 
