@@ -244,9 +244,22 @@ def test_a_working_directory_on_another_disk(source, tmp_path, monkeypatch):
     assert files(tmp_path / "out") == files(tmp_path / "clean")
 
 
+SLOW = """
+import time, blt_titan.data.prepare_work as work
+read_extent = work.read_extent
+
+def slow(*args, **options):
+    time.sleep(0.05)
+    yield from read_extent(*args, **options)
+
+work.read_extent = slow
+"""
+
+
 @pytest.mark.slow
 def test_ctrl_c_stops_workers_too(tmp_path):
-    (tmp_path / "killed.py").write_text(KILLED)
+    """Of work that would take 45 s; workers import the program, and are slow as well."""
+    (tmp_path / "killed.py").write_text(SLOW + KILLED)
     command = [sys.executable, str(tmp_path / "killed.py"), "--source", "python-stdlib", "--out", str(tmp_path / "out")]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen(
