@@ -271,7 +271,13 @@ def test_ctrl_c_stops_workers_too(tmp_path):
     command = [sys.executable, str(tmp_path / "killed.py"), "--source", "python-stdlib", "--out", str(tmp_path / "out")]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen(
-        [*command, "--workers", "2"], env=environment, stderr=subprocess.PIPE, start_new_session=True, text=True
+        [*command, "--workers", "2"],
+        env=environment,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+        # A shell's background jobs ignore it, and what they start does too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not list(tmp_path.glob("out/.prepare/units/*.done.json")):
         time.sleep(0.005)
