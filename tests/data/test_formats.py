@@ -10,15 +10,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from blt_titan.data.formats import Document, Problem, read_extent
+from blt_titan.data.formats import Binary, Document, Problem, read_extent
 from blt_titan.data.sources import list_extents, resolve_sources
 
 TEXTS = ["plain", "", "é 😀 \u2028 inside", "NUL \0 inside", "CRLF\r\n", "x" * 3000, '"quoted" \\ {"text": "no"}']
 
 
-def items_of(path: Path, text_column: str = "text", max_record_bytes: int = 1 << 20) -> list[Document | Problem]:
+def items_of(
+    path: Path, text_column: str = "text", max_record_bytes: int = 1 << 20
+) -> list[Document | Problem | Binary]:
     extents = list_extents(resolve_sources([path]))
-    return [i for e in extents for i in read_extent(e, text_column=text_column, max_record_bytes=max_record_bytes)]  # type: ignore[misc]
+    return [i for e in extents for i in read_extent(e, text_column=text_column, max_record_bytes=max_record_bytes)]
 
 
 def texts_of(path: Path, **options) -> list[bytes]:
