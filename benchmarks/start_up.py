@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from tqdm import tqdm
 
 from benchmarks.loader_throughput import machine
@@ -49,7 +50,7 @@ def write_data(directory: Path, shard_bytes: int) -> None:
     with tqdm(total=shard_bytes, unit="B", unit_scale=True, desc="writing a shard") as bar:
         while written < shard_bytes:
             begin, size = int(rng.integers(len(text) // 2)), int(rng.exponential(5000)) + 1
-            writer.add(str(written), text[begin : begin + size])
+            writer.add(pa.array([str(written)]), pa.array([text[begin : begin + size]]))
             written += size
             bar.update(size)
     entries = writer.finish()

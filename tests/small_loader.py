@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from blt_titan.data.collate import Batch
@@ -28,8 +29,7 @@ def write(directory: Path, documents: list[bytes]) -> None:
     splits = {}
     for split in ("train", "validation"):
         writer = ShardWriter(directory, split, record_batch_bytes=200, shard_bytes=4000)
-        for number, document in enumerate(documents):
-            writer.add(str(number), document)
+        writer.add(pa.array(list(map(str, range(len(documents))))), pa.array(documents, pa.binary()))
         splits[split] = writer.finish()
         install(directory, splits[split])
     counts = Counts(len(documents), sum(map(len, documents)), 0, 0, 0)

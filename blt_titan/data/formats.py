@@ -158,33 +158,39 @@ def _read_lines(
             if unreported > _REPORT_BYTES:
                 report(unreported)
                 unreported = 0
-        where = f"{path}, line {number}"
         if n_bytes > most_bytes:
-            yield Problem(f"{where}: longer than {most_bytes} bytes; {_TOO_LONG}")
+            yield Problem(f"{path}, line {number}: longer than {most_bytes} bytes; {_TOO_LONG}")
             continue
         if number == 1:
             line = line.removeprefix(_UTF8_BOM)
-        if line.isspace() or not line:
-            continue
-        try:
-            texts = _texts_of_line(line, text_column)
-        except _BadRecord as error:
-            yield Problem(f"{where}: {error}")
-            continue
-        for i, text in enumerate(texts):
-            yield Document(f"{extent.doc_id}#L{number}" + (f".{i + 1}" if i else ""), text)
+        text = _text_of_plain_line(line, text_column)
+        if text is not None:
+            yield Document(f"{extent.doc_id}#L{number}", text)
+        elif line and not line.isspace():
+            try:
+                texts = _texts_of_line(line, text_column)
+            except _BadRecord as error:
+                yield Problem(f"{path}, line {number}: {error}")
+                continue
+            for i, text in enumerate(texts):
+                yield Document(f"{extent.doc_id}#L{number}" + (f".{i + 1}" if i else ""), text)
     report(unreported)
 
 
-def _texts_of_line(line: bytes, text_column: str) -> list[bytes]:
+def _text_of_plain_line(line: bytes, text_column: str) -> bytes | None:
+    """Return the text of what a line nearly always is: one record, valid UTF-8; everything else takes the long way."""
     try:
-        # What a line nearly always is; everything else takes the long way.
         decoded = line.decode()
         record, end = _DECODER.raw_decode(decoded)
-        if decoded[end:] in ("\n", "", "\r\n") and type(record[text_column]) is str:
-            return [record[text_column].encode()]
+        text = record[text_column]
+        if type(text) is str and decoded[end:] in ("\n", "", "\r\n"):
+            return text.encode()
     except (ValueError, LookupError, TypeError, RecursionError):
         pass
+    return None
+
+
+def _texts_of_line(line: bytes, text_column: str) -> list[bytes]:
     try:
         decoded, errors = line.decode(), "strict"
     except UnicodeDecodeError as error:

@@ -57,7 +57,7 @@ MEMORY_BYTES = 1024**3
 """Of a worker."""
 MAX_RECORD_BYTES = 64 * 1024**2
 WORK_DIRECTORY = ".prepare"
-_FORMAT = 1
+_FORMAT = 2
 """Of what lies in a working directory; another format is not gone on with."""
 _LEAST_HELD_BYTES = 64 * 1024**2
 MOST_SKIPPED_NAMED = 100

@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import shutil
-import struct
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,9 +29,9 @@ _PROCESS_BYTES = 128 * 1024**2
 """Of a worker that holds no text: the interpreter and its libraries."""
 _RECORD_COPIES = 10
 """What a line of JSON takes at most, of its own size: as characters of four bytes, twice, and as bytes, twice."""
+_AT_ONCE_BYTES, _READ_BYTES = 64 * 1024**2, 64 * 1024
+"""What a piece holds: no more than reads of a decent size need, as fresh memory costs more than reading does."""
 _MESSAGES_OF_UNIT = 20
-_REPORT_BYTES = 1 << 16
-_TWO_HASHES = struct.Struct("<QQ")
 
 
 @dataclass(frozen=True)
@@ -134,9 +133,10 @@ def runs_of(folder: str | Path, units: int) -> Runs:
     return Runs(paths, joined)
 
 
-def keyed_hashes(seed: int, doc_id: bytes) -> tuple[int, int]:
-    """Give twice 64 bits that depend on the seed and the document's id alone: for the order, and for the split."""
-    return _TWO_HASHES.unpack(hashlib.blake2b(doc_id, digest_size=16, key=seed.to_bytes(8, "little")).digest())
+def keyed_hashes(seed: int) -> Callable[[bytes], bytes]:
+    """Return what gives an id twice 64 bits that depend on it and the seed alone: for the order, and for the split."""
+    key = seed.to_bytes(8, "little")
+    return lambda doc_id: hashlib.blake2b(doc_id, digest_size=16, key=key).digest()
 
 
 def read_unit(unit: ReadUnit, report: Callable[[int], None]) -> Done:
@@ -148,8 +148,12 @@ def read_unit(unit: ReadUnit, report: Callable[[int], None]) -> Done:
     path = unit_path(unit.folder, unit.number)
     path.parent.mkdir(parents=True, exist_ok=True)
     done = Done()
-    held_out_below = int(unit.validation_fraction * 2**64)
-    run = RunWriter(path, memory_bytes=unit.worker_bytes - least_worker_bytes(unit.max_record_bytes))
+    hashes = keyed_hashes(unit.seed)
+    run = RunWriter(
+        path,
+        memory_bytes=unit.worker_bytes - least_worker_bytes(unit.max_record_bytes),
+        held_out_below=int(unit.validation_fraction * 2**64),
+    )
     try:
         for extent in unit.extents:
             counted = done.by_source.setdefault(extent.source, [0, 0, 0, 0, 0])
@@ -163,8 +167,7 @@ def read_unit(unit: ReadUnit, report: Callable[[int], None]) -> Done:
                         counted[2] += 1
                         continue
                     doc_id = item.doc_id.encode()
-                    key, rank = keyed_hashes(unit.seed, doc_id)
-                    run.add(rank < held_out_below, key, doc_id, text)
+                    run.add(hashes(doc_id), doc_id, text)
                     if not done.documents or len(text) < done.smallest:
                         done.smallest, done.smallest_id = len(text), item.doc_id
                     done.documents += 1
@@ -198,21 +201,16 @@ def write_piece(task: WritePiece, report: Callable[[int], None]) -> None:
     writer = ShardWriter(
         folder, task.piece.split, record_batch_bytes=task.record_batch_bytes, shard_bytes=task.shard_bytes
     )
-    piece, memory_bytes = task.piece, (task.worker_bytes - _PROCESS_BYTES) // 2
+    piece = task.piece
+    memory_bytes = min((task.worker_bytes - _PROCESS_BYTES) // 2, max(_AT_ONCE_BYTES, _READ_BYTES * task.units))
     documents, text_bytes = runs.sizes(piece.first, piece.end)
-    sizes = (text_bytes + OVERHEAD_BYTES * documents).tolist()
+    sizes = text_bytes + OVERHEAD_BYTES * documents
     try:
         for begin, end in stretches(sizes, memory_bytes):
-            at_once = sum(sizes[begin:end]) <= memory_bytes
             buckets = (piece.first + begin, piece.first + end)
-            unreported = 0
-            for doc_id, text in runs.read(*buckets, piece.choice, at_once=at_once):
-                writer.add(doc_id, text)
-                unreported += len(text) + len(doc_id)
-                if unreported >= _REPORT_BYTES:
-                    report(unreported)
-                    unreported = 0
-            report(unreported)
+            for documents in runs.read(*buckets, piece.choice, memory_bytes=memory_bytes):
+                writer.add(documents.ids, documents.texts)
+                report(sum(column.nbytes - 4 * len(column) for column in documents))
         entries = writer.finish()
     except BaseException:
         writer.abandon()

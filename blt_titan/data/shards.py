@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from tqdm import tqdm
 
 from blt_titan.data.errors import DataError
@@ -57,33 +58,31 @@ class ShardWriter:
         self._split = split
         self._record_batch_bytes = record_batch_bytes
         self._shard_bytes = shard_bytes
-        self._doc_ids: list[str] = []
-        self._texts: list[bytes] = []
+        self._pending: list[pa.RecordBatch] = []
         self._pending_bytes = 0
         self._entries: list[ShardEntry] = []
         self._index: list[tuple[int, ...]] = []
         self._file: io.BufferedWriter | None = None
         self._arrow: Any = None
 
-    def add(self, doc_id: str, text: bytes) -> None:
-        """Append one document.
-
-        Raises:
-            DataError: the document is longer than a record batch can be (2 GiB).
-        """
-        if len(text) > MAX_RECORD_BATCH_BYTES:
-            raise DataError(
-                f"{doc_id}: {len(text)} bytes; a document may hold at most {MAX_RECORD_BATCH_BYTES}: split it"
-            )
-        if self._texts and self._pending_bytes + len(text) > self._record_batch_bytes:
-            self._flush()
-        self._doc_ids.append(doc_id)
-        self._texts.append(text)
-        self._pending_bytes += len(text)
+    def add(self, doc_ids: pa.StringArray, texts: pa.BinaryArray) -> None:
+        """Append documents."""
+        ends = np.cumsum(pc.binary_length(texts).to_numpy(), dtype=np.int64)
+        documents = pa.record_batch([doc_ids, texts], schema=SCHEMA)
+        begin = before = 0
+        while begin < len(ends):
+            room = self._record_batch_bytes - self._pending_bytes
+            end = max(begin + (not self._pending), int(np.searchsorted(ends, before + room, side="right")))
+            if end > begin:
+                self._pending.append(documents.slice(begin, end - begin))
+                self._pending_bytes += int(ends[end - 1]) - before
+                begin, before = end, int(ends[end - 1])
+            if begin < len(ends):
+                self._flush()
 
     def finish(self) -> tuple[ShardEntry, ...]:
         """Write what is pending and give the shards; their files still have temporary names."""
-        if self._texts:
+        if self._pending:
             self._flush()
         self._close_shard()
         return tuple(self._entries)
@@ -94,8 +93,8 @@ class ShardWriter:
             self._file.raw.close()
 
     def _flush(self) -> None:
-        columns = [pa.array(self._doc_ids, pa.string()), pa.array(self._texts, pa.binary())]
-        batch = pa.record_batch(columns, schema=SCHEMA)
+        # A copy even of one: what is serialized of a slice depends on what lies behind it.
+        batch = pa.concat_batches(self._pending)
         message = batch.serialize()
         if self._file is not None and self._file.tell() + message.size > self._shard_bytes:
             self._close_shard()
@@ -105,8 +104,8 @@ class ShardWriter:
         self._arrow.write_batch(batch)
         # The crc is taken from memory, not read back, so that it also covers the way to the disk.
         offset = self._file.tell() - message.size
-        self._index.append((offset, message.size, len(self._texts), self._pending_bytes, zlib.crc32(message)))
-        self._doc_ids, self._texts, self._pending_bytes = [], [], 0
+        self._index.append((offset, message.size, batch.num_rows, self._pending_bytes, zlib.crc32(message)))
+        self._pending, self._pending_bytes = [], 0
 
     def _close_shard(self) -> None:
         if self._file is None:
