@@ -265,7 +265,7 @@ class _Texts:
             begin, stop = before[number], before[number] + end[number] - first[number]
             self._fill(content[offsets[2 * begin] : offsets[2 * stop]], number, int(held["offset"][begin]))
         place = wanted - first[spill] + before[spill]
-        self._check(memoryview(content), offsets, place, held["crc32"], spill)
+        self._check(content.data, offsets, place, held["crc32"], spill)
         buffers = [None, pa.py_buffer(offsets), pa.py_buffer(content)]
         both = pa.LargeBinaryArray.from_buffers(pa.large_binary(), 2 * len(held), buffers)
         for begin, stop in stretches(held["text_bytes"][place], _YIELDED_BYTES):
@@ -284,7 +284,7 @@ class _Texts:
         # Not kept open: there may be more runs than a process may have open files.
         with open(self._paths[spill], "rb", buffering=0) as file:
             file.seek(offset)
-            view = memoryview(content)
+            view = content.data
             while len(view):
                 n_bytes = file.readinto(view)
                 if not n_bytes:

@@ -67,7 +67,7 @@ class ShardWriter:
 
     def add(self, doc_ids: pa.StringArray, texts: pa.BinaryArray) -> None:
         """Append documents."""
-        ends = np.cumsum(pc.binary_length(texts).to_numpy(), dtype=np.int64)
+        ends = np.cumsum(pc.call_function("binary_length", [texts]).to_numpy(), dtype=np.int64)
         documents = pa.record_batch([doc_ids, texts], schema=SCHEMA)
         begin = before = 0
         while begin < len(ends):
