@@ -135,6 +135,23 @@ class LocalBlocks:
 
 
 @dataclass
+class Export:
+    """Hugging Face directories beside checkpoints."""
+
+    hf_every: int = 0
+    """
+    Every so many checkpoints, write <dump_folder>/hf/step-N, which transformers loads; 0: never. A process of its own
+    reads the checkpoint from disk, and the run does not wait for it, but at its end.
+    """
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the weights there."""
+    entropy_checkpoint: str | None = None
+    """The entropy model to put inside as the patcher; default: patching.entropy_checkpoint."""
+    force: bool = False
+    """Also export a model that transformers cannot cut texts for; it then needs explicit patch_lengths."""
+
+
+@dataclass
 class Parallelism:
     """Defaults that differ from torchtitan's."""
 
@@ -164,5 +181,6 @@ class JobConfig:
     hash_embedding: HashEmbedding = field(default_factory=HashEmbedding)
     entropy_model: EntropyModel = field(default_factory=EntropyModel)
     local_blocks: LocalBlocks = field(default_factory=LocalBlocks)
+    export: Export = field(default_factory=Export)
     parallelism: Parallelism = field(default_factory=Parallelism)
     compile: Compile = field(default_factory=Compile)

@@ -23,12 +23,14 @@ from torchtitan.tools.utils import device_type
 
 from blt_titan.data.errors import DataError
 from blt_titan.inference.checkpoint import CheckpointError, load_entropy_model
+from blt_titan.interop.hf_config import HFConfigError, hf_config, why_not_by_itself
 from blt_titan.train_spec import (
     TRAIN_SPECS,
     dataset_paths,
     goes_by_entropy,
     open_shards,
     open_sidecars,
+    patch_rule,
     stream_order,
 )
 from parallelisms.support import unsupported_settings
@@ -88,6 +90,7 @@ def check_run(config: Any, *, world_size: int, verify_data: bool) -> None:
     if refused := unsupported_settings(config, spec.model_args[config.model.flavor], dp_shard):
         raise RunConfigError("; ".join(refused))
     _check_device(config)
+    _check_export(config, spec.model_args[config.model.flavor])
     _check_data(config, dp, verify_data)
 
 
@@ -101,6 +104,7 @@ def _check_bounds(config: Any) -> None:
         "data.streams": 1,
         "data.segment_bytes": 2,
         "data.segment_patches": 2,
+        "export.hf_every": 0,
     }
     for key, bound in at_least.items():
         section, name = key.split(".")
@@ -208,6 +212,33 @@ def _check_entropy_rule(config: Any) -> None:
             f"patching.source = {patching.source!r} with patching.entropy_checkpoint = "
             f"{patching.entropy_checkpoint!r}: 'online' needs a checkpoint of an entropy model, 'sidecar' takes none"
         )
+
+
+def _check_export(config: Any, model_args: Any) -> None:
+    export = config.export
+    if not export.hf_every:
+        return
+    if config.model.name != "blt":
+        raise RunConfigError(f"export.hf_every = {export.hf_every} with model.name = {config.model.name!r}: only a blt")
+    if not config.checkpoint.enable:
+        raise RunConfigError(
+            f"export.hf_every = {export.hf_every} needs checkpoint.enable = true: checkpoints it reads"
+        )
+    checkpoint = export.entropy_checkpoint or config.patching.entropy_checkpoint
+    entropy_args = load_entropy_model(checkpoint).args if checkpoint else None
+    rule = patch_rule(config)
+    alone = why_not_by_itself(entropy_args, rule)
+    if alone and not export.force:
+        raise RunConfigError(
+            f"export.hf_every = {export.hf_every}, but transformers cannot cut texts for this model: {alone}. Set "
+            "export.entropy_checkpoint if that is missing, or export.force = true to need explicit patch_lengths there"
+        )
+    try:
+        hf_config(model_args, None if alone else entropy_args, rule)
+    except HFConfigError as error:
+        raise RunConfigError(
+            f"export.hf_every = {export.hf_every}, which transformers cannot express: {error}"
+        ) from error
 
 
 def _check_device(config: Any) -> None:

@@ -11,6 +11,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler, 
 
 from blt_titan.data.errors import DataError
 from blt_titan.inference.checkpoint import CheckpointError
+from blt_titan.interop.in_training import ExportFailedError
 from blt_titan.run_config import RunConfigError, check_run, load_run_config
 from blt_titan.train_spec import RowsDifferError
 from blt_titan.trainer import BLTTrainer, NonFiniteLossError, RunStateError
@@ -41,6 +42,7 @@ def main() -> None:
         NonFiniteLossError,
         RunStateError,
         RowsDifferError,
+        ExportFailedError,
     ) as error:
         # A worker process hands over its traceback as text; its last line is the sentence.
         logger.error(str(error).strip().splitlines()[-1])

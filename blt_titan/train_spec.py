@@ -6,7 +6,7 @@ Importing this module registers both. Everything a run needs beside the trainer 
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from blt_titan.data.entropies import EntropySidecar, EntropySidecars, fingerprin
 from blt_titan.data.loader import HeldOutRows, ReadEntropies, RowLoader, RowSource
 from blt_titan.data.mixture import MixtureOrder, ShardSets, mixture_order
 from blt_titan.data.order import StreamOrder
-from blt_titan.data.packing import MarkByEntropy, MarkPatchStarts, RowShape
+from blt_titan.data.packing import RowShape
 from blt_titan.data.shards import RecordBatch, ShardSet
 from blt_titan.inference.checkpoint import load_entropy_model
 from blt_titan.inference.entropies import EntropyScorer, OnlineEntropies, Share
@@ -38,44 +38,24 @@ from blt_titan.metrics import BLTMetrics
 from blt_titan.model.blt import BLT
 from blt_titan.model.entropy_model import EntropyModel
 from blt_titan.model.sizes import BLT_FLAVORS, ENTROPY_FLAVORS
-from blt_titan.patching import EntropyRule, entropy_patch_starts, rule_patch_starts
+from blt_titan.patching.rule import PatchRule
 from blt_titan.validator import BLTValidator
 from parallelisms.parallelize import parallelize, run_halo_slices
 from parallelisms.pipeline import pipeline
 
 
-def text_rule(job_config: Any, *, include_next: bool = False) -> MarkPatchStarts:
-    """Return the run's rule as a function of ids; with `include_next` it also marks the position after the last."""
-    patching = job_config.patching
-    return partial(
-        rule_patch_starts,
-        rule=patching.rule,
-        stride=patching.stride,
-        max_patch_bytes=patching.max_patch_bytes,
-        include_next=include_next,
-    )
+def patch_rule(job_config: Any) -> PatchRule:
+    """Return the run's rule."""
+    return PatchRule.of(job_config.patching)
 
 
-def entropy_rule(job_config: Any, *, include_next: bool = False) -> MarkByEntropy:
-    """Return the run's rule as a function of entropies and of where documents begin."""
-    patching = job_config.patching
-    return partial(
-        _mark_by_entropy,
-        rule=patching.rule,
-        threshold=patching.threshold,
-        threshold_add=patching.threshold_add,
-        max_patch_bytes=patching.max_patch_bytes,
-        include_next=include_next,
-    )
-
-
-def _mark_by_entropy(entropies_nats: np.ndarray, begins: np.ndarray, **options: Any) -> np.ndarray:
-    return entropy_patch_starts(entropies_nats, begins=begins, **options)
+def _mark_by_entropy(entropies_nats: np.ndarray, begins: np.ndarray, *, rule: PatchRule) -> np.ndarray:
+    return rule.mark(entropies_nats, entropies_nats, begins=begins)
 
 
 def goes_by_entropy(job_config: Any) -> bool:
     """Tell whether the run's patching rule asks for entropies."""
-    return job_config.patching.rule in get_args(EntropyRule)
+    return patch_rule(job_config).by_entropy
 
 
 def row_source(job_config: Any, split: str, seq_len: int) -> RowSource:
@@ -87,18 +67,21 @@ def row_source(job_config: Any, split: str, seq_len: int) -> RowSource:
     """
     data = job_config.data
     shape = RowShape(seq_len // data.segment_bytes, data.segment_bytes, data.segment_patches)
-    shards = open_shards(job_config, split)
-    if not goes_by_entropy(job_config):
-        return RowSource(shards, text_rule(job_config), shape, patching=_patching(job_config, None))
+    shards, rule = open_shards(job_config, split), patch_rule(job_config)
+    if not rule.by_entropy:
+        return RowSource(shards, rule.mark, shape, patching=_patching(job_config, None))
     read_entropies = _read_entropies(job_config, shards)
     return RowSource(
-        shards, entropy_rule(job_config), shape, read_entropies, patching=_patching(job_config, read_entropies)
+        shards,
+        partial(_mark_by_entropy, rule=rule),
+        shape,
+        read_entropies,
+        patching=_patching(job_config, read_entropies),
     )
 
 
 def _patching(job_config: Any, read_entropies: ReadEntropies | None) -> dict[str, Any]:
-    keys = ("rule", "stride", "threshold", "threshold_add", "max_patch_bytes")
-    found = {f"patching.{key}": getattr(job_config.patching, key) for key in keys}
+    found: dict[str, Any] = {f"patching.{key}": value for key, value in patch_rule(job_config).as_dict().items()}
     if isinstance(read_entropies, EntropySidecars | OnlineEntropies):
         found["entropies (of the model)"] = read_entropies.fingerprint
     return found

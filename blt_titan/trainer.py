@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from blt_titan.batch import IGNORE_LABEL
 from blt_titan.data.collate import Batch
 from blt_titan.data.loader import RowLoader
 from blt_titan.inference.entropies import OnlineEntropies
+from blt_titan.interop.in_training import HFExports
 from blt_titan.loss import ByteCrossEntropy, bits_per_byte, count_targets
 from blt_titan.metrics import COUNTS, BLTMetrics
-from blt_titan.train_spec import RowsDifferError, row_ranks  # registers the models, too
+from blt_titan.train_spec import RowsDifferError, patch_rule, row_ranks  # registers the models, too
 from parallelisms.clipping import clip_grad_norm
 from parallelisms.hash_tables import reduce_partial_gradients
 
@@ -40,6 +42,7 @@ class RunStateError(RuntimeError):
 
 _NOT_OF_THE_MODEL = ("init_seed", "attention_backend", "nominal_patch_bytes")
 """Arguments that change neither weights nor what is computed with them."""
+_LONGEST_EXPORT = timedelta(hours=12)
 
 
 class _NotTrueHere(logging.Filter):
@@ -85,6 +88,11 @@ class BLTTrainer(Trainer):
         self._first_bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
         quarantines = job_config.data.on_damage == "quarantine"
         self._row_ranks = row_ranks(job_config) if quarantines else None
+        self._exports: HFExports | None = None
+        if job_config.export.hf_every:
+            # All wait for the last export, which may take longer than a collective of training ever should.
+            self._export_group: Any = dist.new_group(backend="gloo", timeout=_LONGEST_EXPORT)
+            self._exports = self._hf_exports() if dist.get_rank() == 0 else None
 
     def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:
         """Yield batches, counting their real bytes and the time spent waiting for them."""
@@ -145,13 +153,65 @@ class BLTTrainer(Trainer):
         if log_due or self._save_due():
             self._stop_if_bad()
             self._stop_if_rows_differ()
+        if self._exports is not None:
+            # The checkpoint of this step is written right after it, and exported once it is complete.
+            if self._save_due() and self._is_exported():
+                self._exports.add(self.step)
+            self._exports.poll()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint says beside weights, optimizer and data: the step, and what model it is."""
+    def train(self) -> None:
+        """Train to the last step, then wait for exports.
+
+        Raises:
+            ExportFailedError: the run is complete, but a Hugging Face directory could not be written.
+        """
+        super().train()
+        config: Any = self.job_config
+        if not config.export.hf_every:
+            return
+        try:
+            if self._exports is not None:
+                self._exports.finish()
+        finally:
+            dist.barrier(group=self._export_group)
+
+    def close(self) -> None:
+        """End what still runs beside the training."""
+        if self._exports is not None:
+            self._exports.stop()
+        super().close()
+
+    def _hf_exports(self) -> HFExports:
+        config: Any = self.job_config
+        export = config.export
+        folder = Path(config.job.dump_folder)
+        return HFExports(
+            folder / config.checkpoint.folder,
+            folder / "hf",
+            described=self._describe_model(),
+            entropy_checkpoint=export.entropy_checkpoint or config.patching.entropy_checkpoint,
+            dtype=export.dtype,
+            force=export.force,
+        )
+
+    def _is_exported(self) -> bool:
+        config: Any = self.job_config
+        checkpoints, beside = divmod(self.step, config.checkpoint.interval)
+        return self.step == config.training.steps or (not beside and checkpoints % config.export.hf_every == 0)
+
+    def _describe_model(self) -> dict[str, Any]:
         args = {
             key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.model_args).items()
         }
-        return super().state_dict() | {"model": json.dumps({"name": self.job_config.model.name, "args": args})}
+        patching = patch_rule(self.job_config).as_dict()
+        return {"name": self.job_config.model.name, "args": args, "patching": patching}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint says beside weights, optimizer and data: the step, and what model it is.
+
+        The rule of its patches too: whoever generates with it must cut as it was trained.
+        """
+        return super().state_dict() | {"model": json.dumps(self._describe_model())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint's step.

@@ -37,7 +37,7 @@ from blt_titan.inference.score_data import score_data, sidecar_settings
 from blt_titan.model.blt import BLT
 from blt_titan.model.sizes import BLT_FLAVORS
 from blt_titan.run_config import load_run_config
-from blt_titan.train_spec import entropy_rule, row_source
+from blt_titan.train_spec import patch_rule, row_source
 
 CONFIG_FILE = "train_configs/debug.toml"
 ENTROPY_CONFIG_FILE = "train_configs/entropy_debug.toml"
@@ -111,7 +111,7 @@ def run(steps: int | None) -> None:
         model.init_weights()
     # A chunk of its own size: sampling asks for a few hundred bytes, again at each.
     small_scorer = EntropyScorer(load_entropy_model(entropy_out, device=device), lanes=1, chunk=256)
-    mark_starts = mark_by_model(small_scorer, entropy_rule(config, include_next=True))
+    mark_starts = mark_by_model(small_scorer, patch_rule(config))
     score_before, text_before = _examine(model, config, device, mark_starts)
 
     print(f"5/6  Training it, {config.training.steps} steps (log: {OUT}/train.log)", flush=True)

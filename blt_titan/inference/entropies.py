@@ -26,11 +26,12 @@ import torch
 from blt_titan.batch import PADDING
 from blt_titan.byte_vocab import BOS_ID, BOUNDARY_ID
 from blt_titan.data.entropies import from_storage, to_storage
-from blt_titan.data.packing import MarkByEntropy, MarkPatchStarts, frame_documents
+from blt_titan.data.packing import MarkPatchStarts, frame_documents
 from blt_titan.data.shards import RecordBatch
 from blt_titan.model.attention import attend, window_mask
 from blt_titan.model.entropy_model import EntropyModel
 from blt_titan.model.layers import rotary_angles
+from blt_titan.patching.rule import PatchRule
 
 LANES, CHUNK = 8, 2048
 
@@ -242,12 +243,14 @@ class OnlineEntropies:
         return entropies
 
 
-def mark_by_model(scorer: EntropyScorer, mark_starts: MarkByEntropy) -> MarkPatchStarts:
-    """Return a rule by entropy as a function of the ids of one document, or of its beginning; the model scores them."""
+def mark_by_model(scorer: EntropyScorer, rule: PatchRule) -> MarkPatchStarts:
+    """Return a rule by entropy as a function of the ids [N] of a document's beginning; the model scores them.
+
+    It also marks the position after the last: bool [N + 1].
+    """
 
     def mark(ids: np.ndarray) -> np.ndarray:
-        h = from_storage(to_storage(scorer.score(ids), "float16"))
-        return mark_starts(h, np.arange(len(ids)) == 0)
+        return rule.mark(ids, from_storage(to_storage(scorer.score(ids), "float16")), include_next=True)
 
     return mark
 

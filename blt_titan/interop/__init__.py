@@ -1,5 +1,1 @@
-"""To and from Hugging Face: our model <-> a `transformers` BltForCausalLM directory, fp32 on the CPU."""
-
-from blt_titan.interop.hf_files import load_hf, load_hf_entropy_model, save_hf
-
-__all__ = ["load_hf", "load_hf_entropy_model", "save_hf"]
+"""To and from Hugging Face: `pretrained` loads and saves, `export` streams a checkpoint into a directory."""

@@ -6,10 +6,17 @@ from what the released models use (`rms_norm_eps`, the encoder's hidden width, t
 
 from typing import Any
 
+import torch
+
 from blt_titan.byte_vocab import BOS_ID, EOS_ID, RESERVED_ID, VOCAB_SIZE
 from blt_titan.model.layers import NORM_EPS
 from blt_titan.model.sizes import BLTArgs, EntropyModelArgs
+from blt_titan.patching.rule import PatchRule
 
+DEFAULT_THRESHOLD = 1.335442066192627
+"""Nats, of the released models."""
+LEAST_MAX_PATCH_BYTES = 256
+"""From here on a limit of patches is so rarely reached that `transformers` may do without."""
 _DEFAULT_THETA = {"patcher_config": 10_000.0}
 
 
@@ -93,8 +100,58 @@ def entropy_args_from_hf(config: dict[str, Any]) -> EntropyModelArgs:
     )
 
 
-def hf_config(args: BLTArgs, entropy_args: EntropyModelArgs | None) -> dict[str, Any]:
+def why_not_by_itself(entropy_args: EntropyModelArgs | None, rule: PatchRule | None) -> str | None:
+    """Return why `transformers` cannot cut a text as this model was trained to; None if it can.
+
+    Its patcher knows one threshold for the whole text; any other mode means one-byte patches, without a word.
+    """
+    if rule is None:
+        return "the rule of its patches is not known"
+    if rule.rule != "global":
+        return (
+            f"patching.rule = {rule.rule!r}: transformers cuts only where the entropy is above one threshold ('global')"
+        )
+    if entropy_args is None:
+        return "there is no entropy model, so transformers could not cut a text"
+    if entropy_args.reset_at_newline:
+        return "entropy_model.reset_at_newline: the patcher of transformers cannot forget at newlines"
+    if rule.max_patch_bytes is not None and rule.max_patch_bytes < LEAST_MAX_PATCH_BYTES:
+        return (
+            f"patching.max_patch_bytes = {rule.max_patch_bytes}: transformers does not split long patches, and below "
+            f"{LEAST_MAX_PATCH_BYTES} that would matter"
+        )
+    return None
+
+
+def rule_from_hf(config: dict[str, Any]) -> PatchRule | None:
+    """Read where patches begin; None if the model needs explicit lengths.
+
+    Raises:
+        HFConfigError: naming the field that means something else here.
+    """
+    if not config.get("patch_in_forward", True):
+        return None
+    _require(config, "patching_mode", "entropy")
+    threshold = config.get("patching_threshold", DEFAULT_THRESHOLD)
+    if not isinstance(threshold, int | float):
+        raise HFConfigError(f"patching_threshold = {threshold!r}, must be a number of nats")
+    return PatchRule("global", threshold=float(threshold), max_patch_bytes=config.get("max_patch_length") or 512)
+
+
+def hf_config(
+    args: BLTArgs,
+    entropy_args: EntropyModelArgs | None,
+    rule: PatchRule | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
     """Write the shape of a BLT, and of its entropy model if it has one, as `config.json` holds it.
+
+    Args:
+        args: of the BLT.
+        entropy_args: of the entropy model that becomes the patcher; None for a model that needs `patch_lengths`.
+        rule: where patches begin; None leaves the threshold of the released models.
+        dtype: of the weights.
 
     Raises:
         HFConfigError: naming what `transformers` cannot express.
@@ -120,8 +177,8 @@ def hf_config(args: BLTArgs, entropy_args: EntropyModelArgs | None) -> dict[str,
     config: dict[str, Any] = {
         "architectures": ["BltForCausalLM"],
         "model_type": "blt",
-        "dtype": "float32",
-        "torch_dtype": "float32",
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": str(dtype).removeprefix("torch."),
         "vocab_size": VOCAB_SIZE,
         "tie_word_embeddings": False,
         "bos_token_id": BOS_ID,
@@ -137,6 +194,10 @@ def hf_config(args: BLTArgs, entropy_args: EntropyModelArgs | None) -> dict[str,
         "encoder_hash_byte_group_vocab": args.hash_rows,
         "encoder_hash_byte_group_nb_functions": args.hash_functions,
         "patch_in_forward": entropy_args is not None,
+        "patching_mode": "entropy",
+        # Any number but null: it has no effect beside the threshold, without it the patcher makes one-byte patches.
+        "patch_size": 4,
+        "patching_threshold": DEFAULT_THRESHOLD if rule is None or rule.threshold is None else float(rule.threshold),
         **_rope_fields(args.rope_theta),
         "encoder_config": {
             **local,
@@ -158,15 +219,26 @@ def hf_config(args: BLTArgs, entropy_args: EntropyModelArgs | None) -> dict[str,
         },
     }
     if entropy_args is not None:
-        config["patcher_config"] = {
-            **_stack_fields(entropy_args.dim, entropy_args.n_heads, entropy_args.ffn_hidden, entropy_args.rope_theta),
-            "model_type": "blt_patcher",
-            "vocab_size": VOCAB_SIZE,
-            "num_hidden_layers": entropy_args.n_layers,
-            "max_position_embeddings": 8192,
-            "sliding_window": entropy_args.window,
-        }
+        config["patcher_config"] = entropy_config(entropy_args)
     return config
+
+
+def entropy_config(args: EntropyModelArgs) -> dict[str, Any]:
+    """Write the shape of an entropy model as `patcher_config` holds it.
+
+    Raises:
+        HFConfigError: naming what `transformers` cannot express.
+    """
+    if args.reset_at_newline:
+        raise HFConfigError("entropy_model.reset_at_newline: the patcher of transformers cannot forget at newlines")
+    return {
+        **_stack_fields(args.dim, args.n_heads, args.ffn_hidden, args.rope_theta),
+        "model_type": "blt_patcher",
+        "vocab_size": VOCAB_SIZE,
+        "num_hidden_layers": args.n_layers,
+        "max_position_embeddings": 8192,
+        "sliding_window": args.window,
+    }
 
 
 def _stack_fields(dim: int, heads: int, hidden: int, theta: float) -> dict[str, Any]:

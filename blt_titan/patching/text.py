@@ -129,6 +129,11 @@ def byte_patch_starts(ids: ArrayT, *, include_next: bool = False, max_patch_byte
     return limit_patch_bytes(ends_to_starts(ends, include_next=include_next), max_patch_bytes)
 
 
+def space_like_ids(ids: np.ndarray) -> np.ndarray:
+    """Mark the ids of bytes that are neither ASCII alphanumeric nor UTF-8 continuations: integers [N] -> bool [N]."""
+    return _SPACE_LIKE_IDS[ids]
+
+
 def _is_space_like(ids: Any) -> Any:
     """Mark the bytes that are neither ASCII alphanumeric nor UTF-8 continuations: bool [N]; no special id is."""
     alphanumeric = _in_bytes(ids, "0", "9") | _in_bytes(ids, "A", "Z") | _in_bytes(ids, "a", "z")

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from blt_titan.interop import load_hf, load_hf_entropy_model, save_hf
 from blt_titan.interop.hf_names import blt_name_to_hf, entropy_name_to_hf
+from blt_titan.interop.pretrained import BLT, EntropyModel, save_pretrained
 
 transformers = pytest.importorskip("transformers", reason="install the dev extra to compare with transformers")
 
@@ -109,7 +109,7 @@ def random_rows(shape: Shape, rows: int = 3) -> tuple[torch.Tensor, torch.Tensor
 def test_logits_and_gradients_agree(shape: Shape, tmp_path):
     theirs = hf_model(shape)
     theirs.save_pretrained(tmp_path)
-    ours = load_hf(tmp_path)
+    ours = BLT.from_pretrained(tmp_path)
     tokens_BS, lengths_BP = random_rows(shape)
     weights_BSV = torch.randn(*tokens_BS.shape, 260, generator=torch.Generator().manual_seed(2))
 
@@ -133,7 +133,7 @@ def test_logits_and_gradients_agree(shape: Shape, tmp_path):
 def test_entropy_model_agrees_with_the_patcher(tmp_path):
     theirs = hf_model(SHAPES[0], patcher=True)
     theirs.save_pretrained(tmp_path)
-    ours = load_hf_entropy_model(tmp_path)
+    ours = EntropyModel.from_pretrained(tmp_path)
     tokens_BS, _ = random_rows(Shape("patcher", seq_len=90))
     S = tokens_BS.shape[1]
     logits = ours(
@@ -148,14 +148,14 @@ def test_entropy_model_agrees_with_the_patcher(tmp_path):
 def test_round_trip_is_bit_identical(tmp_path):
     theirs = hf_model(SHAPES[2], patcher=True)
     theirs.save_pretrained(tmp_path / "theirs")
-    model, entropy_model = load_hf(tmp_path / "theirs"), load_hf_entropy_model(tmp_path / "theirs")
-    save_hf(model, tmp_path / "ours", entropy_model)
+    model, entropy_model = BLT.from_pretrained(tmp_path / "theirs"), EntropyModel.from_pretrained(tmp_path / "theirs")
+    model.save_pretrained(tmp_path / "ours", entropy_model=entropy_model)
     loaded, info = transformers.BltForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     for name, parameter in theirs.named_parameters():
         assert torch.equal(parameter, loaded.get_parameter(name)), name
-    again, entropy_again = load_hf(tmp_path / "ours"), load_hf_entropy_model(tmp_path / "ours")
+    again, entropy_again = BLT.from_pretrained(tmp_path / "ours"), EntropyModel.from_pretrained(tmp_path / "ours")
     assert again.args == model.args
     assert entropy_again.args == entropy_model.args
     names = [entropy_name_to_hf(n) for n, _ in entropy_again.named_parameters()]
@@ -165,7 +165,7 @@ def test_round_trip_is_bit_identical(tmp_path):
 def test_saved_model_computes_the_same_in_transformers(tmp_path):
     theirs = hf_model(SHAPES[4])
     theirs.save_pretrained(tmp_path / "theirs")
-    save_hf(load_hf(tmp_path / "theirs"), tmp_path / "ours")
+    BLT.from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "ours", force=True)
     loaded = transformers.BltForCausalLM.from_pretrained(tmp_path / "ours").eval()
     tokens_BS, lengths_BP = random_rows(SHAPES[4])
     with torch.no_grad():
@@ -182,14 +182,13 @@ def test_missing_and_left_over_tensors_are_errors(tmp_path):
     tensors["model.surprise"] = tensors.pop("lm_head.weight")
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"missing tensors \['lm_head.weight'\], left over \['model.surprise'\]"):
-        load_hf(tmp_path)
+        BLT.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds no entropy model"):
-        load_hf_entropy_model(tmp_path)
+        EntropyModel.from_pretrained(tmp_path)
 
 
 def test_what_transformers_cannot_say_is_refused(tmp_path):
     from blt_titan.interop.hf_config import HFConfigError
-    from blt_titan.model.blt import BLT
     from blt_titan.model.sizes import BLTArgs
 
     with torch.device("meta"):
@@ -197,6 +196,6 @@ def test_what_transformers_cannot_say_is_refused(tmp_path):
         pooled_once = BLT(BLTArgs(**small, cross_attn_heads=4, encoder_layers=2, encoder_cross_attn_all_layers=True))
         other_heads = BLT(BLTArgs(**small, cross_attn_heads=2))
     with pytest.raises(HFConfigError, match="encoder_cross_attn_all_layers"):
-        save_hf(pooled_once, tmp_path)
+        save_pretrained(pooled_once, tmp_path / "out", force=True)
     with pytest.raises(HFConfigError, match="cross_attn_heads"):
-        save_hf(other_heads, tmp_path)
+        save_pretrained(other_heads, tmp_path / "out", force=True)

@@ -1,0 +1,178 @@
+"""Write a `transformers` directory: weights, configuration, tokenizer, model card. One process, little memory.
+
+Everything is written beside the directory first and renamed at the end, so that one that has the name is whole.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blt_titan.byte_vocab import BOS_ID, EOS_ID, RESERVED_ID
+from blt_titan.inference.checkpoint import CheckpointError, describe_model, find_checkpoint
+from blt_titan.interop.hf_config import HFConfigError, hf_config, why_not_by_itself
+from blt_titan.interop.hf_names import blt_name_to_hf, entropy_name_to_hf
+from blt_titan.interop.model_card import model_card
+from blt_titan.interop.tensors import Entry, StoredTensors, TensorSource, write_safetensors
+from blt_titan.interop.tokenizer import tokenizer_files
+from blt_titan.model.blt import BLT
+from blt_titan.model.entropy_model import EntropyModel
+from blt_titan.model.sizes import BLTArgs, EntropyModelArgs
+from blt_titan.patching.rule import PatchRule
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model without its numbers, and where they come from."""
+
+    args: Any
+    """BLTArgs or EntropyModelArgs."""
+    tensors: TensorSource
+    origin: str = "memory"
+    rule: PatchRule | None = None
+    """Where its patches begin, if that is known."""
+
+
+def stored_weights(path: str | os.PathLike[str], *, described: Mapping[str, Any] | None = None) -> Weights:
+    """Return the weights of a checkpoint `step-N`, or of the last one of a run's folder.
+
+    Args:
+        path: of the checkpoint.
+        described: what model it holds, where it does not say so itself.
+
+    Raises:
+        CheckpointError: there is none, it cannot be read, or it is of an older kind that names no model.
+    """
+    checkpoint = find_checkpoint(path)
+    described = described or describe_model(checkpoint)
+    kinds = {"blt": BLTArgs, "blt_entropy": EntropyModelArgs}
+    kind = kinds.get(described["name"])
+    if kind is None:
+        raise CheckpointError(f"{checkpoint}: holds a model {described['name']!r}, not one of {', '.join(kinds)}")
+    known = {field.name for field in fields(kind)}
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in described["args"].items() if key in known}
+    rule = PatchRule.of(described["patching"]) if "patching" in described else None
+    return Weights(kind(**values), StoredTensors(checkpoint), str(checkpoint), rule)
+
+
+def export_hf(
+    blt: Weights,
+    out: str | os.PathLike[str],
+    *,
+    entropy: Weights | None = None,
+    rule: PatchRule | None = None,
+    dtype: torch.dtype = torch.float32,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    force: bool = False,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Path:
+    """Write what `AutoModelForCausalLM` and `AutoTokenizer` need, offline.
+
+    Args:
+        blt: the model.
+        out: the directory to write.
+        entropy: its entropy model, which becomes the patcher.
+        rule: where patches begin; default what `blt` says.
+        dtype: of the weights.
+        max_shard_bytes: of a file of weights.
+        force: also write a model that `transformers` cannot cut texts for; it then needs explicit `patch_lengths`.
+        overwrite: replace what is in `out`, if it is a model directory.
+        progress: show a progress bar.
+
+    Raises:
+        HFConfigError: what `transformers` cannot express.
+        CheckpointError: a tensor is missing, left over or of another shape.
+        FileExistsError: `out` is there, and is not to be replaced.
+    """
+    out, rule = Path(out), rule or blt.rule
+    _check_free(out, overwrite)
+    alone = why_not_by_itself(entropy.args if entropy else None, rule)
+    if alone and not force:
+        raise HFConfigError(f"{alone}. --force writes the weights all the same, for use with explicit patch_lengths")
+    patcher = None if alone else entropy
+    config = hf_config(blt.args, patcher.args if patcher else None, rule, dtype=dtype)
+    entries = model_entries(blt, BLT, blt_name_to_hf)
+    if patcher is not None:
+        entries += model_entries(patcher, EntropyModel, entropy_name_to_hf)
+    parameters = sum(math.prod(entry.shape) for entry in entries)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        generation = {
+            "bos_token_id": BOS_ID,
+            "eos_token_id": EOS_ID,
+            "pad_token_id": RESERVED_ID,
+            "use_cache": False,
+        }
+        files = {"config.json": config, "generation_config.json": generation}
+        for name, content in (files | tokenizer_files(config["encoder_config"]["max_position_embeddings"])).items():
+            (temporary / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        origin = Path(blt.origin).name if blt.origin != "memory" else blt.origin
+        card = model_card(
+            blt.args,
+            patcher.args if patcher else None,
+            rule,
+            parameters=parameters,
+            dtype=config["dtype"],
+            origin=origin,
+            alone=alone,
+        )
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        write_safetensors(temporary, entries, dtype=dtype, max_shard_bytes=max_shard_bytes, progress=progress)
+        if out.exists():
+            shutil.rmtree(out)
+        temporary.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return out
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{out}: is there already; choose another directory, or pass --overwrite")
+    if not (out / "config.json").is_file():
+        raise FileExistsError(f"{out}: is there and is not a model directory (no config.json), so it is not replaced")
+
+
+def model_entries(weights: Weights, kind: Any, translate: Any) -> list[Entry]:
+    """Return what is to be written of a model.
+
+    Args:
+        weights: of the model.
+        kind: its class, built from the arguments.
+        translate: its parameters' names into those to be written.
+
+    Raises:
+        CheckpointError: the tensors are not exactly those of the model.
+    """
+    with torch.device("meta"):
+        expected = {name: tuple(parameter.shape) for name, parameter in kind(weights.args).named_parameters()}
+    # A checkpoint also holds the optimizer's and the data's state.
+    shapes = {name: shape for name, shape in weights.tensors.shapes.items() if not name.startswith(_NOT_THE_MODEL)}
+    missing, left_over = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
+    if missing or left_over:
+        raise CheckpointError(f"{weights.origin}: missing tensors {missing}, left over {left_over}")
+    other = [f"{name} {shapes[name]}, not {expected[name]}" for name in expected if shapes[name] != expected[name]]
+    if other:
+        raise CheckpointError(f"{weights.origin}: tensors of other shapes than the model's: {', '.join(other)}")
+
+    def rows_of(name: str):
+        return lambda begin, end: weights.tensors.rows(name, begin, end)
+
+    return [Entry(translate(name), shape, rows_of(name)) for name, shape in expected.items()]
+
+
+_NOT_THE_MODEL = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.")

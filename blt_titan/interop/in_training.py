@@ -1,0 +1,167 @@
+"""Hugging Face directories beside a run's checkpoints, without holding up the run.
+
+A process of its own reads the checkpoint that is on disk and writes `<dump folder>/hf/step-N`, on the CPU, a block at a
+time; the ranks gather nothing and go on. It works on hard links, so that the run may remove old checkpoints meanwhile.
+"""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blt_titan.interop.export import export_hf, stored_weights
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.5
+_NICENESS = 10
+
+
+class ExportFailedError(RuntimeError):
+    """A Hugging Face directory could not be written; the checkpoints are not concerned."""
+
+
+class HFExports:
+    """Exports of one run; for one of its ranks.
+
+    Args:
+        checkpoints: the folder of the run's `step-N`.
+        out: the folder to write `step-N` directories in.
+        described: what model it is, as a checkpoint says; a last one of weights alone does not.
+        entropy_checkpoint: becomes the patcher.
+        dtype: of the weights, a name of torch's.
+        force: write models that need explicit `patch_lengths`, too.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Path,
+        out: Path,
+        *,
+        described: Mapping[str, Any],
+        entropy_checkpoint: str | None,
+        dtype: str,
+        force: bool,
+    ):
+        self._checkpoints, self._out = checkpoints, out
+        self._settings = {
+            "described": dict(described),
+            "entropy_checkpoint": entropy_checkpoint,
+            "dtype": dtype,
+            "force": force,
+        }
+        self._waiting: deque[int] = deque()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._step = 0
+        self.failed: list[str] = []
+        """What went wrong, one sentence for each."""
+
+    def add(self, step: int) -> None:
+        """Export the checkpoint of a step as soon as it is complete on disk."""
+        if step not in self._waiting:
+            self._waiting.append(step)
+
+    def poll(self) -> None:
+        """Look after the export that runs, and begin the next if it can; returns at once."""
+        if self._process is not None:
+            if self._process.poll() is None:
+                return
+            self._end()
+        if self._waiting and (self._checkpoints / f"step-{self._waiting[0]}" / ".metadata").is_file():
+            self._begin(self._waiting.popleft())
+
+    def finish(self) -> None:
+        """Wait for what is under way; the run has ended, so checkpoints that are not complete by now never will be.
+
+        Raises:
+            ExportFailedError: one failed, now or before.
+        """
+        while True:
+            self.poll()
+            if self._process is None:
+                break
+            time.sleep(_POLL_S)
+        for step in self._waiting:
+            self.failed.append(f"{self._checkpoints}/step-{step} is not complete, so it was not exported")
+        self._waiting.clear()
+        if self.failed:
+            raise ExportFailedError("; ".join(self.failed))
+
+    def stop(self) -> None:
+        """End what is under way, and forget the rest."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+            shutil.rmtree(self._links, ignore_errors=True)
+
+    @property
+    def _links(self) -> Path:
+        return self._out / f".checkpoint-{self._step}"
+
+    @property
+    def _log(self) -> Path:
+        return self._out / f"step-{self._step}.log"
+
+    def _begin(self, step: int) -> None:
+        self._step = step
+        self._out.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self._links, ignore_errors=True)
+        source = self._checkpoints / f"step-{step}"
+        try:
+            shutil.copytree(source, self._links, copy_function=os.link)
+        except OSError:
+            # The file system has no hard links: read in place.
+            shutil.rmtree(self._links, ignore_errors=True)
+            self._links.symlink_to(source.resolve())
+        settings = self._settings | {"checkpoint": str(self._links), "out": str(self._out / f"step-{step}")}
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC_")}
+        with open(self._log, "wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "blt_titan.interop.in_training", json.dumps(settings)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+            )
+
+    def _end(self) -> None:
+        assert self._process is not None
+        code, self._process = self._process.returncode, None
+        self._links.unlink() if self._links.is_symlink() else shutil.rmtree(self._links, ignore_errors=True)
+        if code == 0:
+            self._log.unlink(missing_ok=True)
+            logger.info(f"exported {self._out}/step-{self._step}")
+            return
+        lines = self._log.read_text(errors="replace").strip().splitlines()
+        why = f"{self._out}/step-{self._step} was not exported: {lines[-1] if lines else f'exit code {code}'}"
+        logger.error(f"{why} (see {self._log})")
+        self.failed.append(why)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Export one checkpoint; the argument is JSON."""
+    os.nice(_NICENESS)
+    settings = json.loads(arguments[0])
+    entropy = settings["entropy_checkpoint"]
+    export_hf(
+        stored_weights(settings["checkpoint"], described=settings["described"]),
+        settings["out"],
+        entropy=stored_weights(entropy) if entropy else None,
+        dtype=getattr(torch, settings["dtype"]),
+        force=settings["force"],
+        overwrite=True,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,97 @@
+"""The model card of an exported model: what it is, how it is used, and what `transformers` does otherwise."""
+
+from blt_titan.model.sizes import BLTArgs, EntropyModelArgs
+from blt_titan.patching.rule import PatchRule
+
+TRANSFORMERS_VERSION = "5.23.0"
+"""The oldest release that has the local window, and the newest that was tested: they are the same one."""
+
+
+def model_card(
+    args: BLTArgs,
+    entropy_args: EntropyModelArgs | None,
+    rule: PatchRule | None,
+    *,
+    parameters: int,
+    dtype: str,
+    origin: str,
+    alone: str | None,
+) -> str:
+    """Return the README.md of a model directory.
+
+    Args:
+        args: of the BLT.
+        entropy_args: of its entropy model, or None.
+        rule: where patches begin.
+        parameters: of all tensors.
+        dtype: of the weights.
+        origin: where the weights come from, for a reader.
+        alone: why `transformers` cannot cut texts by itself, or None if it can.
+    """
+    hashes = args.hash_functions * len(args.hash_ngrams) * args.hash_rows * args.local_dim
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [blt, byte-level, tokenizer-free]",
+        "---",
+        "",
+        "# Byte Latent Transformer",
+        "",
+        "A byte-level language model ([arXiv 2412.09871](https://arxiv.org/abs/2412.09871)) trained with blt_titan.",
+        "",
+        f"- weights: {parameters:,} parameters in {dtype}, {hashes:,} of them hash tables that are only looked up; "
+        f"from {origin}",
+        f"- encoder {args.encoder_layers} x {args.local_dim}, global transformer {args.global_layers} x "
+        f"{args.global_dim}, decoder {args.decoder_layers} x {args.local_dim}; local window {args.local_window} bytes",
+    ]
+    if entropy_args is not None:
+        lines.append(
+            f"- entropy model {entropy_args.n_layers} x {entropy_args.dim}, window {entropy_args.window} bytes, inside "
+            "as the patcher"
+        )
+    if rule is not None:
+        settings = ", ".join(f"{key} {value}" for key, value in rule.as_dict().items() if value is not None)
+        lines.append(f"- patches: {settings}")
+    lines += ["", "## Use", "", "```python"]
+    if alone is None:
+        lines += [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")',
+            'tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")',
+            'inputs = tokenizer("The quick brown", return_tensors="pt")',
+            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))",
+        ]
+    else:
+        lines += [
+            "# This model cannot cut texts by itself: lengths of patches, [1, ...] with sum S + 1, must be given.",
+            "model(input_ids, patch_lengths=patch_lengths, use_cache=False)",
+        ]
+    lines += [
+        "```",
+        "",
+        "With blt_titan, cached and many times as fast: "
+        '`python -m scripts.generate --model THIS_DIRECTORY --prompt "The quick brown"`.',
+        "",
+        "## What to know",
+        "",
+        f"- transformers {TRANSFORMERS_VERSION} or later. Older releases attend over the whole text where the model "
+        f"was trained with a window of {args.local_window} bytes: from there on they compute something else. "
+        f"Tested with {TRANSFORMERS_VERSION}, the newest and the oldest that can express the model.",
+        "- `use_cache` must stay false: with a cache, transformers' BLT fails or is silently wrong.",
+        "- One document per row, padded on the right; there is no document mask, so nothing may follow `</s>`.",
+    ]
+    if alone is not None:
+        lines.append(f"- transformers cannot cut texts as this model was trained: {alone}.")
+    elif rule is not None:
+        lines.append(
+            "- Entropies were rounded to float16 in training. The threshold lies between two float16 values, so the "
+            "rounding moves no boundary, unless an entropy is within 1e-4 nats of it."
+        )
+        if rule.max_patch_bytes is not None:
+            lines.append(
+                f"- In training patches longer than {rule.max_patch_bytes} bytes were split; transformers leaves them "
+                "whole. `python -m scripts.calibrate_threshold` prints the share of patches that this concerns."
+            )
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,65 @@
+"""Released weights -> a training checkpoint (DCP), from which a run of any layout begins (`initial_load_path`).
+
+It holds weights in fp32 and what model they are, no optimizer and no data state.
+"""
+
+import json
+import os
+import shutil
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.nn as nn
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from blt_titan.inference.checkpoint import MODEL_KEY
+from blt_titan.patching.rule import PatchRule
+
+
+def write_checkpoint(
+    model: nn.Module,
+    name: str,
+    args: Any,
+    out: str | os.PathLike[str],
+    *,
+    rule: PatchRule | None = None,
+) -> Path:
+    """Write a checkpoint of one model.
+
+    Args:
+        model: whole on one device.
+        name: as `model.name` in a TOML, `blt` or `blt_entropy`.
+        args: its arguments.
+        out: the folder to write; must not be there.
+        rule: where patches begin.
+
+    Raises:
+        FileExistsError: `out` is there.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out}: is there already; choose another folder")
+    described: dict[str, Any] = {"name": name, "args": _plain(asdict(args))}
+    if rule is not None:
+        described["patching"] = rule.as_dict()
+    state = {name: parameter.detach().float() for name, parameter in model.named_parameters()}
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with warnings.catch_warnings():
+            # That no process group is needed is meant.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            save(state | {MODEL_KEY: json.dumps(described)}, checkpoint_id=str(temporary), no_dist=True)
+        if out.exists():
+            out.rmdir()
+        temporary.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return out
+
+
+def _plain(args: dict[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in args.items()}

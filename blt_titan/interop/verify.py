@@ -1,0 +1,190 @@
+"""Compare an exported directory with what it was made from, and with what `transformers` computes from it."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from blt_titan.inference.entropies import EntropyScorer, entropy_nats
+from blt_titan.interop.export import Weights, model_entries
+from blt_titan.interop.hf_names import blt_name_to_hf, entropy_name_to_hf
+from blt_titan.interop.pretrained import BLT, ByteTokenizer, EntropyModel, Pretrained
+from blt_titan.model.blt import BLT as BareBLT
+from blt_titan.model.entropy_model import EntropyModel as BareEntropyModel
+from blt_titan.patching import starts_to_lengths
+from blt_titan.patching.rule import PatchRule
+
+LOGITS_ATOL = 1e-5
+"""Times the largest logit where that is above 1: fp32 sums in another order."""
+EDGE_NATS = 1e-4
+"""Two fp32 computations of an entropy may fall on two sides of a decision edge that is nearer than this."""
+TEXT = (
+    "The original idea of the patch is that bytes are not equally hard to foresee: the first letter of a word is, the "
+    "rest of it hardly. So a model may spend its large transformer where it matters.\n\n"
+    "def fibonacci(n: int) -> int:\n    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)\n\n"
+    "Größe, élan, 日本語, 🎉: some bytes of these never come alone. 0123456789 3.14159265358979 x = [1, 2, 3]\r\n\t"
+    "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA\n"
+    "A window of five hundred and twelve bytes ends before this sentence does, which is why the text goes on a little "
+    "longer than one would expect of an example, so that an attention without a window would be found out."
+)
+
+
+class VerificationError(ValueError):
+    """An exported directory that is not what it should be; says in what."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared."""
+
+    tensors: int
+    largest_logit: float
+    logits_error: float
+    """Largest difference to `transformers`, with our patch lengths."""
+    boundaries: int
+    boundaries_at_edges: int
+    """That differ, all within EDGE_NATS of a decision edge."""
+    own_patches: bool
+    """Whether `transformers` also cut the text itself, and gave the same logits."""
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.tensors} tensors are those of the checkpoint",
+            f"logits of transformers and ours differ by {self.logits_error:.1e} (largest {self.largest_logit:.1f})",
+        ]
+        if self.boundaries:
+            lines.append(
+                f"{self.boundaries} patch boundaries, {self.boundaries_at_edges} of them differ, at decision edges"
+            )
+        return "; ".join(lines)
+
+
+def verify_export(
+    directory: str | os.PathLike[str],
+    blt: Weights,
+    entropy: Weights | None,
+    *,
+    text: str = TEXT,
+) -> Verification:
+    """Compare a directory with the weights that it was written from, and its model with ours, in fp32.
+
+    Args:
+        directory: written by `export_hf`.
+        blt: what the BLT was written from.
+        entropy: what the patcher was written from, if it has one.
+        text: what both models read.
+
+    Raises:
+        VerificationError: something differs; says what.
+        ImportError: transformers is not installed.
+    """
+    import transformers
+
+    directory = Path(directory)
+    pretrained = Pretrained(directory)
+    tensors = _compare_tensors(pretrained, blt, entropy if pretrained.has_entropy_model else None)
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, output_loading_info=True
+    )
+    theirs, info = loaded
+    theirs = theirs.eval()
+    if info["missing_keys"] or info["unexpected_keys"]:
+        raise VerificationError(
+            f"{directory}: transformers misses {info['missing_keys']}, does not know {info['unexpected_keys']}"
+        )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    ids = ByteTokenizer().encode(text)
+    if tokenizer(text)["input_ids"] != ids or tokenizer.decode(ids, skip_special_tokens=True) != text:
+        raise VerificationError(f"{directory}: AutoTokenizer does not give the bytes of a text")
+    ours = BLT.from_pretrained(directory)
+    rule = pretrained.rule or PatchRule("space", max_patch_bytes=16)
+    if pretrained.has_entropy_model:
+        found = _compare_boundaries(directory, theirs, np.array(ids), rule)
+    else:
+        found = _Boundaries(starts_to_lengths(rule.mark(np.array(ids), include_next=True)))
+    ids_1S, lengths_1P = torch.tensor([ids]), torch.from_numpy(found.lengths)[None]
+    with torch.no_grad():
+        our_logits = ours.logits(ids_1S, lengths_1P)
+        their_logits = theirs(ids_1S, patch_lengths=lengths_1P, use_cache=False).logits
+        alone = theirs(ids_1S, use_cache=False).logits if found.same else None
+    largest = float(our_logits.abs().max())
+    allowed = LOGITS_ATOL * max(1.0, largest)
+    error = float((our_logits - their_logits).abs().max())
+    if not error <= allowed:
+        raise VerificationError(f"{directory}: logits differ by {error:.1e}, allowed are {allowed:.1e}")
+    if alone is not None:
+        # Whether a patch begins after the last byte decides what that byte reads, and transformers never asks.
+        alone_error = float((our_logits - alone)[:, :-1].abs().max())
+        if not alone_error <= allowed:
+            raise VerificationError(
+                f"{directory}: with its own patches transformers' logits differ by {alone_error:.1e}, allowed are "
+                f"{allowed:.1e}"
+            )
+    return Verification(tensors, largest, error, found.count, found.differ, found.same)
+
+
+def _compare_tensors(pretrained: Pretrained, blt: Weights, entropy: Weights | None) -> int:
+    entries = model_entries(blt, BareBLT, blt_name_to_hf)
+    if entropy is not None:
+        entries += model_entries(entropy, BareEntropyModel, entropy_name_to_hf)
+    for entry in entries:
+        written = pretrained.tensor(entry.name)
+        begin = 0
+        for block in entry.blocks():
+            part = written[begin : begin + len(block)]
+            if not torch.equal(part, block.to(part.dtype)):
+                raise VerificationError(f"{pretrained.directory}: {entry.name} is not what {blt.origin} holds")
+            begin += len(block)
+    return len(entries)
+
+
+def _compare_boundaries(directory: Path, theirs: Any, ids: np.ndarray, rule: PatchRule) -> "_Boundaries":
+    nats = EntropyScorer(EntropyModel.from_pretrained(directory), lanes=1).score(ids)
+    rounded = nats.astype(np.float16).astype(np.float32)
+    config = theirs.config
+    with torch.no_grad():
+        _, their_lengths, their_logits = theirs.model.patcher(
+            torch.from_numpy(ids)[None], patch_size=config.patch_size, threshold=config.patching_threshold
+        )
+    error = float(np.abs(entropy_nats(their_logits[0]).numpy() - nats).max())
+    if not error <= EDGE_NATS:
+        raise VerificationError(f"{directory}: entropies differ by {error:.1e} nats, allowed are {EDGE_NATS:.1e}")
+    # transformers splits no long patches, so what is compared is the rule without its limit.
+    starts = replace(rule, max_patch_bytes=None).mark(ids, rounded)
+    their_starts = np.zeros(len(ids) + 1, bool)
+    their_starts[np.cumsum(np.concatenate([[0], their_lengths[0].long().numpy()[:-1]]))] = True
+    differ = np.flatnonzero(starts != their_starts[: len(ids)])
+    low, high = decision_edge(float(rule.threshold or 0))
+    if any(not low - EDGE_NATS <= nats[i - 1] <= high + EDGE_NATS for i in differ.tolist()):
+        raise VerificationError(
+            f"{directory}: transformers begins patches elsewhere, first at position {differ[0]}, of {starts.sum()}"
+        )
+    limited = rule.mark(ids, rounded, include_next=True)
+    same = not len(differ) and bool((limited[: len(ids)] == starts).all())
+    return _Boundaries(starts_to_lengths(limited), int(starts.sum()), len(differ), same)
+
+
+class _Boundaries(NamedTuple):
+    lengths: np.ndarray
+    """Ours, int64 [P], with the next position."""
+    count: int = 0
+    differ: int = 0
+    same: bool = False
+    """Whether transformers cuts exactly where we do."""
+
+
+def decision_edge(threshold_nats: float) -> tuple[float, float]:
+    """Return between which two values a comparison with and without rounding to float16 may decide otherwise.
+
+    >>> decision_edge(1.0)  # rounded, what is up to half a float16 step above 1 is not above it
+    (1.0, 1.00048828125)
+    """
+    below = np.float16(threshold_nats)
+    if float(below) > threshold_nats:
+        below = np.nextafter(below, np.float16(-np.inf))
+    above = np.nextafter(below, np.float16(np.inf))
+    middle = (float(below) + float(above)) / 2
+    return min(threshold_nats, middle), max(threshold_nats, middle)

@@ -1,0 +1,145 @@
+"""A run's patching rule as one value: what a checkpoint keeps, and what training, scoring and generation share.
+
+Whole documents enter `mark`; generation, which meets one byte after another, asks `PatchCursor` after each whether the
+patch ends there. Both answer alike (a test compares them), so a text is cut as it was in training.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, get_args
+
+import numpy as np
+
+from blt_titan.byte_vocab import BYTE_OFFSET
+from blt_titan.patching.entropy import EntropyRule, entropy_patch_starts
+from blt_titan.patching.text import rule_patch_starts, space_like_ids
+
+
+@dataclass(frozen=True)
+class PatchRule:
+    """Where patches begin; the fields are those of `[patching]` in a run's TOML."""
+
+    rule: str
+    threshold: float | None = None
+    """Nats, of the rules by entropy."""
+    threshold_add: float | None = None
+    """Nats, of the rule `add`."""
+    stride: int | None = None
+    """Bytes, of the rule `static`."""
+    max_patch_bytes: int | None = None
+    """Longer patches are split."""
+
+    @classmethod
+    def of(cls, settings: Any) -> "PatchRule":
+        """Take the fields from a mapping, or from an object that has them among others."""
+        names = [field.name for field in fields(cls)]
+        if isinstance(settings, Mapping):
+            return cls(**{name: settings[name] for name in names if name in settings})
+        return cls(**{name: getattr(settings, name) for name in names})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields by name."""
+        return asdict(self)
+
+    @property
+    def by_entropy(self) -> bool:
+        """Whether entropies decide."""
+        return self.rule in get_args(EntropyRule)
+
+    def mark(
+        self,
+        ids: np.ndarray,
+        entropies_nats: np.ndarray | None = None,
+        *,
+        begins: np.ndarray | None = None,
+        include_next: bool = False,
+    ) -> np.ndarray:
+        """Mark where patches start in whole documents, or in the beginning of one.
+
+        Args:
+            ids: integers [N].
+            entropies_nats: fp32 [N], as a sidecar stores them; only of rules by entropy.
+            begins: where documents begin, bool [N]; None for one document.
+            include_next: also return the position after the last.
+
+        Returns:
+            bool [N], or [N + 1] with `include_next`.
+        """
+        if not self.by_entropy:
+            return rule_patch_starts(
+                ids,
+                rule=self.rule,  # pyright: ignore[reportArgumentType]
+                stride=self.stride,
+                max_patch_bytes=self.max_patch_bytes,
+                include_next=include_next,
+            )
+        assert entropies_nats is not None, f"rule={self.rule!r} needs entropies"
+        return entropy_patch_starts(
+            entropies_nats,
+            rule=self.rule,  # pyright: ignore[reportArgumentType]
+            threshold=self.threshold,
+            threshold_add=self.threshold_add,
+            max_patch_bytes=self.max_patch_bytes,
+            begins=begins,
+            include_next=include_next,
+        )
+
+
+class PatchCursor:
+    """Follows one or several documents byte by byte, and tells after each whether a patch ends there.
+
+    Args:
+        rule: any but `topk`, which looks ahead.
+        rows: documents side by side.
+    """
+
+    def __init__(self, rule: PatchRule, rows: int = 1):
+        if rule.rule == "topk":
+            raise ValueError("rule='topk' looks at the whole document; generation needs a causal rule")
+        self._rule = rule
+        self._position = np.zeros(rows, np.int64)
+        self._held = np.zeros(rows, np.int64)  # since the last start that the rule set, as `limit_patch_bytes` counts
+        self._before_nats = np.zeros(rows, np.float32)
+        self._before_is_space_like = np.zeros(rows, bool)
+
+    def ends(self, ids_B: np.ndarray, entropies_B: np.ndarray | None = None) -> np.ndarray:
+        """Take the next byte of each document; return whether a patch ends with it, bool [B].
+
+        Args:
+            ids_B: integers.
+            entropies_B: after each byte, fp32, rounded as a sidecar stores them; of rules by entropy only.
+        """
+        rule = self._rule
+        position = self._position
+        special = ids_B < BYTE_OFFSET
+        space_like = space_like_ids(ids_B)
+        match rule.rule:
+            case "space":
+                ends = special | (space_like & ~self._before_is_space_like)
+            case "static":
+                assert rule.stride is not None
+                ends = special | (position % rule.stride == 0)
+            case "byte":
+                ends = np.ones(len(ids_B), bool)
+            case "global" | "monotonic" | "add":
+                assert entropies_B is not None
+                h = entropies_B.astype(np.float32)
+                rises = h - self._before_nats
+                # As in `entropy_patch_starts`: Python floats, so that the comparison is in float32.
+                threshold = float(rule.threshold)  # pyright: ignore[reportArgumentType]
+                if rule.rule == "global":
+                    ends = h > threshold
+                elif rule.rule == "monotonic":
+                    ends = (rises > threshold) | (position == 1)
+                else:
+                    threshold_add = float(rule.threshold_add)  # pyright: ignore[reportArgumentType]
+                    ends = (h > threshold) & (rises > threshold_add)
+                    ends = (ends & (position != 2)) | (position == 1)
+                ends = ends | (position == 0)
+                self._before_nats = h
+            case other:
+                raise ValueError(f"rule={other!r} is not known")
+        self._before_is_space_like = space_like
+        self._position = position + 1
+        self._held = np.where(ends, 0, self._held + 1)
+        return ends if rule.max_patch_bytes is None else ends | (self._held % rule.max_patch_bytes == 0)

@@ -1,0 +1,58 @@
+"""Turn released weights into a training checkpoint that a run of any layout begins from.
+
+    python -m scripts.convert_from_hf --model facebook/blt-1b --out checkpoints/blt-1b \
+        --entropy-out checkpoints/blt-1b-entropy
+    CONFIG_FILE=train_configs/blt_1b.toml ./run_train.sh --checkpoint.initial_load_path=checkpoints/blt-1b
+
+The model may be in the layout of transformers or in that of the original project, in a directory or on the hub.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from blt_titan.interop.pretrained import BLT, EntropyModel, Pretrained
+from blt_titan.interop.to_checkpoint import write_checkpoint
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        prog="convert_from_hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR_OR_REPO", help="a directory, or owner/name on the hub")
+    add("--revision", help="of the repository")
+    add("--out", metavar="CKPT", help="the checkpoint of the BLT to write")
+    add("--entropy-out", metavar="CKPT", help="the checkpoint of its entropy model to write")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; give its exit code: 0, or 2 after an error."""
+    args = parse_args(arguments)
+    try:
+        if not args.out and not args.entropy_out:
+            raise ValueError("nothing to write: name --out, --entropy-out or both")
+        pretrained = Pretrained(args.model, revision=args.revision)
+        rule = pretrained.rule
+        if args.out:
+            model = BLT.from_pretrained(pretrained.directory)
+            print(f"{write_checkpoint(model, 'blt', model.args, args.out, rule=rule)}: the BLT")
+            if rule is not None:
+                settings = " ".join(f"--patching.{k}={v}" for k, v in rule.as_dict().items() if v is not None)
+                print(f"train it with its own patches: {settings}")
+        if args.entropy_out:
+            entropy_model = EntropyModel.from_pretrained(pretrained.directory)
+            written = write_checkpoint(entropy_model, "blt_entropy", entropy_model.args, args.entropy_out)
+            print(f"{written}: the entropy model")
+        elif pretrained.has_entropy_model:
+            print("its entropy model was left where it is; --entropy-out writes it too")
+    except (ValueError, OSError) as error:
+        print(f"convert_from_hf: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""Write a training checkpoint as a Hugging Face directory: `AutoModelForCausalLM` and `AutoTokenizer` load it offline.
+
+    python -m scripts.convert_to_hf --checkpoint outputs/blt_1b --entropy-checkpoint outputs/entropy_100m \
+        --out blt-1b --dtype bf16
+
+The checkpoint may be of any layout; one process on the CPU reads it a block at a time. With --verify what was written
+is compared with the checkpoint, and the logits and patches of `transformers` (to be installed) with ours.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from blt_titan.inference.checkpoint import CheckpointError
+from blt_titan.interop.export import MAX_SHARD_BYTES, export_hf, stored_weights
+from blt_titan.interop.hf_config import HFConfigError
+from blt_titan.interop.verify import VerificationError, verify_export
+from blt_titan.patching.rule import PatchRule
+from scripts.prepare_data import size
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        prog="convert_to_hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="CKPT", help="the BLT: step-N, or the folder of a run (its last one)")
+    add("--entropy-checkpoint", metavar="CKPT", help="its entropy model, which becomes the patcher")
+    add("--out", required=True, metavar="DIR", help="the directory to write")
+    add("--dtype", choices=list(DTYPES), default="fp32", help="of the weights (default %(default)s)")
+    add("--max-shard-size", type=size, default=MAX_SHARD_BYTES, metavar="SIZE", help="of a file (default 5GB)")
+    add("--threshold", type=float, metavar="NATS", help="of the rule 'global' (default: what the checkpoint says)")
+    add("--verify", action="store_true", help="load what was written and compare; needs transformers")
+    add("--force", action="store_true", help="write a model that needs explicit patch_lengths in transformers")
+    add("--overwrite", action="store_true", help="replace the model directory that is there")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; give its exit code: 0, or 2 after an error."""
+    args = parse_args(arguments)
+    try:
+        blt = stored_weights(args.checkpoint)
+        if args.threshold is not None:
+            rule = blt.rule or PatchRule("global", max_patch_bytes=512)
+            blt = replace(blt, rule=replace(rule, rule="global", threshold=args.threshold))
+        entropy = stored_weights(args.entropy_checkpoint) if args.entropy_checkpoint else None
+        out = export_hf(
+            blt,
+            args.out,
+            entropy=entropy,
+            dtype=DTYPES[args.dtype],
+            max_shard_bytes=args.max_shard_size,
+            force=args.force,
+            overwrite=args.overwrite,
+            progress=True,
+        )
+        print(f"{out}: written from {blt.origin}")
+        if args.verify:
+            print(f"{out}: verified: {verify_export(out, blt, entropy)}")
+    except (CheckpointError, HFConfigError, VerificationError, OSError, ImportError) as error:
+        print(f"convert_to_hf: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
