@@ -25,16 +25,16 @@ from blt_titan.data.calibration import best_budgets, calibrate, read_sample
 from blt_titan.data.entropies import EntropySidecar
 from blt_titan.data.errors import DataError
 from blt_titan.data.loader import HeldOutRows
-from blt_titan.data.packing import MarkPatchStarts
 from blt_titan.data.prepare import prepare
 from blt_titan.data.shards import ShardSet
 from blt_titan.inference.checkpoint import CheckpointError, latest_checkpoint, load_entropy_model, load_weights
-from blt_titan.inference.entropies import EntropyScorer, mark_by_model
+from blt_titan.inference.entropies import EntropyScorer
 from blt_titan.inference.evaluate import HeldOutScore, batch_scorer, score_batches
-from blt_titan.inference.generate import complete
+from blt_titan.inference.generate import Sampling, complete
 from blt_titan.inference.patch_page import patch_page
 from blt_titan.inference.score_data import score_data, sidecar_settings
 from blt_titan.model.blt import BLT
+from blt_titan.model.entropy_model import EntropyModel
 from blt_titan.model.sizes import BLT_FLAVORS
 from blt_titan.run_config import load_run_config
 from blt_titan.train_spec import patch_rule, row_source
@@ -109,17 +109,15 @@ def run(steps: int | None) -> None:
     model = BLT(args).to(device).eval()
     with torch.no_grad():
         model.init_weights()
-    # A chunk of its own size: sampling asks for a few hundred bytes, again at each.
-    small_scorer = EntropyScorer(load_entropy_model(entropy_out, device=device), lanes=1, chunk=256)
-    mark_starts = mark_by_model(small_scorer, patch_rule(config))
-    score_before, text_before = _examine(model, config, device, mark_starts)
+    small = load_entropy_model(entropy_out, device=device)
+    score_before, text_before = _examine(model, config, device, small)
 
     print(f"5/6  Training it, {config.training.steps} steps (log: {OUT}/train.log)", flush=True)
     _train(CONFIG_FILE, OUT, overrides)
 
     print("6/6  The trained BLT on the held-out split", flush=True)
     load_weights(model, latest_checkpoint(OUT / config.checkpoint.folder))
-    score_after, text_after = _examine(model, config, device, mark_starts)
+    score_after, text_after = _examine(model, config, device, small)
 
     lines = [json.loads(line) for line in (OUT / "metrics.jsonl").read_text().splitlines()]
     training = [line for line in lines if "loss_nats" in line]
@@ -192,13 +190,14 @@ def _score_and_calibrate(entropy_out: Path, device: torch.device) -> tuple[float
     return found.threshold, budget.bytes
 
 
-def _examine(model: BLT, config, device: torch.device, mark_starts: MarkPatchStarts) -> tuple[HeldOutScore, str]:
+def _examine(model: BLT, config, device: torch.device, small: EntropyModel) -> tuple[HeldOutScore, str]:
     source = row_source(config, "validation", config.training.seq_len)
     batches = HeldOutRows(source, rows_per_batch=config.training.local_batch_size)
     score = score_batches(
         batch_scorer(model), tqdm(batches, desc="     held-out", unit="batch", leave=False), device=device
     )
-    text = complete(model, PROMPT, mark_starts=mark_starts, max_bytes=PROMPT_BYTES, temperature=0.7)
+    sampling = Sampling(temperature=0.7)
+    text = complete(model, PROMPT, patch_rule(config), entropy_model=small, max_bytes=PROMPT_BYTES, sampling=sampling)
     return score, text.decode(errors="replace")
 
 

@@ -1,57 +1,129 @@
-"""Sample bytes one at a time by recomputing the whole row: simple, exact and slow, for short texts.
+"""Sample bytes from a cached BLT, for several prompts at once.
 
-The patching rule decides at each byte whether the next one begins a patch, from the bytes so far, exactly as in
-training; so the sampled text is what the trained model would say.
+    generator = CachedBLT(model, rule, entropy_model)
+    for step in generate(generator, [b"def ", b"import "], max_bytes=64, sampling=Sampling(temperature=0.7)):
+        ...                                      # [102, 115], [105, 121], ..., None where a row has ended
+
+The rule that decides where patches begin is the one of training, and it decides from the bytes so far; so what is
+sampled is what the trained model says.
 """
+
+import codecs
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from blt_titan.byte_vocab import BOS_ID, BYTE_OFFSET, EOS_ID, bytes_to_ids
-from blt_titan.data.packing import MarkPatchStarts
+from blt_titan.byte_vocab import BOS_ID, BYTE_OFFSET, EOS_ID, VOCAB_SIZE, bytes_to_ids
+from blt_titan.inference.cached import CachedBLT
 from blt_titan.model.blt import BLT
-from blt_titan.patching import starts_to_lengths
+from blt_titan.model.entropy_model import EntropyModel
+from blt_titan.patching.rule import PatchRule
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Sampling:
+    """How the next byte is chosen."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the likeliest byte."""
+    top_k: int | None = None
+    """Choose among so many of the likeliest bytes; None for all."""
+    top_p: float | None = None
+    """Choose among the likeliest bytes that together have this probability; None for all."""
+    seed: int = 0
+    """Row r of a batch draws from a generator of its own, seeded seed + r, so that rows do not depend on each other."""
+
+    def __post_init__(self):
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature = {self.temperature}: must be 0 or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k = {self.top_k}: must be at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p = {self.top_p}: must be above 0, at most 1")
+
+    def probabilities(self, logits_BV: torch.Tensor) -> torch.Tensor:
+        """Return the distribution to draw from, fp32 [B, V]; special ids but EOS have none.
+
+        Bytes that tie with the last of `top_k` are all kept.
+        """
+        allowed_V = torch.arange(VOCAB_SIZE, device=logits_BV.device)
+        allowed_V = (allowed_V >= BYTE_OFFSET) | (allowed_V == EOS_ID)
+        logits_BV = logits_BV.float().masked_fill(~allowed_V, -torch.inf)
+        if self.temperature == 0:
+            return torch.nn.functional.one_hot(logits_BV.argmax(-1), VOCAB_SIZE).float()
+        logits_BV = logits_BV / self.temperature
+        if self.top_k is not None and self.top_k < VOCAB_SIZE:
+            least_B1 = logits_BV.topk(self.top_k).values[:, -1:]
+            logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)
+        p_BV = logits_BV.softmax(-1)
+        if self.top_p is not None and self.top_p < 1:
+            sorted_BV, order_BV = p_BV.sort(-1, descending=True)
+            # A byte is kept if those before it do not reach top_p yet.
+            kept_BV = (sorted_BV.cumsum(-1) - sorted_BV) < self.top_p
+            p_BV = torch.zeros_like(p_BV).scatter(-1, order_BV, sorted_BV * kept_BV)
+            p_BV = p_BV / p_BV.sum(-1, keepdim=True)
+        return p_BV
+
+
+def generate(
+    generator: CachedBLT, prompts: Sequence[bytes], *, max_bytes: int, sampling: Sampling | None = None
+) -> Iterator[list[int | None]]:
+    """Continue prompts, each until EOS or `max_bytes`.
+
+    Args:
+        generator: reads the prompts anew.
+        prompts: beginnings of documents; may be empty.
+        max_bytes: bytes to sample at most, for each.
+        sampling: default: at temperature 1.
+
+    Yields:
+        The next byte of each row, 0 to 255; None where a row has ended. It ends when all have.
+    """
+    sampling = sampling or Sampling()
+    draws = [torch.Generator().manual_seed(sampling.seed + row) for row in range(len(prompts))]
+    logits_BV = generator.prefill([np.concatenate([[BOS_ID], bytes_to_ids(prompt)]) for prompt in prompts])
+    ended = np.zeros(len(prompts), bool)
+    for number in range(max_bytes):
+        p_BV = sampling.probabilities(logits_BV).cpu()
+        ids = np.array([int(torch.multinomial(p, 1, generator=draw)) for p, draw in zip(p_BV, draws, strict=True)])
+        ended |= ids == EOS_ID
+        if ended.all():
+            return
+        yield [None if end else int(i) - BYTE_OFFSET for i, end in zip(ids, ended, strict=True)]
+        if number + 1 < max_bytes:
+            logits_BV = generator.step(ids)
+
+
 def complete(
     model: BLT,
     prompt: bytes,
+    rule: PatchRule,
     *,
-    mark_starts: MarkPatchStarts,
+    entropy_model: EntropyModel | None = None,
     max_bytes: int,
-    temperature: float = 1.0,
-    seed: int = 0,
+    sampling: Sampling | None = None,
 ) -> bytes:
-    """Continue `prompt` until EOS or `max_bytes`.
+    """Continue one prompt and leave the models as they were; see `generate`."""
+    generator = CachedBLT(model, rule, entropy_model)
+    try:
+        steps = generate(generator, [prompt], max_bytes=max_bytes, sampling=sampling)
+        return bytes(byte for [byte] in steps if byte is not None)
+    finally:
+        generator.release()
 
-    Args:
-        model: in evaluation mode, on any device.
-        prompt: beginning of a document; may be empty.
-        mark_starts: the rule the model was trained with, bool [N + 1] from ids [N]: it also says whether the next
-            position starts a patch (`include_next`).
-        max_bytes: bytes to sample at most.
-        temperature: divides the logits; 0 takes the likeliest byte.
-        seed: of the sampling.
 
-    Returns:
-        The bytes sampled, without the prompt.
-    """
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    ids = [BOS_ID, *bytes_to_ids(prompt).tolist()]
-    n_prompt = len(ids)
-    while len(ids) < n_prompt + max_bytes:
-        lengths = starts_to_lengths(mark_starts(np.array(ids, dtype=np.int16)))
-        logits = model.logits(torch.tensor([ids], device=device), torch.from_numpy(lengths).to(device)[None])[
-            0, -1
-        ].cpu()
-        logits[:BYTE_OFFSET][torch.arange(BYTE_OFFSET) != EOS_ID] = -torch.inf
-        if temperature == 0:
-            next_id = int(logits.argmax())
-        else:
-            next_id = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
-        if next_id == EOS_ID:
-            break
-        ids.append(next_id)
-    return bytes(i - BYTE_OFFSET for i in ids[n_prompt:])
+class TextStream:
+    """Bytes in, valid text out: a character leaves when its last byte has come; what is not UTF-8 becomes U+FFFD."""
+
+    def __init__(self):
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, content: bytes) -> str:
+        """Return the text that is complete now."""
+        return self._decoder.decode(content)
+
+    def end(self) -> str:
+        """Return what is left."""
+        return self._decoder.decode(b"", final=True)

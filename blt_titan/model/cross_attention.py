@@ -59,10 +59,6 @@ class CrossAttention(nn.Module):
         self.wv = nn.Linear(dim, dim, bias=False)
         self.wo = nn.Linear(dim, dim, bias=False)
 
-    def _project(self, query: torch.Tensor, source: torch.Tensor):
-        normed = self.kv_norm(source)
-        return self.wq(self.q_norm(query)), self.wk(normed), self.wv(normed)
-
 
 class PatchesReadBytes(CrossAttention):
     """The encoder's direction: the k slots of a patch attend over the bytes of that patch."""
@@ -80,7 +76,8 @@ class PatchesReadBytes(CrossAttention):
         """
         P, N, d = patch_BPNd.shape[1:]
         H, K = self.n_heads, d // self.n_heads
-        q_BPNd, k_BSd, v_BSd = self._project(patch_BPNd, byte_BSd)
+        normed_BSd = self.kv_norm(byte_BSd)
+        q_BPNd, k_BSd, v_BSd = self.wq(self.q_norm(patch_BPNd)), self.wk(normed_BSd), self.wv(normed_BSd)
         # One more patch receives the bytes that belong to none; it is dropped at the end.
         q_BSNHK = gather_patches(F.pad(q_BPNd.flatten(2), (0, 0, 0, 1)), byte_patch_BS).unflatten(-1, (N, H, K))
         k_BSHK, v_BSHK = (x.unflatten(-1, (H, K)) for x in (k_BSd, v_BSd))
@@ -111,13 +108,23 @@ class BytesReadPatches(CrossAttention):
         Returns:
             byte + attention, [B, S, d].
         """
-        N, d = patch_BPNd.shape[2:]
+        return self.read(byte_BSd, *self.keys_values(patch_BPNd), source_patch_BS)
+
+    def keys_values(self, patch_BPNd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Project the slots of patches, [B, P, k, d] each: what bytes that read them need, however many they are."""
+        normed = self.kv_norm(patch_BPNd)
+        return self.wk(normed), self.wv(normed)
+
+    def read(
+        self, byte_BSd: torch.Tensor, k_BPNd: torch.Tensor, v_BPNd: torch.Tensor, source_patch_BS: torch.Tensor
+    ) -> torch.Tensor:
+        """Attend over slots that were projected by `keys_values`; the rest as `forward`."""
+        N, d = k_BPNd.shape[2:]
         H, K = self.n_heads, d // self.n_heads
-        q_BSd, k_BPNd, v_BPNd = self._project(byte_BSd, patch_BPNd)
         index_BS = source_patch_BS.clamp(min=0)
         k_BSNHK = gather_patches(k_BPNd.flatten(2), index_BS).unflatten(-1, (N, H, K))
         v_BSNHK = gather_patches(v_BPNd.flatten(2), index_BS).unflatten(-1, (N, H, K))
-        q_BSHK = q_BSd.unflatten(-1, (H, K))
+        q_BSHK = self.wq(self.q_norm(byte_BSd)).unflatten(-1, (H, K))
         score_BSNH = (q_BSHK[:, :, None] * k_BSNHK).sum(-1, dtype=torch.float32) * K**-0.5
         reads_BS11 = (source_patch_BS >= 0)[..., None, None]
         weight_BSNH = (score_BSNH.softmax(dim=2) * reads_BS11).type_as(v_BSNHK)

@@ -3,6 +3,8 @@
 Letters: B rows, S byte slots, P patch slots, d local width, k slots of a patch (written N), G global width, X = k * d.
 """
 
+from typing import cast
+
 import torch
 import torch.nn as nn
 
@@ -57,15 +59,34 @@ class LocalEncoder(nn.Module):
         patch_BS = torch.where(byte_patch_BS < 0, n_patches, byte_patch_BS).long()
         h_BSd = self.tok_embeddings(token_ids_BS) + hash_embedding_BSd
         p_BPX = None
-        first_cross = len(self.layers) - len(self.cross_attention)
         for i, block in enumerate(self.layers.values()):
             h_BSd = block(h_BSd, rotation, mask)
-            if i < first_cross:
-                continue
-            if p_BPX is None:
-                p_BPX = self.patch_projection(max_bytes(h_BSd, patch_BS, n_patches + 1)[:, :n_patches])
-            slots_BPNd = p_BPX.unflatten(-1, (self.slots_per_patch, -1))
-            # CrossAttention already added its queries: the residual is doubled, as the released weights expect.
-            p_BPX = p_BPX + self.cross_attention[i - first_cross](slots_BPNd, h_BSd, patch_BS).flatten(2)
+            p_BPX = self.read_bytes(i, p_BPX, h_BSd, patch_BS, n_patches)
         assert p_BPX is not None
-        return h_BSd, p_BPX if self.global_projection is None else self.global_projection(p_BPX)
+        return h_BSd, self.to_global(p_BPX)
+
+    def read_bytes(
+        self, layer: int, p_BPX: torch.Tensor | None, h_BSd: torch.Tensor, patch_BS: torch.Tensor, n_patches: int
+    ) -> torch.Tensor | None:
+        """Let patches read the bytes after a layer, if they do there; before the first time they pool them.
+
+        Args:
+            layer: the layer that gave `h_BSd`.
+            p_BPX: what patches read so far [B, P, k * d]; None before the first time.
+            h_BSd: byte states [B, S, d].
+            patch_BS: the patch that holds each byte, int64 [B, S], P for none.
+            n_patches: P.
+        """
+        number = layer - (len(self.layers) - len(self.cross_attention))
+        if number < 0:
+            return None
+        if p_BPX is None:
+            pooled_BPd = max_bytes(h_BSd, patch_BS, n_patches + 1)[:, :n_patches]
+            p_BPX = cast(torch.Tensor, self.patch_projection(pooled_BPd))
+        slots_BPNd = p_BPX.unflatten(-1, (self.slots_per_patch, -1))
+        # CrossAttention already added its queries: the residual is doubled, as the released weights expect.
+        return p_BPX + self.cross_attention[number](slots_BPNd, h_BSd, patch_BS).flatten(2)
+
+    def to_global(self, p_BPX: torch.Tensor) -> torch.Tensor:
+        """Bring patches to the width of the global transformer: [B, P, k * d] -> [B, P, G]."""
+        return p_BPX if self.global_projection is None else self.global_projection(p_BPX)

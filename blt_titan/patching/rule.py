@@ -5,7 +5,7 @@ patch ends there. Both answer alike (a test compares them), so a text is cut as 
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_args
 
 import numpy as np
@@ -143,3 +143,22 @@ class PatchCursor:
         self._position = position + 1
         self._held = np.where(ends, 0, self._held + 1)
         return ends if rule.max_patch_bytes is None else ends | (self._held % rule.max_patch_bytes == 0)
+
+    def catch_up(self, ids_BS: np.ndarray, entropies_BS: np.ndarray | None, lengths_B: np.ndarray) -> None:
+        """Take the beginnings of documents, of different lengths, before the first byte.
+
+        Args:
+            ids_BS: integers [B, S].
+            entropies_BS: fp32 [B, S]; of rules by entropy only.
+            lengths_B: how many of them each document has, integers [B], at least 1.
+        """
+        rows, last = np.arange(len(lengths_B)), lengths_B - 1
+        self._position = lengths_B.astype(np.int64)
+        self._before_is_space_like = space_like_ids(ids_BS[rows, last])
+        if entropies_BS is not None:
+            self._before_nats = entropies_BS[rows, last].astype(np.float32)
+        unlimited = replace(self._rule, max_patch_bytes=None)
+        for row, length in enumerate(lengths_B.tolist()):
+            entropies = None if entropies_BS is None else entropies_BS[row, :length]
+            starts = unlimited.mark(ids_BS[row, :length], entropies, include_next=True)
+            self._held[row] = length - np.flatnonzero(starts)[-1]

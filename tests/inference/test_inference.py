@@ -1,4 +1,4 @@
-"""Held-out scores against scoring each document alone; sampling; finding checkpoints."""
+"""Held-out scores against scoring each document alone; finding checkpoints."""
 
 import math
 from functools import partial
@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from blt_titan.byte_vocab import BOS_ID, BYTE_OFFSET, EOS_ID, document_ids
+from blt_titan.byte_vocab import document_ids
 from blt_titan.data.loader import HeldOutRows, RowSource
 from blt_titan.data.packing import RowShape
 from blt_titan.data.prepare import prepare
 from blt_titan.data.shards import ShardSet
 from blt_titan.inference.checkpoint import latest_checkpoint, load_weights
 from blt_titan.inference.evaluate import batch_scorer, score_batches
-from blt_titan.inference.generate import complete
 from blt_titan.model.blt import BLT
 from blt_titan.model.sizes import BLTArgs
 from blt_titan.patching import rule_patch_starts, starts_to_lengths
@@ -72,35 +71,6 @@ def test_held_out_score_equals_documents_alone(model, tmp_path):
     assert score.eos_nats == pytest.approx(eos_nats, rel=NATS_RTOL)
     assert score.bits_per_byte == pytest.approx(byte_nats / math.log(2) / n_bytes, rel=NATS_RTOL)
     assert score.loss_nats == pytest.approx((byte_nats + eos_nats) / (n_bytes + len(DOCUMENTS)), rel=NATS_RTOL)
-
-
-def test_greedy_completion_takes_the_likeliest_byte_each_time(model):
-    text = complete(model, b"to be", mark_starts=MARK_NEXT, max_bytes=12, temperature=0)
-    ids = document_ids(b"to be")[:-1]
-    for byte in text:
-        lengths = torch.from_numpy(starts_to_lengths(MARK_NEXT(ids)))
-        logits_V = model.logits(torch.from_numpy(ids.astype(np.int64))[None], lengths[None])[0, -1]
-        allowed = [EOS_ID, *range(BYTE_OFFSET, BYTE_OFFSET + 256)]
-        assert byte + BYTE_OFFSET == max(allowed, key=lambda i: logits_V[i].item())
-        ids = np.append(ids, np.int16(byte + BYTE_OFFSET))
-    assert len(text) == 12 or len(ids) > 1
-
-
-def test_sampling_repeats_with_its_seed_and_stops_at_the_limit(model):
-    texts = [complete(model, b"", mark_starts=MARK_NEXT, max_bytes=20, seed=seed) for seed in (1, 1, 2)]
-    assert texts[0] == texts[1] != texts[2]
-    assert all(len(text) <= 20 for text in texts)
-
-
-def test_sampling_ends_at_eos(model, monkeypatch):
-    def only_eos(ids_BS, lengths_BP):
-        logits = torch.full((*ids_BS.shape, 260), -10.0)
-        logits[..., BOS_ID] = 100.0  # never allowed
-        logits[..., EOS_ID] = 50.0
-        return logits
-
-    monkeypatch.setattr(model, "logits", only_eos)
-    assert complete(model, b"x", mark_starts=MARK_NEXT, max_bytes=5) == b""
 
 
 def test_latest_checkpoint_skips_what_is_half_written(tmp_path):

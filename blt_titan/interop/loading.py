@@ -1,0 +1,96 @@
+"""Load a BLT, its rule and its entropy model for inference, from whatever a user has: a checkpoint or a directory."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from blt_titan.inference.checkpoint import CheckpointError, find_checkpoint, load_entropy_model, load_weights
+from blt_titan.interop.export import stored_weights
+from blt_titan.interop.pretrained import BLT, EntropyModel, Pretrained
+from blt_titan.model.blt import BLT as BareBLT
+from blt_titan.model.entropy_model import EntropyModel as BareEntropyModel
+from blt_titan.model.sizes import BLTArgs
+from blt_titan.patching.rule import PatchRule
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What generation and evaluation need."""
+
+    model: BareBLT
+    rule: PatchRule
+    entropy_model: BareEntropyModel | None
+    """None for rules that read bytes only."""
+    origin: str
+    """The checkpoint or the directory."""
+
+
+def load_for_inference(
+    path: str | os.PathLike[str],
+    *,
+    entropy: str | os.PathLike[str] | None = None,
+    threshold: float | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Loaded:
+    """Load models in evaluation mode.
+
+    Args:
+        path: a checkpoint `step-N`, the folder of a run, a model directory, or the name of a repository on the hub.
+        entropy: likewise, the entropy model; default that of the directory.
+        threshold: nats; another patch size than in training.
+        device: to load to.
+        dtype: to compute in; the entropy model stays in fp32, so that its patches are those of the data.
+
+    Raises:
+        CheckpointError: a checkpoint cannot be read, or lacks what is needed.
+        FileNotFoundError: there is no such model.
+        ValueError: a directory does not hold what it should, or the rule has no threshold.
+    """
+    if _is_checkpoint(path):
+        weights = stored_weights(path)
+        if not isinstance(weights.args, BLTArgs):
+            raise CheckpointError(f"{weights.origin}: holds an entropy model, not a BLT")
+        model = BareBLT(weights.args)
+        load_weights(model, weights.origin)
+        rule, inside, origin = weights.rule, None, weights.origin
+        if rule is None:
+            if threshold is None:
+                raise CheckpointError(
+                    f"{origin}: does not say where its patches begin, as older checkpoints do not; name --threshold "
+                    "for the rule 'global'"
+                )
+            rule = PatchRule("global", threshold=threshold, max_patch_bytes=512)
+    else:
+        pretrained = Pretrained(path)
+        model, rule, origin = BLT.from_pretrained(pretrained.directory), pretrained.rule, str(path)
+        inside = pretrained.directory if pretrained.has_entropy_model else None
+        if rule is None:
+            raise ValueError(f"{path}: says no rule by which patches begin (patch_in_forward = false)")
+    if threshold is not None:
+        if rule.threshold is None:
+            raise ValueError(f"--threshold {threshold}: the rule of {origin} is {rule.rule!r}, which has none")
+        rule = replace(rule, threshold=threshold)
+    entropy_model = None
+    if rule.by_entropy:
+        entropy_model = _entropy_model(entropy or inside, origin, rule)
+        entropy_model = entropy_model.to(device).eval()
+    return Loaded(model.to(device, dtype).eval(), rule, entropy_model, origin)
+
+
+def _entropy_model(path: str | os.PathLike[str] | None, origin: str, rule: PatchRule) -> BareEntropyModel:
+    if path is None:
+        raise CheckpointError(
+            f"{origin}: its patches begin by entropy (rule {rule.rule!r}); name the entropy model, --entropy-checkpoint"
+        )
+    return load_entropy_model(path) if _is_checkpoint(path) else EntropyModel.from_pretrained(path)
+
+
+def _is_checkpoint(path: str | os.PathLike[str]) -> bool:
+    try:
+        find_checkpoint(Path(path))
+    except CheckpointError:
+        return False
+    return True

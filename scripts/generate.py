@@ -1,0 +1,117 @@
+"""Continue a prompt with a trained BLT, byte by byte, with caches at all three levels.
+
+    python -m scripts.generate --model blt-1b --prompt "The quick brown"
+    python -m scripts.generate --model outputs/demo --entropy-checkpoint outputs/demo/entropy --prompt - < file.py
+
+Another --threshold makes other patches: a higher one longer patches, less compute for a byte, and a worse text.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from blt_titan.inference.cached import CachedBLT
+from blt_titan.inference.generate import Sampling, TextStream, generate
+from blt_titan.interop.loading import load_for_inference
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        prog="generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR|CKPT", help="a model directory, a checkpoint, or owner/name on the hub")
+    add("--entropy-checkpoint", metavar="DIR|CKPT", help="the entropy model, where --model does not hold it")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", help="what to continue; - reads standard input, to its end")
+    what.add_argument("--batch", type=Path, metavar="FILE", help="one prompt on each line; JSON lines are printed")
+    add("--max-bytes", type=int, default=256, metavar="N", help="to sample at most (default %(default)s)")
+    add("--temperature", type=float, default=0.8, help="0 takes the likeliest byte (default %(default)s)")
+    add("--top-k", type=int, metavar="N", help="choose among the N likeliest bytes")
+    add("--top-p", type=float, metavar="P", help="choose among the likeliest bytes that together have probability P")
+    add("--seed", type=int, default=0, help="of the sampling (default %(default)s)")
+    add("--threshold", type=float, metavar="NATS", help="where patches begin (default: as in training)")
+    add("--show-patches", action="store_true", help="print afterwards where patches begin")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
+    add("--dtype", choices=list(DTYPES), default="float32", help="of the BLT's computation (default %(default)s)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; give its exit code: 0, or 2 after an error."""
+    args = parse_args(arguments)
+    try:
+        sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+        prompts = _prompts(args)
+        loaded = load_for_inference(
+            args.model,
+            entropy=args.entropy_checkpoint,
+            threshold=args.threshold,
+            device=args.device,
+            dtype=DTYPES[args.dtype],
+        )
+        generator = CachedBLT(loaded.model, loaded.rule, loaded.entropy_model)
+    except (ValueError, OSError) as error:
+        print(f"generate: error: {error}", file=sys.stderr)
+        return 2
+    began = time.perf_counter()
+    made: list[list[int]] = [[] for _ in prompts]
+    stream = TextStream()
+    for step in generate(generator, prompts, max_bytes=args.max_bytes, sampling=sampling):
+        for of_row, byte in zip(made, step, strict=True):
+            if byte is not None:
+                of_row.append(byte)
+        if args.batch is None and step[0] is not None:
+            _put(stream.feed(bytes([step[0]])))
+    seconds = time.perf_counter() - began
+    if args.batch is None:
+        _put(stream.end() + "\n")
+    else:
+        for prompt, of_row in zip(prompts, made, strict=True):
+            print(json.dumps({"prompt": _text(prompt), "text": _text(bytes(of_row))}, ensure_ascii=False))
+    if args.show_patches:
+        for row, (prompt, of_row) in enumerate(zip(prompts, made, strict=True)):
+            print(_patches(prompt + bytes(of_row), generator.patch_lengths(row)), file=sys.stderr)
+    n_bytes = sum(map(len, made))
+    print(f"{n_bytes} bytes in {seconds:.2f} s, {n_bytes / max(seconds, 1e-9):.1f} bytes/s", file=sys.stderr)
+    return 0
+
+
+def _prompts(args: argparse.Namespace) -> list[bytes]:
+    if args.batch is not None:
+        prompts = args.batch.read_bytes().splitlines()
+        if not prompts:
+            raise ValueError(f"{args.batch}: holds no prompt")
+        return prompts
+    # What a shell passes need not be UTF-8.
+    return [sys.stdin.buffer.read() if args.prompt == "-" else args.prompt.encode(errors="surrogateescape")]
+
+
+def _patches(content: bytes, lengths: list[int]) -> str:
+    """Write a text with `|` before each patch; the first is BOS alone, and the last may lack a byte."""
+    parts, place = [], 0
+    for length in lengths[1:]:
+        parts.append(content[place : place + length])
+        place += length
+    return "patches: " + "|".join(_text(part).replace("\n", "\\n") for part in parts if part)
+
+
+def _text(content: bytes) -> str:
+    return content.decode(errors="replace")
+
+
+def _put(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""Cached generation against a full forward of the same bytes with the same patches, at every byte."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from blt_titan.byte_vocab import BOS_ID, bytes_to_ids
+from blt_titan.inference.cached import CachedBLT
+from blt_titan.interop.verify import TEXT
+from blt_titan.model.blt import BLT
+from blt_titan.model.sizes import BLTArgs
+from blt_titan.patching.rule import PatchRule
+from tests.small_entropy_model import model_of, scored_alone
+
+LOGITS_ATOL = 1e-4
+"""fp32 sums in another order, over caches whose slots are not in order; seen below 1e-5."""
+EDGE_NATS = 1e-4
+
+ARGS = BLTArgs(
+    local_dim=32,
+    local_heads=2,
+    local_window=24,
+    local_ffn_hidden=48,
+    decoder_layers=2,
+    global_dim=96,
+    global_heads=4,
+    global_layers=2,
+    global_ffn_hidden=80,
+    cross_attn_k=2,
+    cross_attn_heads=2,
+    hash_rows=101,
+)
+RULES = {
+    "entropy": PatchRule("global", threshold=1.0 + 2**-11, max_patch_bytes=512),
+    "entropy, short": PatchRule("global", threshold=1.5, max_patch_bytes=5),
+    "monotonic": PatchRule("monotonic", threshold=0.1, max_patch_bytes=16),
+    "add": PatchRule("add", threshold=0.5, threshold_add=0.1, max_patch_bytes=16),
+    "space": PatchRule("space", max_patch_bytes=16),
+    "static": PatchRule("static", stride=4, max_patch_bytes=512),
+    "byte": PatchRule("byte"),
+}
+CONTENT = bytes_to_ids((TEXT + TEXT[::-1]).encode()).astype(np.int64)
+
+
+def blt(**changes) -> BLT:
+    model = BLT(replace(ARGS, **changes))
+    model.init_weights()
+    with torch.no_grad():
+        model.decoder.output.weight *= 4
+    return model.eval()
+
+
+def generator_of(rule: PatchRule, model: BLT, **entropy_changes) -> CachedBLT:
+    return CachedBLT(copy.deepcopy(model), rule, model_of(**entropy_changes) if rule.by_entropy else None)
+
+
+def compare(rule: PatchRule, model: BLT, prompts: list[int], steps: int, **entropy_changes) -> CachedBLT:
+    """Read prompts of these lengths and force further bytes; every row's logits are those of its full forward."""
+    cached = generator_of(rule, model, **entropy_changes)
+    rows = [np.concatenate([[BOS_ID], np.roll(CONTENT, -37 * row)]) for row in range(len(prompts))]
+    found = [cached.prefill([ids[:n] for ids, n in zip(rows, prompts, strict=True)])]
+    for i in range(steps):
+        found.append(cached.step(np.array([ids[n + i] for ids, n in zip(rows, prompts, strict=True)])))
+    logits_BTV = torch.stack(found, dim=1)
+    for row, (ids, n) in enumerate(zip(rows, prompts, strict=True)):
+        ids = ids[: n + steps]
+        lengths = cached.patch_lengths(row)
+        with torch.no_grad():
+            expected = model.logits(torch.from_numpy(ids)[None], torch.tensor([lengths]))[0, n - 1 :]
+        assert expected.abs().max() > 1
+        torch.testing.assert_close(logits_BTV[row], expected, atol=LOGITS_ATOL, rtol=0)
+        check_boundaries(rule, ids, lengths, **entropy_changes)
+    return cached
+
+
+def check_boundaries(rule: PatchRule, ids: np.ndarray, lengths: list[int], **entropy_changes) -> None:
+    """The patches are those of the rule on the whole row, unless an entropy is at a decision edge."""
+    entropies = scored_alone(model_of(**entropy_changes), ids) if rule.by_entropy else None
+    rounded = None if entropies is None else entropies.astype(np.float16).astype(np.float32)
+    expected = np.flatnonzero(rule.mark(ids, rounded, include_next=True))
+    got = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    if not np.array_equal(expected, got):
+        assert entropies is not None
+        first = min(set(expected.tolist()) ^ set(got.tolist()))
+        at_edge = abs(entropies[first - 2 : first] - float(rule.threshold or 0)).min() < 1e-3 + EDGE_NATS
+        assert at_edge, f"patches differ from position {first} on, entropies {entropies[first - 2 : first]}"
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=list(RULES))
+def test_every_byte_s_logits_are_those_of_the_whole_row(rule):
+    cached = compare(rule, blt(), [1], steps=200)
+
+    assert cached.global_steps == cached._closed[0] - 1 > 5  # BOS was a patch of the prompt
+
+
+@pytest.mark.parametrize("rule", [RULES["entropy"], RULES["space"]], ids=["entropy", "space"])
+def test_prompts_that_end_anywhere(rule):
+    """Inside patches, at their first and at their last byte, shorter and longer than the windows."""
+    for length in (1, 2, 3, 7, 23, 24, 25, 26, 49, 131, 300):
+        compare(rule, blt(), [length], steps=30)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=list(RULES))
+def test_prompts_of_other_lengths_side_by_side(rule):
+    compare(rule, blt(), [1, 90, 4, 25, 33], steps=60)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"encoder_layers": 2},
+        {"encoder_layers": 3, "encoder_cross_attn_all_layers": True},
+        {"decoder_cross_attn_all_layers": False, "decoder_layers": 3},
+        {"cross_attn_k": 3},
+        {"hash_functions": 2, "hash_ngrams": (2, 5), "local_window": 1},
+        {"hash_ngrams": (1,), "local_window": 7},
+    ],
+    ids=str,
+)
+def test_other_shapes(changes):
+    compare(RULES["entropy"], blt(**changes), [3, 40], steps=60)
+
+
+def test_an_entropy_model_that_forgets_at_newlines():
+    compare(RULES["entropy"], blt(), [1, 250, 310], steps=120, reset_at_newline=True)
+
+
+def test_more_patches_than_a_cache_grows_by():
+    cached = compare(RULES["byte"], blt(), [250], steps=300)
+    assert cached._global_cache.capacity == 768
+
+
+def test_a_rule_and_its_model_go_together():
+    with pytest.raises(ValueError, match="needs an entropy model"):
+        CachedBLT(blt(), RULES["entropy"])
+    with pytest.raises(ValueError, match="takes no entropy model"):
+        CachedBLT(blt(), RULES["space"], model_of())
