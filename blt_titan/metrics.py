@@ -126,6 +126,7 @@ class BLTMetrics(MetricsProcessor):
         grad_norm: float,
         lr: float,
         counts: list[float],
+        bytes_seen: int,
         dataset_ids: Sequence[float] = (),
     ) -> None:
         """Write the figures of a step and of the steps since the last line.
@@ -137,6 +138,7 @@ class BLTMetrics(MetricsProcessor):
             grad_norm: before clipping.
             lr: learning rate of the step.
             counts: COUNTS since the last line, summed over ranks.
+            bytes_seen: targets since the run began, EOS included, summed over ranks.
             dataset_ids: ids of each data set of the mixture since the run began, summed over ranks.
         """
         now = time.perf_counter()
@@ -156,7 +158,11 @@ class BLTMetrics(MetricsProcessor):
             "grad_norm": grad_norm,
             "lr": lr,
             "data_wait_share": sum(self.data_loading_times) / seconds,
+            "bytes_seen": bytes_seen,
         }
+        flops = 3 * self.model_args.forward_flops_per_byte(self.job_config.training.seq_len, mean_patch_bytes)
+        # Of all bytes, as if patches had always been as long as since the last line.
+        metrics["training_flops"] = flops * bytes_seen
         for name, ids in zip(self._datasets, dataset_ids, strict=True):
             metrics[f"share/{name}"] = ids / sum(dataset_ids)
         if self._counts_quarantined:
@@ -166,7 +172,6 @@ class BLTMetrics(MetricsProcessor):
             metrics["online_entropy_share"] = (spent - self._online_seconds_before) / seconds
             self._online_seconds_before = spent
         if self.peak_flops is not None:
-            flops = 3 * self.model_args.forward_flops_per_byte(self.job_config.training.seq_len, mean_patch_bytes)
             metrics["mfu"] = flops * per_device / self.peak_flops
         if (memory_gib := self.device_memory_monitor.get_peak_stats().max_reserved_gib) > 0:
             metrics["memory_gib"] = memory_gib

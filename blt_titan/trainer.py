@@ -85,6 +85,7 @@ class BLTTrainer(Trainer):
         read_entropies = self.dataloader.source.read_entropies
         if isinstance(read_entropies, OnlineEntropies):
             self.metrics_processor.online_seconds = lambda: read_entropies.seconds
+        self._targets_seen = torch.zeros((), dtype=torch.int64, device=self.device)
         self._first_bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
         quarantines = job_config.data.on_damage == "quarantine"
         self._row_ranks = row_ranks(job_config) if quarantines else None
@@ -125,6 +126,8 @@ class BLTTrainer(Trainer):
         if self.device.type == "cuda":
             targets = targets.pin_memory()  # else the copy would wait for the device
         global_targets = self._sum_over_ranks(targets.to(self.device, non_blocking=True))
+
+        self._targets_seen = self._targets_seen + global_targets[0]
 
         self.loss_fn.n_targets, self.loss_fn.eos_nats = global_targets[0], None
         undivided = torch.ones((), device=self.device)  # torchtitan divides after a pipeline's backward; ours is done
@@ -211,7 +214,8 @@ class BLTTrainer(Trainer):
 
         The rule of its patches too: whoever generates with it must cut as it was trained.
         """
-        return super().state_dict() | {"model": json.dumps(self._describe_model())}
+        described = self._describe_model() | {"bytes_seen": int(self._targets_seen)}
+        return super().state_dict() | {"model": json.dumps(described)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint's step.
@@ -220,6 +224,7 @@ class BLTTrainer(Trainer):
             RunStateError: the checkpoint is of a model that computes something else with weights of the same shapes.
         """
         super().load_state_dict(state_dict)
+        self._targets_seen.fill_(json.loads(state_dict["model"]).get("bytes_seen", 0))
         saved, here = (json.loads(state["model"]) for state in (state_dict, self.state_dict()))
         for key, value in (saved["args"] | {"model": saved["name"]}).items():
             mine = (here["args"] | {"model": here["name"]}).get(key)
@@ -275,6 +280,7 @@ class BLTTrainer(Trainer):
             grad_norm=grad_norm.item(),
             lr=lr,
             counts=rest[: len(COUNTS)],
+            bytes_seen=int(self._targets_seen),
             dataset_ids=rest[len(COUNTS) :],
         )
 

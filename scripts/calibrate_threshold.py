@@ -8,6 +8,7 @@ patches waste at their best byte budget, and the lines to paste into a run's TOM
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,6 +53,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--segment-patches", type=int, default=512, metavar="N", help="of the lines to paste (default %(default)s)")
     add("--flavor", choices=BLT_FLAVORS, default="1B", help="whose compute is weighed (default %(default)s)")
     add("--sample-bytes", type=size, default=64_000_000, metavar="SIZE", help="text to look at (default 64MB)")
+    add("--json", type=Path, metavar="FILE", help="also write the distribution; patch_lengths.json for serve_plots")
     add("--png", type=Path, metavar="FILE", help="also draw the distribution and the trade-off")
     return parser.parse_args(arguments)
 
@@ -94,13 +96,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     _report(args, calibration, budgets, n_ids=len(sample.entropies_nats))
-    if args.png:
-        try:
+    try:
+        if args.json:
+            args.json.write_text(json.dumps(calibration.distribution()) + "\n")
+            print(f"\n{args.json}: the distribution")
+        if args.png:
             _draw(args.png, calibration, budgets)
-        except OSError as error:
-            print(f"calibrate_threshold: error: {args.png}: {error.strerror}", file=sys.stderr)
-            return 2
-        print(f"\n{args.png}: the distribution and the trade-off")
+            print(f"\n{args.png}: the distribution and the trade-off")
+    except OSError as error:
+        print(f"calibrate_threshold: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -187,6 +187,7 @@ def _score_and_calibrate(entropy_out: Path, device: torch.device) -> tuple[float
         max_patch_bytes=MAX_PATCH_BYTES,
     )
     (OUT / "patches.html").write_text(page, encoding="utf-8")
+    (OUT / "patch_lengths.json").write_text(json.dumps(found.distribution()) + "\n")
     return found.threshold, budget.bytes
 
 
@@ -280,6 +281,7 @@ speed        {summary["bytes_per_second"]:,.0f} bytes/s in training, {summary["s
 padding      {summary["padded_byte_share"]:.1%} of byte slots, {summary["padded_patch_share"]:.1%} of patch slots
 patches      {summary["mean_patch_bytes"]:.2f} bytes on average, at a threshold of {summary["threshold_nats"]:.4f} nats
 left behind  {OUT}/: loss.png, summary.json, metrics.jsonl, train.log, tb/ (TensorBoard), checkpoint/, entropy/
+generate     .venv/bin/python -m scripts.generate --model {OUT} --entropy-checkpoint {OUT}/entropy --prompt "def "
 run next     ./run_train.sh
 the patches  {OUT}/patches.html"""
     )

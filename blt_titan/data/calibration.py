@@ -9,7 +9,7 @@ codes, whichever the sidecar stores (the rules that compare differences take any
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
@@ -53,6 +53,16 @@ class Calibration:
     def mean_patch_bytes(self) -> float:
         """Ids in a patch, BOS and EOS counted, as the metric of a run counts them."""
         return float(self.lengths.mean())
+
+    def distribution(self) -> dict[str, Any]:
+        """Return rule, threshold, mean, and `counts`: how many patches have 1, 2, ... bytes."""
+        counts = np.bincount(self.lengths)[1:].tolist()
+        return {
+            "rule": self.rule,
+            "threshold": self.threshold,
+            "mean": round(self.mean_patch_bytes, 4),
+            "counts": counts,
+        }
 
 
 class SegmentBudget(NamedTuple):

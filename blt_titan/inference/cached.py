@@ -22,10 +22,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from blt_titan.batch import PADDING
+from blt_titan.batch import PADDING, PatchLayout
 from blt_titan.byte_vocab import BOS_ID, NEWLINE_ID
 from blt_titan.inference.caches import StackCache
 from blt_titan.inference.entropies import entropy_nats
+from blt_titan.inference.rows import Row, layout_rows, pad_ids
 from blt_titan.model.attention import causal_mask, window_mask
 from blt_titan.model.blt import BLT
 from blt_titan.model.entropy_model import EntropyModel
@@ -126,23 +127,22 @@ class CachedBLT:
             Logits of the byte after each prompt, fp32 [B, V].
         """
         assert all(len(ids) and ids[0] == BOS_ID for ids in prompts), "a prompt begins with BOS"
+        for cache in self._caches:
+            cache.install()
         lengths = np.array([len(ids) for ids in prompts])
-        B, S = len(prompts), int(lengths.max())
-        ids = np.zeros((B, S), np.int64)
-        for row, of_row in enumerate(prompts):
-            ids[row, : len(of_row)] = of_row
+        ids = pad_ids(prompts)
         ids_BS, lengths_B = torch.from_numpy(ids).to(self.device), torch.from_numpy(lengths).to(self.device)
-        entropies = np.zeros((B, S), np.float32)
+        entropies = np.zeros(ids.shape, np.float32)
         if self.entropies is not None:
             entropies = self.entropies.prefill(ids_BS, lengths_B).cpu().numpy()
-        starts = [
-            self.rule.mark(of_row, entropies[row, : len(of_row)], include_next=True)
-            for row, of_row in enumerate(prompts)
+        rows = [
+            Row(of_row, self.rule.mark(of_row, entropies[number, : len(of_row)], include_next=True))
+            for number, of_row in enumerate(prompts)
         ]
-        self._begin_cursor(ids, entropies, lengths, starts)
-        self._positions, self._ids = lengths.copy(), ids_BS
+        self._begin_cursor(ids, entropies, lengths, [row.starts for row in rows])
+        self._positions = lengths.copy()
         self.global_steps = 0
-        return self._prefill_model(ids_BS, lengths_B, starts)
+        return self._prefill_model(ids_BS, lengths_B, layout_rows(rows))
 
     def _begin_cursor(
         self, ids: np.ndarray, entropies: np.ndarray, lengths: np.ndarray, starts: list[np.ndarray]
@@ -160,21 +160,17 @@ class CachedBLT:
         self._closed = np.array([len(r) if c else len(r) - 1 for r, c in zip(self._lengths, closed, strict=True)])
         self._open = np.array([0 if c else r[-1] for r, c in zip(self._lengths, closed, strict=True)])
 
-    def _prefill_model(self, ids_BS: torch.Tensor, lengths_B: torch.Tensor, starts: list[np.ndarray]) -> torch.Tensor:
+    def _prefill_model(self, ids_BS: torch.Tensor, lengths_B: torch.Tensor, layout: PatchLayout) -> torch.Tensor:
         model, args = self.model, self.model.args
-        B, S = ids_BS.shape
-        layout = _layout(starts, S)
-        byte_patch_BS, source_BS, patch_doc_BP = (torch.from_numpy(x).to(self.device) for x in layout)
-        P = patch_doc_BP.shape[1]
-        pos_BS = torch.arange(S, device=self.device).expand(B, S)
-        real_BS = pos_BS < lengths_B[:, None]
-        document_BS = torch.where(real_BS, 0, PADDING)
+        (B, S), P = ids_BS.shape, layout.patch_doc_BP.shape[1]
+        at = {name: tensor.to(self.device) for name, tensor in layout.as_dict().items()}
+        pos_BS, document_BS, patch_doc_BP = at["byte_pos_BS"], at["byte_doc_BS"], at["patch_doc_BP"]
         self._encoder_cache.begin(lengths_B, S)
         self._decoder_cache.begin(lengths_B, S)
         self._global_cache.begin(torch.from_numpy(self._closed).to(self.device), P)
         rotation = rotary_angles(pos_BS, head_dim=args.local_head_dim, theta=args.rope_theta)
         mask = window_mask(document_BS, window=args.local_window, backend=args.attention_backend)
-        patch_BS = torch.where(byte_patch_BS < 0, P, byte_patch_BS)
+        patch_BS = torch.where(at["byte_patch_BS"] < 0, P, at["byte_patch_BS"])
         h_BSd = model.encoder.tok_embeddings(ids_BS) + model.hash_embedding(ids_BS, document_BS)
         p_BPX, states = None, []
         for i, block in enumerate(model.encoder.layers.values()):
@@ -184,21 +180,19 @@ class CachedBLT:
                 states.append(h_BSd)
         assert p_BPX is not None
         p_BPG = model.encoder.to_global(p_BPX)
-        patch_pos_BP = torch.arange(P, device=self.device).expand(B, P)
         patch_mask = causal_mask(patch_doc_BP, backend=args.attention_backend)
-        patch_rotation = rotary_angles(patch_pos_BP, head_dim=args.global_head_dim, theta=args.rope_theta)
+        patch_rotation = rotary_angles(at["patch_pos_BP"], head_dim=args.global_head_dim, theta=args.rope_theta)
         for block in model.layers.values():
             p_BPG = block(p_BPG, patch_rotation, patch_mask)
-        logits_BSV = model.decoder(h_BSd, p_BPG, source_BS, rotation, mask)
+        logits_BSV = model.decoder(h_BSd, p_BPG, at["source_patch_BS"], rotation, mask)
         self._keep_open_bytes(states, lengths_B)
         rows = torch.arange(B, device=self.device)
         closed_B = torch.from_numpy(self._closed).to(self.device)
         self._sources = self._keys_values(p_BPG[rows, closed_B - 1][:, None])
         reach = model.hash_embedding.reach_bytes
-        before_BR = pos_BS.new_zeros(B, reach)
         place_BR = lengths_B[:, None] - reach + torch.arange(reach, device=self.device)
         taken_BR = ids_BS.gather(1, place_BR.clamp(min=0))
-        self._before_BR = torch.where(place_BR >= 0, taken_BR, before_BR)
+        self._before_BR = torch.where(place_BR >= 0, taken_BR, 0)
         return logits_BSV[rows, lengths_B - 1]
 
     def _keep_open_bytes(self, states: list[torch.Tensor], lengths_B: torch.Tensor) -> None:
@@ -343,18 +337,3 @@ class CachedBLT:
 
 def _cross_attention(decoder: Any) -> Any:
     return decoder.cross_attention
-
-
-def _layout(starts: list[np.ndarray], S: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lay out prompts of different lengths: patch and source of each byte [B, S], document of patches [B, P]."""
-    B = len(starts)
-    P = max(int(of_row.sum()) for of_row in starts)
-    patch_BS = np.full((B, S), PADDING, np.int64)
-    source_BS = np.full((B, S), PADDING, np.int64)
-    document_BP = np.full((B, P), PADDING, np.int64)
-    for row, of_row in enumerate(starts):
-        patch = np.cumsum(of_row) - 1
-        n = len(of_row) - 1
-        patch_BS[row, :n], source_BS[row, :n] = patch[:n], patch[1:] - 1
-        document_BP[row, : patch[n - 1] + 1] = 0
-    return patch_BS, source_BS, document_BP

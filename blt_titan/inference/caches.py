@@ -79,8 +79,6 @@ class StackCache:
         self._window, self._head_dim, self._theta = window, head_dim, theta
         self._attention: list[Any] = [block.get_submodule("attention") for block in blocks.children()]
         self.layers = [LayerCache(self) for _ in self._attention]
-        for attention, cache in zip(self._attention, self.layers, strict=True):
-            attention.attend = cache
         self._angles: Rotation | None = None
 
     def begin(self, lengths_B: torch.Tensor, most: int) -> None:
@@ -136,6 +134,11 @@ class StackCache:
             self._slots_T = torch.arange(self.capacity, device=self.rows.device)
             for layer in self.layers:
                 layer.grow(self.capacity)
+
+    def install(self) -> None:
+        """Let the blocks attend to the caches."""
+        for attention, cache in zip(self._attention, self.layers, strict=True):
+            attention.attend = cache
 
     def release(self) -> None:
         """Let the blocks attend as they did before."""

@@ -106,9 +106,6 @@ class EntropyScorer:
         """Byte slots computed so far, padding included."""
         self.device = model.tok_embeddings.weight.device
         self._attention = [_CarriedAttention(model.args.window) for _ in model.layers]
-        for block, carried in zip(model.layers.children(), self._attention, strict=True):
-            attention: Any = block.get_submodule("attention")
-            attention.attend = carried
 
     def score(self, ids: np.ndarray) -> np.ndarray:
         """Return H[i], nats of the byte that follows ids[i]: documents' ids, integer [N] -> fp32 [N]."""
@@ -132,7 +129,10 @@ class EntropyScorer:
         context_BW = torch.full((self.lanes, self.model.args.window - 1), PADDING, dtype=torch.int64)
         last_context_B = torch.zeros(self.lanes, 1, dtype=torch.int64)
         position = 0
-        for carried in self._attention:
+        for block, carried in zip(self.model.layers.children(), self._attention, strict=True):
+            attention: Any = block.get_submodule("attention")
+            # Here, not once: generation, which takes the model over as well, may have had it meanwhile.
+            attention.attend = carried
             carried.kv_BWHX = None
         while True:
             for lane in lanes:

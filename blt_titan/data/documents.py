@@ -1,0 +1,56 @@
+"""Documents one by one, of byte shards or of anything that `prepare` reads: for evaluation, not for training."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from blt_titan.data.errors import DataError
+from blt_titan.data.formats import Document, Problem, read_extent
+from blt_titan.data.manifest import MANIFEST_NAME, read_manifest
+from blt_titan.data.prepare import MAX_RECORD_BYTES
+from blt_titan.data.shards import ShardSet
+from blt_titan.data.sources import list_extents, resolve_sources
+
+
+class SourcedDocument(NamedTuple):
+    """A document and where it comes from."""
+
+    source: str
+    doc_id: str
+    text: bytes
+
+
+def read_documents(
+    path: str | os.PathLike[str], *, split: str = "validation", text_column: str = "text"
+) -> Iterator[SourcedDocument]:
+    """Yield the documents of a data set, or of files; empty ones are left out.
+
+    Args:
+        path: a directory of byte shards, or what `prepare` takes as a source.
+        split: of byte shards.
+        text_column: of records in files.
+
+    Raises:
+        DataError: nothing is there, a record is damaged, or it cannot be used.
+    """
+    if (Path(path) / MANIFEST_NAME).is_file():
+        yield from _of_shards(path, split)
+        return
+    for source in resolve_sources([path]):
+        for extent in list_extents([source]):
+            for item in read_extent(extent, text_column=text_column, max_record_bytes=MAX_RECORD_BYTES):
+                if isinstance(item, Problem):
+                    raise DataError(item.message)
+                if isinstance(item, Document) and item.text:
+                    yield SourcedDocument(source.setting, item.doc_id, item.text)
+
+
+def _of_shards(path: str | os.PathLike[str], split: str) -> Iterator[SourcedDocument]:
+    settings = read_manifest(path).settings.get("sources", [])
+    for batch in ShardSet(path, split):
+        for row, doc_id in enumerate(batch.doc_ids):
+            # Of several sources each document's id begins with the name of its own.
+            source = doc_id.partition("/")[0].partition("#")[0] if len(settings) > 1 else "".join(settings[:1])
+            if text := batch.document(row).tobytes():
+                yield SourcedDocument(source or str(path), doc_id, text)

@@ -1,0 +1,160 @@
+"""EleutherAI's evaluation harness (`lm-eval`, an extra): a BLT as its model `blt_titan`.
+
+A continuation is scored on the bytes of context and continuation in one pass: patches begin where the bytes so far say,
+so that is exact, and no border between the two is special. What is longer than the model reads keeps its last bytes, as
+if the document began there.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
+from tqdm import tqdm
+
+from blt_titan.byte_vocab import BOS_ID, bytes_to_ids
+from blt_titan.inference.cached import CachedBLT
+from blt_titan.inference.generate import Sampling, generate
+from blt_titan.inference.likelihood import CONTEXT_BYTES, LikelihoodScorer
+from blt_titan.interop.loading import load_for_inference
+
+_MOST_GENERATED = 256
+
+
+@register_model("blt_titan")
+class BLTHarness(LM):
+    """A BLT in the harness.
+
+    Args:
+        pretrained: a model directory, a checkpoint, or the name of a repository on the hub.
+        entropy: the entropy model, where `pretrained` does not hold it.
+        threshold: nats; where patches begin, default as in training.
+        max_length: bytes that the model reads, BOS included.
+        batch_size: prompts that are continued at once; likelihoods are batched by bytes.
+        device: default CUDA where it is there.
+        dtype: of the BLT's computation, a name of torch's.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        entropy: str | None = None,
+        threshold: float | None = None,
+        max_length: int = CONTEXT_BYTES,
+        batch_size: int | str = 8,
+        device: str | None = None,
+        dtype: str = "float32",
+        **ignored: Any,
+    ):
+        super().__init__()
+        if unknown := {key: value for key, value in ignored.items() if key != "max_batch_size"}:
+            raise ValueError(f"blt_titan knows no model argument {', '.join(unknown)}")
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._loaded = load_for_inference(
+            pretrained,
+            entropy=entropy,
+            threshold=None if threshold is None else float(threshold),
+            device=self._device,
+            dtype=getattr(torch, dtype),
+        )
+        self._max_length = int(max_length)
+        self._batch_size = int(batch_size)
+        models = (self._loaded.model, self._loaded.rule, self._loaded.entropy_model)
+        # One stride for rolling likelihoods: half the context is always there.
+        self._scorer = LikelihoodScorer(*models, context_bytes=self._max_length)
+        self._generator = CachedBLT(*models)
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Return log p of each continuation given its context, and whether it is what greedy decoding gives."""
+        pairs = [tuple(text.encode() for text in request.args) for request in requests]
+        ids = [self._last(context + continuation) for context, continuation in pairs]
+        found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        for number, scored in self._scored(ids, disable_tqdm):
+            n = min(len(pairs[number][1]), len(scored.nats))
+            nats = scored.nats[len(scored.nats) - n :].sum(dtype=np.float64)
+            found[number] = (-float(nats), bool(scored.likeliest[len(scored.nats) - n :].all()))
+            self.cache_hook.add_partial("loglikelihood", requests[number].args, found[number])
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Return log p of each text; long ones are read in windows, each byte once."""
+        ids = [_with_bos(request.args[0].encode()) for request in requests]
+        found = [0.0] * len(requests)
+        for number, scored in self._scored(ids, disable_tqdm):
+            found[number] = -float(scored.nats.sum(dtype=np.float64))
+            self.cache_hook.add_partial("loglikelihood_rolling", requests[number].args, found[number])
+        return found
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Continue each context until one of its stop strings, greedily unless it says otherwise."""
+        found = [""] * len(requests)
+        # Long ones together, and only those that are continued alike.
+        order = sorted(range(len(requests)), key=lambda i: (str(requests[i].args[1]), -len(requests[i].args[0])))
+        with tqdm(total=len(requests), desc="generating", disable=disable_tqdm) as bar:
+            for batch in _batches(order, [str(request.args[1]) for request in requests], self._batch_size):
+                settings = dict(requests[batch[0]].args[1])
+                prompts = [requests[i].args[0].encode() for i in batch]
+                for i, content in zip(batch, self._generate(prompts, settings), strict=True):
+                    found[i] = content.decode(errors="replace")
+                    self.cache_hook.add_partial("generate_until", requests[i].args, found[i])
+                bar.update(len(batch))
+        return found
+
+    def _generate(self, prompts: Sequence[bytes], settings: dict[str, Any]) -> list[bytes]:
+        until = settings.get("until") or []
+        stops = [stop.encode() for stop in ([until] if isinstance(until, str) else until) if stop]
+        max_bytes = int(settings.get("max_gen_toks") or _MOST_GENERATED)
+        if max_bytes + 1 >= self._max_length:
+            raise ValueError(f"max_gen_toks = {max_bytes}: leaves no room for a prompt in {self._max_length} bytes")
+        sampling = Sampling(temperature=0.0)
+        if settings.get("do_sample") or float(settings.get("temperature") or 0) > 0:
+            sampling = Sampling(float(settings.get("temperature") or 1.0), settings.get("top_k"), settings.get("top_p"))
+        room = self._max_length - 1 - max_bytes
+        made = [bytearray() for _ in prompts]
+        stopped = [False] * len(prompts)
+        for step in generate(self._generator, [p[-room:] for p in prompts], max_bytes=max_bytes, sampling=sampling):
+            for row, byte in enumerate(step):
+                if byte is None or stopped[row]:
+                    stopped[row] = True
+                    continue
+                made[row].append(byte)
+                stopped[row] = any(made[row].endswith(stop) for stop in stops)
+            if all(stopped):
+                break
+        return [_before_stops(bytes(content), stops) for content in made]
+
+    def _scored(self, ids: Sequence[np.ndarray], disable_tqdm: bool) -> Iterator[Any]:
+        with tqdm(total=len(ids), desc="scoring", disable=disable_tqdm) as bar:
+            # BOS alone has no target: an empty text is certain.
+            there = [number for number, of_text in enumerate(ids) if len(of_text) > 1]
+            bar.update(len(ids) - len(there))
+            for number, scored in self._scorer.score(ids[i] for i in there):
+                yield there[number], scored
+                bar.update()
+
+    def _last(self, content: bytes) -> np.ndarray:
+        # The last byte is a target only.
+        return _with_bos(content[-self._max_length :])
+
+
+def _with_bos(content: bytes) -> np.ndarray:
+    return np.concatenate([[BOS_ID], bytes_to_ids(content)])
+
+
+def _before_stops(content: bytes, stops: Sequence[bytes]) -> bytes:
+    places = [place for stop in stops if (place := content.find(stop)) >= 0]
+    return content[: min(places)] if places else content
+
+
+def _batches(order: Sequence[int], kinds: Sequence[str], size: int) -> Iterator[list[int]]:
+    """Yield runs of one kind, of at most `size`."""
+    batch: list[int] = []
+    for i in order:
+        if batch and (len(batch) == size or kinds[i] != kinds[batch[0]]):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch

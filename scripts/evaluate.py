@@ -1,0 +1,118 @@
+"""Score texts with a trained BLT: bits per byte over whole documents with a sliding context, by source.
+
+    python -m scripts.evaluate --model outputs/demo --entropy-checkpoint outputs/demo/entropy --data data/stdlib
+    python -m scripts.evaluate --model blt-1b --data wiki.jsonl.zst 'books/*.txt' --noise random_case --out scores.json
+
+Byte shards are read from their validation split; anything that scripts.prepare_data reads can be named as well.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from blt_titan.data.documents import SourcedDocument, read_documents
+from blt_titan.inference.evaluate_documents import DocumentScores, evaluate_documents
+from blt_titan.inference.likelihood import CONTEXT_BYTES, LikelihoodScorer
+from blt_titan.inference.noise import NOISES
+from blt_titan.interop.loading import load_for_inference
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        prog="evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR|CKPT", help="a model directory, a checkpoint, or owner/name on the hub")
+    add("--entropy-checkpoint", metavar="DIR|CKPT", help="the entropy model, where --model does not hold it")
+    add("--data", required=True, nargs="+", metavar="DIR|FILE", help="byte shards, files, patterns, hf:NAME")
+    add("--split", default="validation", choices=["train", "validation"], help="of byte shards (default %(default)s)")
+    add("--text-column", default="text", help="of records in files (default %(default)s)")
+    add("--max-documents", type=int, metavar="N", help="of each --data, the first N")
+    add("--context-bytes", type=int, default=CONTEXT_BYTES, metavar="N", help="of a window (default %(default)s)")
+    add("--stride-bytes", type=int, metavar="N", help="by which windows move on (default: half the context)")
+    add("--threshold", type=float, metavar="NATS", help="where patches begin (default: as in training)")
+    add("--noise", choices=NOISES, help="change the texts before, as the paper does to test robustness")
+    add("--seed", type=int, default=0, help="of the noise (default %(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
+    add("--dtype", choices=list(DTYPES), default="float32", help="of the BLT's computation (default %(default)s)")
+    add("--out", type=Path, metavar="FILE", help="also write the figures as JSON")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; give its exit code: 0, or 2 after an error."""
+    args = parse_args(arguments)
+    try:
+        loaded = load_for_inference(
+            args.model,
+            entropy=args.entropy_checkpoint,
+            threshold=args.threshold,
+            device=args.device,
+            dtype=DTYPES[args.dtype],
+        )
+        scorer = LikelihoodScorer(
+            loaded.model,
+            loaded.rule,
+            loaded.entropy_model,
+            context_bytes=args.context_bytes,
+            stride_bytes=args.stride_bytes,
+        )
+        scored = evaluate_documents(scorer, _documents(args), noise=args.noise, seed=args.seed)
+    except (ValueError, OSError) as error:
+        print(f"evaluate: error: {error}", file=sys.stderr)
+        return 2
+    if not scored:
+        print(f"evaluate: error: {', '.join(args.data)}: no documents", file=sys.stderr)
+        return 2
+    figures = {source: scores.summary() for source, scores in scored.items()}
+    if len(scored) > 1:
+        figures["all"] = _together(scored.values()).summary()
+    print(f"{'bits/byte':>10}  {'95% interval':>16}{'patch':>7}{'documents':>11}{'bytes':>14}  source")
+    for source, of_source in figures.items():
+        low, high = of_source["bits_per_byte_95"]
+        print(
+            f"{of_source['bits_per_byte']:>10.4f}  {f'{low:.4f} - {high:.4f}':>16}{of_source['mean_patch_bytes']:>7.2f}"
+            f"{of_source['documents']:>11,}{of_source['bytes']:>14,}  {source}"
+        )
+    if args.out is not None:
+        result = {
+            "model": loaded.origin,
+            "patching": loaded.rule.as_dict(),
+            "context_bytes": args.context_bytes,
+            "stride_bytes": args.stride_bytes or args.context_bytes // 2,
+            "noise": args.noise,
+            "sources": figures,
+        }
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+def _documents(args: argparse.Namespace) -> Iterator[SourcedDocument]:
+    with tqdm(unit="B", unit_scale=True, desc="reading") as bar:
+        for path in args.data:
+            for document in islice(
+                read_documents(path, split=args.split, text_column=args.text_column), args.max_documents
+            ):
+                bar.update(len(document.text))
+                yield document
+
+
+def _together(scored) -> DocumentScores:
+    together = DocumentScores()
+    for scores in scored:
+        for name in ("byte_nats", "eos_nats", "n_bytes", "patches"):
+            getattr(together, name).extend(getattr(scores, name))
+    return together
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""Run tasks of EleutherAI's evaluation harness on a trained BLT; needs the extra `harness` (lm-eval).
+
+    python -m scripts.evaluate_harness --model blt-1b --tasks arc_easy hellaswag
+    python -m scripts.evaluate_harness --model outputs/demo --entropy-checkpoint outputs/demo/entropy \
+        --tasks my_task --include-path my_tasks/
+
+`--tasks paper` names the tasks of the paper's tables; most tasks download their data. Tasks that run what the model
+wrote ask for --confirm-run-unsafe-code.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+PAPER_TASKS = ("arc_easy", "arc_challenge", "hellaswag", "piqa", "mmlu", "mbpp", "humaneval")
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        prog="evaluate_harness", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR|CKPT", help="a model directory, a checkpoint, or owner/name on the hub")
+    add("--entropy-checkpoint", metavar="DIR|CKPT", help="the entropy model, where --model does not hold it")
+    add("--tasks", required=True, nargs="+", metavar="TASK", help="names of the harness, or `paper`")
+    add("--include-path", metavar="DIR", help="tasks of your own, as YAML")
+    add("--num-fewshot", type=int, metavar="N", help="examples in the context (default: the task's)")
+    add("--limit", type=int, metavar="N", help="the first N examples of each task")
+    add("--threshold", type=float, metavar="NATS", help="where patches begin (default: as in training)")
+    add("--max-length", type=int, metavar="N", help="bytes that the model reads")
+    add("--batch-size", type=int, default=8, metavar="N", help="prompts continued at once (default %(default)s)")
+    add("--device", help="default: CUDA where it is there")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="default %(default)s")
+    add("--confirm-run-unsafe-code", action="store_true", help="let tasks run code that the model wrote")
+    add("--out", type=Path, metavar="FILE", help="also write the figures as JSON")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; give its exit code: 0, or 2 after an error."""
+    args = parse_args(arguments)
+    try:
+        from lm_eval.evaluator import simple_evaluate
+        from lm_eval.tasks import TaskManager
+        from lm_eval.utils import make_table
+
+        from blt_titan.interop.harness import BLTHarness
+    except ImportError as error:
+        print(f"evaluate_harness: error: {error}; pip install 'blt_titan[harness]'", file=sys.stderr)
+        return 2
+    names = [name for task in args.tasks for name in (PAPER_TASKS if task == "paper" else (task,))]
+    tasks = TaskManager(include_path=args.include_path)
+    try:
+        if unknown := [name for name in names if name not in tasks.all_tasks]:
+            raise ValueError(f"the harness has no task {', '.join(unknown)}; --include-path adds tasks of your own")
+        options = {} if args.max_length is None else {"max_length": args.max_length}
+        kind: Any = BLTHarness
+        model = kind(
+            args.model,
+            entropy=args.entropy_checkpoint,
+            threshold=args.threshold,
+            batch_size=args.batch_size,
+            device=args.device,
+            dtype=args.dtype,
+            **options,
+        )
+        results: Any = simple_evaluate(
+            model=model,
+            tasks=list(names),
+            task_manager=tasks,
+            num_fewshot=args.num_fewshot,
+            limit=args.limit,
+            confirm_run_unsafe_code=args.confirm_run_unsafe_code,
+        )
+    except (ValueError, OSError) as error:
+        print(f"evaluate_harness: error: {error}", file=sys.stderr)
+        return 2
+    assert results is not None
+    print(make_table(results))
+    if args.out is not None:
+        args.out.write_text(json.dumps(results["results"], indent=2, default=str) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

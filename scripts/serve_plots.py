@@ -1,0 +1,47 @@
+"""Show what runs left behind on a page of this machine: curves, patch lengths, patches, scaling over several runs.
+
+    python -m scripts.serve_plots --dir outputs        # then open http://127.0.0.1:8000
+
+Needs the extra `plots` (starlette and uvicorn). Only files inside the folder are shown, and only to this machine.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        prog="serve_plots", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dir", type=Path, default=Path("outputs"), help="the folder of runs (default %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="default %(default)s; 0 takes a free one")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command until Ctrl-C; give its exit code: 0, or 2 after an error."""
+    args = parse_args(arguments)
+    try:
+        import uvicorn
+
+        from blt_titan.plots.app import make_app
+    except ImportError as error:
+        print(f"serve_plots: error: {error}; pip install 'blt_titan[plots]'", file=sys.stderr)
+        return 2
+    try:
+        app = make_app(args.dir)
+    except FileNotFoundError as error:
+        print(f"serve_plots: error: {error}", file=sys.stderr)
+        return 2
+    if args.port:
+        print(f"http://127.0.0.1:{args.port}    (Ctrl-C ends it)", flush=True)
+    # To this machine alone: what is shown was not written for others.
+    uvicorn.run(app, host="127.0.0.1", port=args.port, log_level="warning" if args.port else "info")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
