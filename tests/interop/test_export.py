@@ -1,6 +1,7 @@
 """Checkpoints of any layout out to `transformers`, and back into a run of any layout."""
 
 import json
+import os
 import shutil
 import subprocess
 from dataclasses import replace
@@ -175,7 +176,8 @@ def test_a_run_writes_directories_beside_its_checkpoints(small_run, checkpoints,
     rule += [f"--patching.entropy_checkpoint={checkpoints / 'entropy'}", "--patching.max_patch_bytes=256"]
     rows = ["--data.segment_bytes=512", "--data.segment_patches=512", "--training.seq_len=512"]
     command = ["./run_train.sh", *small_run, *rule, *rows, *settings, f"--job.dump_folder={tmp_path}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    environment = os.environ | {"NGPU": "2"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == ["step-4", "step-6"]
     for step in (4, 6):
