@@ -206,8 +206,14 @@ class BLTTrainer(Trainer):
         args = {
             key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.model_args).items()
         }
-        patching = patch_rule(self.job_config).as_dict()
-        return {"name": self.job_config.model.name, "args": args, "patching": patching}
+        described = {
+            "name": self.job_config.model.name,
+            "args": args,
+            "patching": patch_rule(self.job_config).as_dict(),
+        }
+        if fingerprint := getattr(self.dataloader.source.read_entropies, "fingerprint", ""):
+            described["entropies"] = fingerprint
+        return described
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint says beside weights, optimizer and data: the step, and what model it is.
@@ -224,7 +230,8 @@ class BLTTrainer(Trainer):
             RunStateError: the checkpoint is of a model that computes something else with weights of the same shapes.
         """
         super().load_state_dict(state_dict)
-        self._targets_seen.fill_(json.loads(state_dict["model"]).get("bytes_seen", 0))
+        # Older checkpoints do not say; what is below zero is not known.
+        self._targets_seen.fill_(json.loads(state_dict["model"]).get("bytes_seen", -(2**62) if self.step else 0))
         saved, here = (json.loads(state["model"]) for state in (state_dict, self.state_dict()))
         for key, value in (saved["args"] | {"model": saved["name"]}).items():
             mine = (here["args"] | {"model": here["name"]}).get(key)

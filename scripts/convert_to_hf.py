@@ -14,10 +14,8 @@ from dataclasses import replace
 
 import torch
 
-from blt_titan.inference.checkpoint import CheckpointError
 from blt_titan.interop.export import MAX_SHARD_BYTES, export_hf, stored_weights
-from blt_titan.interop.hf_config import HFConfigError
-from blt_titan.interop.verify import VerificationError, verify_export
+from blt_titan.interop.verify import verify_export
 from blt_titan.patching.rule import PatchRule
 from scripts.prepare_data import size
 
@@ -49,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         blt = stored_weights(args.checkpoint)
         if args.threshold is not None:
             rule = blt.rule or PatchRule("global", max_patch_bytes=512)
-            blt = replace(blt, rule=replace(rule, rule="global", threshold=args.threshold))
+            # Other patches than in training are meant, so any entropy model may make them.
+            blt = replace(blt, rule=replace(rule, rule="global", threshold=args.threshold), entropies="")
         entropy = stored_weights(args.entropy_checkpoint) if args.entropy_checkpoint else None
         out = export_hf(
             blt,
@@ -64,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{out}: written from {blt.origin}")
         if args.verify:
             print(f"{out}: verified: {verify_export(out, blt, entropy)}")
-    except (CheckpointError, HFConfigError, VerificationError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"convert_to_hf: error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -52,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; give its exit code: 0, or 2 after an error."""
     args = parse_args(arguments)
     try:
+        if args.out is not None and not args.out.absolute().parent.is_dir():
+            raise FileNotFoundError(f"--out {args.out}: its folder does not exist")
         loaded = load_for_inference(
             args.model,
             entropy=args.entropy_checkpoint,
@@ -92,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "noise": args.noise,
             "sources": figures,
         }
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+        args.out.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
     return 0
 
 

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from blt_titan.inference.noise import NOISES
+
 PAPER_TASKS = ("arc_easy", "arc_challenge", "hellaswag", "piqa", "mmlu", "mbpp", "humaneval")
 
 
@@ -33,6 +35,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--threshold", type=float, metavar="NATS", help="where patches begin (default: as in training)")
     add("--max-length", type=int, metavar="N", help="bytes that the model reads")
     add("--batch-size", type=int, default=8, metavar="N", help="prompts continued at once (default %(default)s)")
+    add("--noise", choices=NOISES, help="change the texts before, as the paper does to test robustness")
+    add("--seed", type=int, default=0, help="of noise and sampling (default %(default)s)")
     add("--device", help="default: CUDA where it is there")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="default %(default)s")
     add("--confirm-run-unsafe-code", action="store_true", help="let tasks run code that the model wrote")
@@ -55,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [name for task in args.tasks for name in (PAPER_TASKS if task == "paper" else (task,))]
     tasks = TaskManager(include_path=args.include_path)
     try:
+        if args.out is not None and not args.out.absolute().parent.is_dir():
+            raise FileNotFoundError(f"--out {args.out}: its folder does not exist")
         if unknown := [name for name in names if name not in tasks.all_tasks]:
             raise ValueError(f"the harness has no task {', '.join(unknown)}; --include-path adds tasks of your own")
         options = {} if args.max_length is None else {"max_length": args.max_length}
@@ -66,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             batch_size=args.batch_size,
             device=args.device,
             dtype=args.dtype,
+            noise=args.noise,
+            seed=args.seed,
             **options,
         )
         results: Any = simple_evaluate(

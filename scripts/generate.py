@@ -8,6 +8,7 @@ Another --threshold makes other patches: a higher one longer patches, less compu
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="what to continue; - reads standard input, to its end")
     what.add_argument("--batch", type=Path, metavar="FILE", help="one prompt on each line; JSON lines are printed")
+    add("--batch-size", type=int, default=16, metavar="N", help="prompts continued at once (default %(default)s)")
     add("--max-bytes", type=int, default=256, metavar="N", help="to sample at most (default %(default)s)")
     add("--temperature", type=float, default=0.8, help="0 takes the likeliest byte (default %(default)s)")
     add("--top-k", type=int, metavar="N", help="choose among the N likeliest bytes")
@@ -49,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; give its exit code: 0, or 2 after an error."""
     args = parse_args(arguments)
     try:
+        for name in ("max_bytes", "batch_size"):
+            if getattr(args, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
         prompts = _prompts(args)
         loaded = load_for_inference(
@@ -62,27 +67,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"generate: error: {error}", file=sys.stderr)
         return 2
-    began = time.perf_counter()
-    made: list[list[int]] = [[] for _ in prompts]
-    stream = TextStream()
-    for step in generate(generator, prompts, max_bytes=args.max_bytes, sampling=sampling):
-        for of_row, byte in zip(made, step, strict=True):
-            if byte is not None:
-                of_row.append(byte)
-        if args.batch is None and step[0] is not None:
-            _put(stream.feed(bytes([step[0]])))
-    seconds = time.perf_counter() - began
-    if args.batch is None:
-        _put(stream.end() + "\n")
-    else:
-        for prompt, of_row in zip(prompts, made, strict=True):
-            print(json.dumps({"prompt": _text(prompt), "text": _text(bytes(of_row))}, ensure_ascii=False))
-    if args.show_patches:
-        for row, (prompt, of_row) in enumerate(zip(prompts, made, strict=True)):
-            print(_patches(prompt + bytes(of_row), generator.patch_lengths(row)), file=sys.stderr)
-    n_bytes = sum(map(len, made))
-    print(f"{n_bytes} bytes in {seconds:.2f} s, {n_bytes / max(seconds, 1e-9):.1f} bytes/s", file=sys.stderr)
+    try:
+        _run(args, generator, prompts, sampling)
+    except BrokenPipeError:
+        # Whoever read has had enough; nothing more can be written, at exit neither.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _run(args: argparse.Namespace, generator: CachedBLT, prompts: list[bytes], sampling: Sampling) -> None:
+    began, n_bytes = time.perf_counter(), 0
+    for first in range(0, len(prompts), args.batch_size):
+        batch = prompts[first : first + args.batch_size]
+        made: list[list[int]] = [[] for _ in batch]
+        stream = TextStream()
+        seeds = [args.seed + first + row for row in range(len(batch))]
+        for step in generate(generator, batch, max_bytes=args.max_bytes, sampling=sampling, seeds=seeds):
+            for of_row, byte in zip(made, step, strict=True):
+                if byte is not None:
+                    of_row.append(byte)
+            if args.batch is None and step[0] is not None:
+                _put(stream.feed(bytes([step[0]])))
+        n_bytes += sum(map(len, made))
+        if args.batch is None:
+            _put(stream.end() + "\n")
+        for row, (prompt, of_row) in enumerate(zip(batch, made, strict=True)):
+            if args.batch is not None:
+                said = {"prompt": _text(prompt), "text": _text(bytes(of_row))}
+                _put(json.dumps(said, ensure_ascii=False) + "\n")
+            if args.show_patches:
+                print(_patches(prompt + bytes(of_row), generator.patch_lengths(row)), file=sys.stderr)
+    seconds = time.perf_counter() - began
+    print(f"{n_bytes} bytes in {seconds:.2f} s, {n_bytes / max(seconds, 1e-9):.1f} bytes/s", file=sys.stderr)
 
 
 def _prompts(args: argparse.Namespace) -> list[bytes]:
@@ -109,8 +125,10 @@ def _text(content: bytes) -> str:
 
 
 def _put(text: str) -> None:
-    sys.stdout.write(text)
+    # UTF-8, whatever the terminal's locale says.
     sys.stdout.flush()
+    sys.stdout.buffer.write(text.encode())
+    sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Needs the extra `plots` (starlette and uvicorn). Only files inside the folder ar
 """
 
 import argparse
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,10 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FileNotFoundError as error:
         print(f"serve_plots: error: {error}", file=sys.stderr)
         return 2
-    if args.port:
-        print(f"http://127.0.0.1:{args.port}    (Ctrl-C ends it)", flush=True)
-    # To this machine alone: what is shown was not written for others.
-    uvicorn.run(app, host="127.0.0.1", port=args.port, log_level="warning" if args.port else "info")
+    try:
+        # To this machine alone: what is shown was not written for others.
+        listening = socket.create_server(("127.0.0.1", args.port))
+    except (OSError, OverflowError) as error:
+        print(f"serve_plots: error: --port {args.port}: {error}", file=sys.stderr)
+        return 2
+    print(f"http://127.0.0.1:{listening.getsockname()[1]}    (Ctrl-C ends it)", flush=True)
+    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
     return 0
 
 

@@ -47,10 +47,14 @@ def read_documents(
 
 
 def _of_shards(path: str | os.PathLike[str], split: str) -> Iterator[SourcedDocument]:
-    settings = read_manifest(path).settings.get("sources", [])
+    settings = [str(name) for name in read_manifest(path).settings.get("sources", [])]
+    # Of several sources each document's id begins with the name of its own: the last part, or all where that is not
+    # enough to tell them apart.
+    names = {name: source for source in settings for name in (source.rstrip("/").rpartition("/")[2], source)}
+    by_length = sorted(names, key=len, reverse=True)
     for batch in ShardSet(path, split):
         for row, doc_id in enumerate(batch.doc_ids):
-            # Of several sources each document's id begins with the name of its own.
-            source = doc_id.partition("/")[0].partition("#")[0] if len(settings) > 1 else "".join(settings[:1])
             if text := batch.document(row).tobytes():
-                yield SourcedDocument(source or str(path), doc_id, text)
+                begins = (name for name in by_length if doc_id.startswith((f"{name}/", f"{name}#")) or doc_id == name)
+                source = settings[0] if len(settings) == 1 else names.get(next(begins, ""), str(path))
+                yield SourcedDocument(source, doc_id, text)

@@ -55,8 +55,10 @@ def bootstrap_interval(nats: np.ndarray, n_bytes: np.ndarray, *, seed: int = 0) 
         n_bytes: of each document, integers [N].
         seed: of the drawing.
     """
-    drawn = np.random.default_rng(seed).integers(len(nats), size=(_RESAMPLINGS, len(nats)))
-    ratios = nats[drawn].sum(1) / n_bytes[drawn].sum(1) / np.log(2)
+    rng, ratios = np.random.default_rng(seed), np.empty(_RESAMPLINGS)
+    for i in range(_RESAMPLINGS):
+        drawn = rng.integers(len(nats), size=len(nats))
+        ratios[i] = nats[drawn].sum() / n_bytes[drawn].sum() / np.log(2)
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(ratios, [tail, 1 - tail])
     return float(low), float(high)
@@ -70,7 +72,8 @@ def evaluate_documents(
     Args:
         scorer: of the model.
         documents: of any sources.
-        noise: change each text so before, see `noise.py`; bits are then those of the changed text.
+        noise: change each text so before, see `noise.py`; bits are then those of the changed text. What it leaves
+            nothing of is left out.
         seed: of the noise.
 
     Returns:
@@ -80,10 +83,14 @@ def evaluate_documents(
     source_of: dict[int, str] = {}
 
     def ids():
+        scored = 0
         for number, (source, _, text) in enumerate(documents):
             if noise is not None:
                 text = add_noise(text, noise, seed=seed + number)
-            source_of[number] = source
+                if not text:
+                    continue
+            source_of[scored] = source
+            scored += 1
             by_source.setdefault(source, DocumentScores())
             yield document_ids(text)
 

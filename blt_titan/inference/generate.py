@@ -68,7 +68,12 @@ class Sampling:
 
 
 def generate(
-    generator: CachedBLT, prompts: Sequence[bytes], *, max_bytes: int, sampling: Sampling | None = None
+    generator: CachedBLT,
+    prompts: Sequence[bytes],
+    *,
+    max_bytes: int,
+    sampling: Sampling | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> Iterator[list[int | None]]:
     """Continue prompts, each until EOS or `max_bytes`.
 
@@ -77,12 +82,14 @@ def generate(
         prompts: beginnings of documents; may be empty.
         max_bytes: bytes to sample at most, for each.
         sampling: default: at temperature 1.
+        seeds: of each row; default the sampling's, and those after it.
 
     Yields:
         The next byte of each row, 0 to 255; None where a row has ended. It ends when all have.
     """
     sampling = sampling or Sampling()
-    draws = [torch.Generator().manual_seed(sampling.seed + row) for row in range(len(prompts))]
+    seeds = range(sampling.seed, sampling.seed + len(prompts)) if seeds is None else seeds
+    draws = [torch.Generator().manual_seed(seed) for seed in seeds]
     logits_BV = generator.prefill([np.concatenate([[BOS_ID], bytes_to_ids(prompt)]) for prompt in prompts])
     ended = np.zeros(len(prompts), bool)
     for number in range(max_bytes):

@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -28,6 +29,7 @@ from blt_titan.data.packing import frame_documents
 from blt_titan.data.shards import RecordBatch, ShardSet
 from blt_titan.inference.entropies import EntropyScorer
 from blt_titan.model.entropy_model import EntropyModel
+from blt_titan.model.sizes import EntropyModelArgs
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,12 @@ def sidecar_settings(model: EntropyModel, storage: Storage, compute_dtype: str) 
     for name, parameter in sorted(model.named_parameters()):
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().float().numpy().tobytes())
-    args = {key: value for key, value in asdict(model.args).items() if key not in ("init_seed", "attention_backend")}
-    return SidecarSettings(storage, args, digest.hexdigest(), compute_dtype)
+    return SidecarSettings(storage, model_settings(model.args), digest.hexdigest(), compute_dtype)
+
+
+def model_settings(args: EntropyModelArgs) -> dict[str, Any]:
+    """Return the arguments of an entropy model that change its entropies."""
+    return {key: value for key, value in asdict(args).items() if key not in ("init_seed", "attention_backend")}
 
 
 def score_data(

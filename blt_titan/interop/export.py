@@ -3,6 +3,7 @@
 Everything is written beside the directory first and renamed at the end, so that one that has the name is whole.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -10,12 +11,14 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from blt_titan.byte_vocab import BOS_ID, EOS_ID, RESERVED_ID
+from blt_titan.data.entropies import SidecarSettings, Storage, fingerprint_of
 from blt_titan.inference.checkpoint import CheckpointError, describe_model, find_checkpoint
+from blt_titan.inference.score_data import model_settings
 from blt_titan.interop.hf_config import HFConfigError, hf_config, why_not_by_itself
 from blt_titan.interop.hf_names import blt_name_to_hf, entropy_name_to_hf
 from blt_titan.interop.model_card import model_card
@@ -39,6 +42,8 @@ class Weights:
     origin: str = "memory"
     rule: PatchRule | None = None
     """Where its patches begin, if that is known."""
+    entropies: str = ""
+    """The fingerprint of the entropy model that its training text was cut with, if that is known."""
 
 
 def stored_weights(path: str | os.PathLike[str], *, described: Mapping[str, Any] | None = None) -> Weights:
@@ -60,7 +65,30 @@ def stored_weights(path: str | os.PathLike[str], *, described: Mapping[str, Any]
     known = {field.name for field in fields(kind)}
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in described["args"].items() if key in known}
     rule = PatchRule.of(described["patching"]) if "patching" in described else None
-    return Weights(kind(**values), StoredTensors(checkpoint), str(checkpoint), rule)
+    return Weights(kind(**values), StoredTensors(checkpoint), str(checkpoint), rule, described.get("entropies", ""))
+
+
+def check_entropy_model(blt: Weights, entropy: Weights) -> None:
+    """Check that an entropy model is the one that a BLT's training text was cut with, if that is known.
+
+    Raises:
+        CheckpointError: it is another one.
+    """
+    if not blt.entropies:
+        return
+    digest = hashlib.sha256()
+    for entry in sorted(model_entries(entropy, EntropyModel, str, torch.float32), key=lambda entry: entry.name):
+        digest.update(entry.name.encode())
+        for block in entry.blocks():
+            digest.update(block.float().contiguous().numpy().tobytes())
+    args = model_settings(entropy.args)
+    if blt.entropies not in {
+        fingerprint_of(SidecarSettings(storage, args, digest.hexdigest(), "float32")) for storage in get_args(Storage)
+    }:
+        raise CheckpointError(
+            f"{entropy.origin}: is not the entropy model that {blt.origin} was trained with, and would cut texts "
+            "otherwise; name that one, or say with --threshold that other patches are meant"
+        )
 
 
 def export_hf(
@@ -93,16 +121,26 @@ def export_hf(
         CheckpointError: a tensor is missing, left over or of another shape.
         FileExistsError: `out` is there, and is not to be replaced.
     """
-    out, rule = Path(out), rule or blt.rule
+    # Resolved: `folder/..` would name something else once `folder` is there.
+    out, rule = Path(out).resolve(), rule or blt.rule
+    for weights, kind in ((blt, BLTArgs), (entropy, EntropyModelArgs)):
+        if weights is not None and not isinstance(weights.args, kind):
+            wanted, other = ("a BLT", "an entropy model") if kind is BLTArgs else ("an entropy model", "a BLT")
+            raise CheckpointError(f"{weights.origin}: holds {other}, where {wanted} is wanted")
+    if rule is not None and rule.threshold is not None and not math.isfinite(rule.threshold):
+        raise HFConfigError(f"patching.threshold = {rule.threshold}: must be a number of nats")
     _check_free(out, overwrite)
     alone = why_not_by_itself(entropy.args if entropy else None, rule)
     if alone and not force:
         raise HFConfigError(f"{alone}. --force writes the weights all the same, for use with explicit patch_lengths")
     patcher = None if alone else entropy
-    config = hf_config(blt.args, patcher.args if patcher else None, rule, dtype=dtype)
-    entries = model_entries(blt, BLT, blt_name_to_hf)
     if patcher is not None:
-        entries += model_entries(patcher, EntropyModel, entropy_name_to_hf)
+        check_entropy_model(blt, patcher)
+    config = hf_config(blt.args, patcher.args if patcher else None, rule, dtype=dtype)
+    entries = model_entries(blt, BLT, blt_name_to_hf, dtype)
+    if patcher is not None:
+        # In fp32: rounded weights would cut texts elsewhere than in training.
+        entries += model_entries(patcher, EntropyModel, entropy_name_to_hf, torch.float32)
     parameters = sum(math.prod(entry.shape) for entry in entries)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -128,14 +166,30 @@ def export_hf(
             alone=alone,
         )
         (temporary / "README.md").write_text(card, encoding="utf-8")
-        write_safetensors(temporary, entries, dtype=dtype, max_shard_bytes=max_shard_bytes, progress=progress)
-        if out.exists():
-            shutil.rmtree(out)
-        temporary.rename(out)
+        write_safetensors(temporary, entries, max_shard_bytes=max_shard_bytes, progress=progress)
+        # What came there meanwhile is not ours.
+        _check_free(out, overwrite)
+        install_files(temporary, out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return out
+
+
+def install_files(temporary: Path, out: Path) -> None:
+    """Give finished files of a model directory their place; other files that are there stay."""
+    if not out.exists():
+        temporary.rename(out)
+        return
+    new = {path.name for path in temporary.iterdir()}
+    for pattern in ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"):
+        for path in out.glob(pattern):
+            if path.name not in new:
+                path.unlink()
+    # The configuration last: without it there is no model.
+    for name in sorted(new, key=lambda name: name == "config.json"):
+        os.replace(temporary / name, out / name)
+    temporary.rmdir()
 
 
 def _check_free(out: Path, overwrite: bool) -> None:
@@ -147,13 +201,14 @@ def _check_free(out: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{out}: is there and is not a model directory (no config.json), so it is not replaced")
 
 
-def model_entries(weights: Weights, kind: Any, translate: Any) -> list[Entry]:
+def model_entries(weights: Weights, kind: Any, translate: Any, dtype: torch.dtype) -> list[Entry]:
     """Return what is to be written of a model.
 
     Args:
         weights: of the model.
         kind: its class, built from the arguments.
         translate: its parameters' names into those to be written.
+        dtype: to write.
 
     Raises:
         CheckpointError: the tensors are not exactly those of the model.
@@ -172,7 +227,7 @@ def model_entries(weights: Weights, kind: Any, translate: Any) -> list[Entry]:
     def rows_of(name: str):
         return lambda begin, end: weights.tensors.rows(name, begin, end)
 
-    return [Entry(translate(name), shape, rows_of(name)) for name, shape in expected.items()]
+    return [Entry(translate(name), shape, rows_of(name), dtype) for name, shape in expected.items()]
 
 
 _NOT_THE_MODEL = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.")

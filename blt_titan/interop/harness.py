@@ -5,19 +5,22 @@ so that is exact, and no border between the two is special. What is longer than 
 if the document began there.
 """
 
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from blt_titan.byte_vocab import BOS_ID, bytes_to_ids
 from blt_titan.inference.cached import CachedBLT
 from blt_titan.inference.generate import Sampling, generate
 from blt_titan.inference.likelihood import CONTEXT_BYTES, LikelihoodScorer
+from blt_titan.inference.noise import NOISES, add_noise
 from blt_titan.interop.loading import load_for_inference
 
 _MOST_GENERATED = 256
@@ -32,7 +35,9 @@ class BLTHarness(LM):
         entropy: the entropy model, where `pretrained` does not hold it.
         threshold: nats; where patches begin, default as in training.
         max_length: bytes that the model reads, BOS included.
-        batch_size: prompts that are continued at once; likelihoods are batched by bytes.
+        batch_size: prompts that are continued at once, "auto" for 8; likelihoods are batched by bytes.
+        noise: change contexts, continuations and texts before, see `inference/noise.py`.
+        seed: of the noise and of sampling; every request draws on its own.
         device: default CUDA where it is there.
         dtype: of the BLT's computation, a name of torch's.
     """
@@ -44,6 +49,8 @@ class BLTHarness(LM):
         threshold: float | None = None,
         max_length: int = CONTEXT_BYTES,
         batch_size: int | str = 8,
+        noise: str | None = None,
+        seed: int = 0,
         device: str | None = None,
         dtype: str = "float32",
         **ignored: Any,
@@ -60,7 +67,10 @@ class BLTHarness(LM):
             dtype=getattr(torch, dtype),
         )
         self._max_length = int(max_length)
-        self._batch_size = int(batch_size)
+        self._batch_size = 8 if str(batch_size).startswith("auto") else int(batch_size)
+        if noise is not None and noise not in NOISES:
+            raise ValueError(f"noise = {noise!r}: must be one of {', '.join(NOISES)}")
+        self._noise, self._seed = noise, seed
         models = (self._loaded.model, self._loaded.rule, self._loaded.entropy_model)
         # One stride for rolling likelihoods: half the context is always there.
         self._scorer = LikelihoodScorer(*models, context_bytes=self._max_length)
@@ -68,7 +78,7 @@ class BLTHarness(LM):
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return log p of each continuation given its context, and whether it is what greedy decoding gives."""
-        pairs = [tuple(text.encode() for text in request.args) for request in requests]
+        pairs = [tuple(self._read(text) for text in request.args) for request in requests]
         ids = [self._last(context + continuation) for context, continuation in pairs]
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         for number, scored in self._scored(ids, disable_tqdm):
@@ -80,7 +90,7 @@ class BLTHarness(LM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Return log p of each text; long ones are read in windows, each byte once."""
-        ids = [_with_bos(request.args[0].encode()) for request in requests]
+        ids = [_with_bos(self._read(request.args[0])) for request in requests]
         found = [0.0] * len(requests)
         for number, scored in self._scored(ids, disable_tqdm):
             found[number] = -float(scored.nats.sum(dtype=np.float64))
@@ -94,27 +104,35 @@ class BLTHarness(LM):
         order = sorted(range(len(requests)), key=lambda i: (str(requests[i].args[1]), -len(requests[i].args[0])))
         with tqdm(total=len(requests), desc="generating", disable=disable_tqdm) as bar:
             for batch in _batches(order, [str(request.args[1]) for request in requests], self._batch_size):
-                settings = dict(requests[batch[0]].args[1])
-                prompts = [requests[i].args[0].encode() for i in batch]
-                for i, content in zip(batch, self._generate(prompts, settings), strict=True):
+                settings = normalize_gen_kwargs(dict(requests[batch[0]].args[1]), _MOST_GENERATED)
+                prompts = [self._read(requests[i].args[0]) for i in batch]
+                for i, content in zip(batch, self._generate(prompts, settings, batch), strict=True):
                     found[i] = content.decode(errors="replace")
                     self.cache_hook.add_partial("generate_until", requests[i].args, found[i])
                 bar.update(len(batch))
         return found
 
-    def _generate(self, prompts: Sequence[bytes], settings: dict[str, Any]) -> list[bytes]:
-        until = settings.get("until") or []
-        stops = [stop.encode() for stop in ([until] if isinstance(until, str) else until) if stop]
-        max_bytes = int(settings.get("max_gen_toks") or _MOST_GENERATED)
+    def _generate(self, prompts: Sequence[bytes], settings: Mapping[str, Any], numbers: Sequence[int]) -> list[bytes]:
+        stops = [stop.encode() for stop in settings["until"] if stop]
+        max_bytes = int(settings["max_gen_toks"])
         if max_bytes + 1 >= self._max_length:
             raise ValueError(f"max_gen_toks = {max_bytes}: leaves no room for a prompt in {self._max_length} bytes")
         sampling = Sampling(temperature=0.0)
-        if settings.get("do_sample") or float(settings.get("temperature") or 0) > 0:
-            sampling = Sampling(float(settings.get("temperature") or 1.0), settings.get("top_k"), settings.get("top_p"))
+        if settings.get("do_sample"):
+            # 0 is "all" for others.
+            top_k, top_p = settings.get("top_k") or None, settings.get("top_p") or None
+            sampling = Sampling(float(settings["temperature"]), top_k, top_p)
         room = self._max_length - 1 - max_bytes
         made = [bytearray() for _ in prompts]
         stopped = [False] * len(prompts)
-        for step in generate(self._generator, [p[-room:] for p in prompts], max_bytes=max_bytes, sampling=sampling):
+        steps = generate(
+            self._generator,
+            [prompt[-room:] for prompt in prompts],
+            max_bytes=max_bytes,
+            sampling=sampling,
+            seeds=[self._seed + number for number in numbers],
+        )
+        for step in steps:
             for row, byte in enumerate(step):
                 if byte is None or stopped[row]:
                     stopped[row] = True
@@ -133,6 +151,13 @@ class BLTHarness(LM):
             for number, scored in self._scorer.score(ids[i] for i in there):
                 yield there[number], scored
                 bar.update()
+
+    def _read(self, text: str) -> bytes:
+        """Return a text's bytes, with noise; a text gets the same noise wherever it stands."""
+        content = text.encode()
+        if self._noise is None:
+            return content
+        return add_noise(content, self._noise, seed=self._seed + zlib.crc32(content))
 
     def _last(self, content: bytes) -> np.ndarray:
         # The last byte is a target only.

@@ -15,6 +15,8 @@ from blt_titan.patching.rule import PatchRule
 
 DEFAULT_THRESHOLD = 1.335442066192627
 """Nats, of the released models."""
+RELEASED_WINDOW = 512
+"""Bytes that the released models' local stacks and patcher see."""
 LEAST_MAX_PATCH_BYTES = 256
 """From here on a limit of patches is so rarely reached that `transformers` may do without."""
 _DEFAULT_THETA = {"patcher_config": 10_000.0}
@@ -48,7 +50,7 @@ def blt_args_from_hf(config: dict[str, Any]) -> BLTArgs:
     k = config.get("cross_attn_k", 2)
     for name, stack in (("encoder_config", encoder), ("decoder_config", decoder)):
         if stack.get("cross_attn_k", 2) != k:
-            raise HFConfigError(f"{name}.cross_attn_k = {stack['cross_attn_k']} but cross_attn_k = {k}")
+            raise HFConfigError(f"{name}.cross_attn_k = {stack.get('cross_attn_k', 2)} but cross_attn_k = {k}")
     if decoder.get("hidden_size_global", global_["hidden_size"]) != global_["hidden_size"]:
         raise HFConfigError(
             f"decoder_config.hidden_size_global = {decoder['hidden_size_global']} but "
@@ -59,7 +61,8 @@ def blt_args_from_hf(config: dict[str, Any]) -> BLTArgs:
             "encoder_config.cross_attn_all_layers with more than one encoder layer: transformers pools the "
             "patches anew at each layer, our model (as the original) keeps their state"
         )
-    window = config.get("local_attention_window_len")
+    # Null is no window; where the field is missing, transformers takes the released models'.
+    window = config.get("local_attention_window_len", RELEASED_WINDOW)
     return BLTArgs(
         local_dim=encoder["hidden_size"],
         local_heads=encoder["num_attention_heads"],
@@ -89,7 +92,7 @@ def entropy_args_from_hf(config: dict[str, Any]) -> EntropyModelArgs:
         HFConfigError: naming the field that is missing or that our model cannot express.
     """
     patcher = _stack(config, "patcher_config")
-    window = patcher.get("sliding_window")
+    window = patcher.get("sliding_window", RELEASED_WINDOW)
     return EntropyModelArgs(
         dim=patcher["hidden_size"],
         n_heads=patcher["num_attention_heads"],

@@ -1,7 +1,8 @@
 """Hugging Face directories beside a run's checkpoints, without holding up the run.
 
 A process of its own reads the checkpoint that is on disk and writes `<dump folder>/hf/step-N`, on the CPU, a block at a
-time; the ranks gather nothing and go on. It works on hard links, so that the run may remove old checkpoints meanwhile.
+time; the ranks gather nothing and go on. It works on hard links, made as soon as a checkpoint is complete, so that the
+run may remove old ones before their turn comes. A run that is killed leaves out what it had not exported yet.
 """
 
 import json
@@ -59,7 +60,10 @@ class HFExports:
             "dtype": dtype,
             "force": force,
         }
-        self._waiting: deque[int] = deque()
+        self._waiting: list[int] = []
+        self._linked: deque[int] = deque()
+        for left in (*out.glob(".checkpoint-*"), *out.glob(".step-*.partial")):  # of a run that was killed
+            left.unlink() if left.is_symlink() else shutil.rmtree(left, ignore_errors=True)
         self._process: subprocess.Popen[bytes] | None = None
         self._step = 0
         self.failed: list[str] = []
@@ -72,12 +76,16 @@ class HFExports:
 
     def poll(self) -> None:
         """Look after the export that runs, and begin the next if it can; returns at once."""
+        for step in list(self._waiting):
+            if (self._checkpoints / f"step-{step}" / ".metadata").is_file():
+                self._waiting.remove(step)
+                self._link(step)
         if self._process is not None:
             if self._process.poll() is None:
                 return
             self._end()
-        if self._waiting and (self._checkpoints / f"step-{self._waiting[0]}" / ".metadata").is_file():
-            self._begin(self._waiting.popleft())
+        if self._linked:
+            self._begin(self._linked.popleft())
 
     def finish(self) -> None:
         """Wait for what is under way; the run has ended, so checkpoints that are not complete by now never will be.
@@ -102,28 +110,35 @@ class HFExports:
             self._process.kill()
             self._process.wait()
             self._process = None
-            shutil.rmtree(self._links, ignore_errors=True)
+        for step in (self._step, *self._linked):
+            self._unlink(step)
 
-    @property
-    def _links(self) -> Path:
-        return self._out / f".checkpoint-{self._step}"
+    def _links(self, step: int) -> Path:
+        return self._out / f".checkpoint-{step}"
 
     @property
     def _log(self) -> Path:
         return self._out / f"step-{self._step}.log"
 
+    def _link(self, step: int) -> None:
+        links, source = self._links(step), self._checkpoints / f"step-{step}"
+        self._out.mkdir(parents=True, exist_ok=True)
+        self._unlink(step)
+        try:
+            shutil.copytree(source, links, copy_function=os.link)
+        except (OSError, shutil.Error):
+            # The file system has no hard links: read in place.
+            shutil.rmtree(links, ignore_errors=True)
+            links.symlink_to(source.resolve())
+        self._linked.append(step)
+
+    def _unlink(self, step: int) -> None:
+        links = self._links(step)
+        links.unlink() if links.is_symlink() else shutil.rmtree(links, ignore_errors=True)
+
     def _begin(self, step: int) -> None:
         self._step = step
-        self._out.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(self._links, ignore_errors=True)
-        source = self._checkpoints / f"step-{step}"
-        try:
-            shutil.copytree(source, self._links, copy_function=os.link)
-        except OSError:
-            # The file system has no hard links: read in place.
-            shutil.rmtree(self._links, ignore_errors=True)
-            self._links.symlink_to(source.resolve())
-        settings = self._settings | {"checkpoint": str(self._links), "out": str(self._out / f"step-{step}")}
+        settings = self._settings | {"checkpoint": str(self._links(step)), "out": str(self._out / f"step-{step}")}
         environment = {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC_")}
         with open(self._log, "wb") as log:
             self._process = subprocess.Popen(
@@ -136,7 +151,7 @@ class HFExports:
     def _end(self) -> None:
         assert self._process is not None
         code, self._process = self._process.returncode, None
-        self._links.unlink() if self._links.is_symlink() else shutil.rmtree(self._links, ignore_errors=True)
+        self._unlink(self._step)
         if code == 0:
             self._log.unlink(missing_ok=True)
             logger.info(f"exported {self._out}/step-{self._step}")

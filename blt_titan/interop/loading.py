@@ -1,5 +1,6 @@
 """Load a BLT, its rule and its entropy model for inference, from whatever a user has: a checkpoint or a directory."""
 
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,8 +8,9 @@ from pathlib import Path
 import torch
 
 from blt_titan.inference.checkpoint import CheckpointError, find_checkpoint, load_entropy_model, load_weights
-from blt_titan.interop.export import stored_weights
+from blt_titan.interop.export import Weights, check_entropy_model, stored_weights
 from blt_titan.interop.pretrained import BLT, EntropyModel, Pretrained
+from blt_titan.interop.tensors import ModuleTensors
 from blt_titan.model.blt import BLT as BareBLT
 from blt_titan.model.entropy_model import EntropyModel as BareEntropyModel
 from blt_titan.model.sizes import BLTArgs
@@ -40,7 +42,7 @@ def load_for_inference(
     Args:
         path: a checkpoint `step-N`, the folder of a run, a model directory, or the name of a repository on the hub.
         entropy: likewise, the entropy model; default that of the directory.
-        threshold: nats; another patch size than in training.
+        threshold: nats; another patch size than in training, by any entropy model.
         device: to load to.
         dtype: to compute in; the entropy model stays in fp32, so that its patches are those of the data.
 
@@ -49,13 +51,20 @@ def load_for_inference(
         FileNotFoundError: there is no such model.
         ValueError: a directory does not hold what it should, or the rule has no threshold.
     """
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device}: cannot be used here ({' '.join(str(error).split())[:150]})") from error
+    if threshold is not None and not math.isfinite(threshold):
+        raise ValueError(f"threshold {threshold}: must be a number of nats")
     if _is_checkpoint(path):
         weights = stored_weights(path)
         if not isinstance(weights.args, BLTArgs):
             raise CheckpointError(f"{weights.origin}: holds an entropy model, not a BLT")
         model = BareBLT(weights.args)
         load_weights(model, weights.origin)
-        rule, inside, origin = weights.rule, None, weights.origin
+        rule, inside, origin, trained = weights.rule, None, weights.origin, weights
         if rule is None:
             if threshold is None:
                 raise CheckpointError(
@@ -66,6 +75,7 @@ def load_for_inference(
     else:
         pretrained = Pretrained(path)
         model, rule, origin = BLT.from_pretrained(pretrained.directory), pretrained.rule, str(path)
+        trained = None
         inside = pretrained.directory if pretrained.has_entropy_model else None
         if rule is None:
             raise ValueError(f"{path}: says no rule by which patches begin (patch_in_forward = false)")
@@ -76,6 +86,8 @@ def load_for_inference(
     entropy_model = None
     if rule.by_entropy:
         entropy_model = _entropy_model(entropy or inside, origin, rule)
+        if trained is not None and threshold is None:
+            check_entropy_model(trained, Weights(entropy_model.args, ModuleTensors(entropy_model), str(entropy)))
         entropy_model = entropy_model.to(device).eval()
     return Loaded(model.to(device, dtype).eval(), rule, entropy_model, origin)
 

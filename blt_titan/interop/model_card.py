@@ -1,7 +1,7 @@
 """The model card of an exported model: what it is, how it is used, and what `transformers` does otherwise."""
 
 from blt_titan.model.sizes import BLTArgs, EntropyModelArgs
-from blt_titan.patching.rule import PatchRule
+from blt_titan.patching.rule import PatchRule, decision_edge
 
 TRANSFORMERS_VERSION = "5.23.0"
 """The oldest release that has the local window, and the newest that was tested: they are the same one."""
@@ -85,9 +85,19 @@ def model_card(
     if alone is not None:
         lines.append(f"- transformers cannot cut texts as this model was trained: {alone}.")
     elif rule is not None:
+        low, high = decision_edge(float(rule.threshold or 0))
         lines.append(
-            "- Entropies were rounded to float16 in training. The threshold lies between two float16 values, so the "
-            "rounding moves no boundary, unless an entropy is within 1e-4 nats of it."
+            "- Entropies were rounded to float16 in training, and transformers does not round. "
+            + (
+                f"The threshold lies amid two float16 values, where that moves no boundary but those within 1e-4 nats "
+                f"of {low}."
+                if low == high
+                else f"Where an entropy lies from {low} to {high} nats the two cut otherwise."
+            )
+        )
+        lines.append(
+            "- The patcher's weights are in float32, whatever the others are. Loaded in a smaller dtype, as "
+            "transformers does by default, it cuts some texts elsewhere."
         )
         if rule.max_patch_bytes is not None:
             lines.append(

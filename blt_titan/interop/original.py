@@ -136,13 +136,20 @@ def entropy_args_from_original(params: Mapping[str, Any], shapes: Mapping[str, t
 
 
 def rule_from_original(params: Mapping[str, Any]) -> PatchRule:
-    """Read where patches begin from `params.json`."""
+    """Read where patches begin from `params.json`.
+
+    Raises:
+        HFConfigError: by something else than entropies.
+    """
     patcher = params.get("data", {}).get("patcher_args", {})
-    threshold = float(patcher.get("threshold") or DEFAULT_THRESHOLD)
+    if (mode := patcher.get("patching_mode", "entropy")) != "entropy":
+        raise HFConfigError(f"params.json: data.patcher_args.patching_mode = {mode!r}, must be 'entropy'")
+    threshold = patcher.get("threshold")
+    threshold = DEFAULT_THRESHOLD if threshold is None else float(threshold)
     limit = patcher.get("max_patch_length") or 512
     if patcher.get("monotonicity"):
         return PatchRule("monotonic", threshold=threshold, max_patch_bytes=int(limit))
-    if patcher.get("threshold_add"):
+    if patcher.get("threshold_add") is not None:
         return PatchRule(
             "add", threshold=threshold, threshold_add=float(patcher["threshold_add"]), max_patch_bytes=int(limit)
         )

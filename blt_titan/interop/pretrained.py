@@ -13,6 +13,8 @@ warning.
 
 import json
 import os
+import pickle
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -23,11 +25,11 @@ import torch
 import torch.nn as nn
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from blt_titan.byte_vocab import BOS_ID, bytes_to_ids
 from blt_titan.inference.entropies import EntropyScorer, mark_by_model
-from blt_titan.interop.export import Weights, export_hf
+from blt_titan.interop.export import Weights, export_hf, install_files
 from blt_titan.interop.hf_config import (
     HFConfigError,
     blt_args_from_hf,
@@ -135,6 +137,11 @@ class Pretrained:
     def _params(self) -> dict[str, Any]:
         assert self._params_at is not None
         return _read_json(self._params_at / "params.json")
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights, as the configuration says; a name of torch's."""
+        return str(self._config.get("dtype") or self._config.get("torch_dtype") or "float32")
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return a tensor by the name that it has there."""
@@ -276,13 +283,23 @@ class EntropyModel(BareEntropyModel):
         config = {"model_type": _PATCHER_ALONE, "patcher_config": entropy_config(self.args)}
         tensors = ModuleTensors(self)
         entries = [
-            Entry(entropy_name_to_hf(name), shape, lambda begin, end, name=name: tensors.rows(name, begin, end))
+            Entry(entropy_name_to_hf(name), shape, lambda begin, end, name=name: tensors.rows(name, begin, end), dtype)
             for name, shape in tensors.shapes.items()
         ]
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_safetensors(folder, entries, dtype=dtype, max_shard_bytes=2**62)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        folder = Path(directory).resolve()
+        there = _read_json(folder / "config.json", optional=True)
+        if there and there.get("model_type") != _PATCHER_ALONE:
+            raise FileExistsError(f"{folder}: holds a model of another kind; choose another directory")
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            write_safetensors(temporary, entries, max_shard_bytes=2**62)
+            (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            install_files(temporary, folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 class Patcher:
@@ -328,16 +345,22 @@ class _Files:
         index = directory / "model.safetensors.index.json"
         self._pickled: dict[str, torch.Tensor] = {}
         if index.is_file():
-            self._file_of = dict(_read_json(index)["weight_map"])
+            self._file_of = dict(_read_json(index).get("weight_map") or {})
+            if not self._file_of:
+                raise ValueError(f"{index}: has no weight_map; fetch it again")
         elif (path := directory / "model.safetensors").is_file() or (
             path := directory / "consolidated.safetensors"
         ).is_file():
-            with safe_open(path, framework="pt") as file:
+            with _opened(path) as file:
                 self._file_of = dict.fromkeys(file.keys(), path.name)
         elif pickled := sorted(directory.glob("consolidated*.pth")):
             if len(pickled) > 1:
                 raise FileNotFoundError(f"{directory}: several files of weights, {[p.name for p in pickled]}")
-            content = torch.load(pickled[0], map_location="cpu", weights_only=True, mmap=True)
+            try:
+                content = torch.load(pickled[0], map_location="cpu", weights_only=True, mmap=True)
+            except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise ValueError(f"{pickled[0]}: cannot be read ({reason}); fetch it again") from error
             for key in ("model", "state_dict"):
                 content = content.get(key, content)
             self._pickled = content
@@ -353,7 +376,7 @@ class _Files:
         for file, names in files.items() if not self._pickled else ():
             if not (directory / file).is_file():
                 raise FileNotFoundError(f"{directory / file} not found, which {index.name} names")
-            with safe_open(directory / file, framework="pt") as opened:
+            with _opened(directory / file) as opened:
                 there = set(opened.keys())
                 if absent := sorted(set(names) - there):
                     raise ValueError(f"{directory / file}: missing tensors {absent}, which {index.name} puts there")
@@ -362,8 +385,15 @@ class _Files:
     def get(self, name: str) -> torch.Tensor:
         if self._pickled:
             return self._pickled[name]
-        with safe_open(self.directory / self._file_of[name], framework="pt") as file:
+        with _opened(self.directory / self._file_of[name]) as file:
             return file.get_tensor(name)
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: cannot be read as safetensors ({error}); fetch it again") from error
 
 
 def _fill(

@@ -172,6 +172,13 @@ class Entry:
     name: str
     shape: tuple[int, ...]
     rows: Callable[[int, int], torch.Tensor]
+    dtype: torch.dtype
+    """One of `SAFETENSORS_DTYPES`."""
+
+    @property
+    def n_bytes(self) -> int:
+        """As written."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def blocks(self) -> Iterable[torch.Tensor]:
         """Yield its rows, some at a time."""
@@ -182,37 +189,34 @@ class Entry:
 
 
 def write_safetensors(
-    folder: Path, entries: Sequence[Entry], *, dtype: torch.dtype, max_shard_bytes: int, progress: bool = False
+    folder: Path, entries: Sequence[Entry], *, max_shard_bytes: int, progress: bool = False
 ) -> list[str]:
-    """Write tensors in one dtype: `model.safetensors`, or numbered shards and their index, as `transformers` has them.
+    """Write tensors: `model.safetensors`, or numbered shards and their index, as `transformers` has them.
 
     Args:
         folder: exists.
         entries: what to write, in this order.
-        dtype: one of `SAFETENSORS_DTYPES`.
         max_shard_bytes: of a file; a larger tensor has one of its own.
         progress: show a progress bar.
 
     Returns:
         The names of the files of weights.
     """
-    itemsize = dtype.itemsize
     shards: list[list[Entry]] = [[]]
     held = 0
     for entry in entries:
-        n_bytes = math.prod(entry.shape) * itemsize
-        if shards[-1] and held + n_bytes > max_shard_bytes:
+        if shards[-1] and held + entry.n_bytes > max_shard_bytes:
             shards.append([])
             held = 0
         shards[-1].append(entry)
-        held += n_bytes
-    total = sum(math.prod(entry.shape) for entry in entries) * itemsize
+        held += entry.n_bytes
+    total = sum(entry.n_bytes for entry in entries)
     names = ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=not progress) as bar:
         for name, shard in zip(names, shards, strict=True):
-            _write_shard(folder / name, shard, dtype, bar)
+            _write_shard(folder / name, shard, bar)
     if len(shards) > 1:
         weight_map = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -220,13 +224,15 @@ def write_safetensors(
     return names
 
 
-def _write_shard(path: Path, entries: Sequence[Entry], dtype: torch.dtype, bar: tqdm) -> None:
+def _write_shard(path: Path, entries: Sequence[Entry], bar: tqdm) -> None:
+    # Wider numbers first, so that all are aligned.
+    entries = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for entry in entries:
-        begin, end = end, end + math.prod(entry.shape) * dtype.itemsize
+        begin, end = end, end + entry.n_bytes
         header[entry.name] = {
-            "dtype": SAFETENSORS_DTYPES[dtype],
+            "dtype": SAFETENSORS_DTYPES[entry.dtype],
             "shape": list(entry.shape),
             "data_offsets": [begin, end],
         }
@@ -236,7 +242,7 @@ def _write_shard(path: Path, entries: Sequence[Entry], dtype: torch.dtype, bar: 
         file.write(len(written).to_bytes(8, "little") + written)
         for entry in entries:
             for block in entry.blocks():
-                content = block.to(dtype).contiguous().view(torch.uint8).numpy()
+                content = block.to(entry.dtype).contiguous().view(torch.uint8).numpy()
                 file.write(np.ascontiguousarray(content).data)
                 bar.update(content.nbytes)
         file.flush()

@@ -15,7 +15,7 @@ from blt_titan.interop.pretrained import BLT, ByteTokenizer, EntropyModel, Pretr
 from blt_titan.model.blt import BLT as BareBLT
 from blt_titan.model.entropy_model import EntropyModel as BareEntropyModel
 from blt_titan.patching import starts_to_lengths
-from blt_titan.patching.rule import PatchRule
+from blt_titan.patching.rule import PatchRule, decision_edge
 
 LOGITS_ATOL = 1e-5
 """Times the largest logit where that is above 1: fp32 sums in another order."""
@@ -56,8 +56,10 @@ class Verification:
             f"logits of transformers and ours differ by {self.logits_error:.1e} (largest {self.largest_logit:.1f})",
         ]
         if self.boundaries:
+            own = "gives the same logits with its own" if self.own_patches else "was not compared with its own"
             lines.append(
-                f"{self.boundaries} patch boundaries, {self.boundaries_at_edges} of them differ, at decision edges"
+                f"{self.boundaries} patch boundaries, {self.boundaries_at_edges} of them differ, at decision edges; "
+                f"transformers {own}"
             )
         return "; ".join(lines)
 
@@ -127,11 +129,14 @@ def verify_export(
 
 
 def _compare_tensors(pretrained: Pretrained, blt: Weights, entropy: Weights | None) -> int:
-    entries = model_entries(blt, BareBLT, blt_name_to_hf)
+    dtype = getattr(torch, pretrained.dtype)
+    entries = model_entries(blt, BareBLT, blt_name_to_hf, dtype)
     if entropy is not None:
-        entries += model_entries(entropy, BareEntropyModel, entropy_name_to_hf)
+        entries += model_entries(entropy, BareEntropyModel, entropy_name_to_hf, torch.float32)
     for entry in entries:
         written = pretrained.tensor(entry.name)
+        if written.dtype != entry.dtype:
+            raise VerificationError(f"{pretrained.directory}: {entry.name} is {written.dtype}, not {entry.dtype}")
         begin = 0
         for block in entry.blocks():
             part = written[begin : begin + len(block)]
@@ -174,17 +179,3 @@ class _Boundaries(NamedTuple):
     differ: int = 0
     same: bool = False
     """Whether transformers cuts exactly where we do."""
-
-
-def decision_edge(threshold_nats: float) -> tuple[float, float]:
-    """Return between which two values a comparison with and without rounding to float16 may decide otherwise.
-
-    >>> decision_edge(1.0)  # rounded, what is up to half a float16 step above 1 is not above it
-    (1.0, 1.00048828125)
-    """
-    below = np.float16(threshold_nats)
-    if float(below) > threshold_nats:
-        below = np.nextafter(below, np.float16(-np.inf))
-    above = np.nextafter(below, np.float16(np.inf))
-    middle = (float(below) + float(above)) / 2
-    return min(threshold_nats, middle), max(threshold_nats, middle)

@@ -85,6 +85,20 @@ class PatchRule:
         )
 
 
+def decision_edge(threshold_nats: float) -> tuple[float, float]:
+    """Return between which two values a comparison with and without rounding to float16 may decide otherwise.
+
+    >>> decision_edge(1.0)  # rounded, what is up to half a float16 step above 1 is not above it
+    (1.0, 1.00048828125)
+    """
+    below = np.float16(threshold_nats)
+    if float(below) > threshold_nats:
+        below = np.nextafter(below, np.float16(-np.inf))
+    above = np.nextafter(below, np.float16(np.inf))
+    middle = (float(below) + float(above)) / 2
+    return min(threshold_nats, middle), max(threshold_nats, middle)
+
+
 class PatchCursor:
     """Follows one or several documents byte by byte, and tells after each whether a patch ends there.
 

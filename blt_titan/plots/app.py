@@ -6,11 +6,13 @@
     GET /images/NAME               an image
     GET /data/NAME                 data as it lies there (.json, .jsonl), or of a figure: curves, scaling
 
-Pages may run scripts of their own, and so they may talk to this server and to nobody else. A request by another name
-than this machine's own is refused, as one that a foreign page was made to send.
+Pages that lie in the folder may run scripts of their own, so they are shut off: they can read nothing else here, and
+foreign pages can embed nothing from here. A request by another name than this machine's own is refused, as one that a
+foreign page was made to send.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,11 @@ _HEADERS = {
     ),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
+# An origin of its own: a script in there reads no answer of this server.
+_SHUT_OFF = {**_HEADERS, "Content-Security-Policy": "sandbox allow-scripts; " + _HEADERS["Content-Security-Policy"]}
 _TEMPLATE = Path(__file__).with_name("page.html")
 
 
@@ -46,25 +51,26 @@ def make_app(root: Path) -> Starlette:
     """
     runs = RunsFolder(root)
 
-    async def home(request: Request) -> Response:
+    # Not async: they read files, and Starlette runs them in threads.
+    def home(request: Request) -> Response:
         return _page("All runs", runs, runs.figures())
 
-    async def listing(request: Request) -> Response:
+    def listing(request: Request) -> Response:
         return JSONResponse([figure._asdict() for figure in runs.figures()], headers=_HEADERS)
 
-    async def visualization(request: Request) -> Response:
+    def visualization(request: Request) -> Response:
         name = request.path_params["name"]
         if (path := runs.find(name, PAGES)) is not None:
-            return FileResponse(path, media_type="text/html; charset=utf-8", headers=_HEADERS)
+            return FileResponse(path, media_type="text/html; charset=utf-8", headers=_SHUT_OFF)
         chosen = [f for f in runs.figures() if f.name == name and f.kind in ("curves", "scaling", "lengths")]
         if not chosen:
             raise _missing(name)
         return _page(chosen[0].title, runs, chosen)
 
-    async def image(request: Request) -> Response:
-        return _file(runs, request.path_params["name"], IMAGES)
+    def image(request: Request) -> Response:
+        return _file(runs, request.path_params["name"], IMAGES, _SHUT_OFF)
 
-    async def data(request: Request) -> Response:
+    def data(request: Request) -> Response:
         name = request.path_params["name"]
         if name in (CURVES, SCALING):
             return JSONResponse(runs.curves() if name == CURVES else runs.scaling(), headers=_HEADERS)
@@ -87,11 +93,11 @@ def make_app(root: Path) -> Starlette:
     )
 
 
-def _file(runs: RunsFolder, name: str, suffixes: tuple[str, ...]) -> Response:
+def _file(runs: RunsFolder, name: str, suffixes: tuple[str, ...], headers: Mapping[str, str] = _HEADERS) -> Response:
     path = runs.find(name, suffixes)
     if path is None:
         raise _missing(name)
-    return FileResponse(path, headers=_HEADERS)
+    return FileResponse(path, headers=headers)
 
 
 def _missing(name: str) -> HTTPException:

@@ -13,10 +13,13 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 METRICS, PATCH_LENGTHS = "metrics.jsonl", "patch_lengths.json"
 IMAGES, PAGES, DATA = (".png", ".svg", ".jpg", ".jpeg"), (".html",), (".json", ".jsonl")
 CURVES, SCALING = "curves", "scaling"
+MOST_POINTS = 2000
+"""Of a curve; a longer one is thinned."""
 _NOT_LOOKED_AT = ("checkpoint", "comm_traces", "tb")
 
 
@@ -67,11 +70,13 @@ class RunsFolder:
                 )
         for path in self._files(PATCH_LENGTHS):
             name = self._name(path)
-            found.append(Figure(name, "lengths", f"Patch lengths: {Path(name).parent}", f"/visualizations/{name}"))
+            found.append(
+                Figure(name, "lengths", f"Patch lengths: {Path(name).parent}", f"/visualizations/{quote(name)}")
+            )
         for suffixes, kind, place in ((PAGES, "page", "visualizations"), (IMAGES, "image", "images")):
             for path in self._files(*(f"*{suffix}" for suffix in suffixes)):
                 name = self._name(path)
-                found.append(Figure(name, kind, name, f"/{place}/{name}"))
+                found.append(Figure(name, kind, name, f"/{place}/{quote(name)}"))
         return found
 
     def curves(self) -> list[dict[str, Any]]:
@@ -121,7 +126,10 @@ class RunsFolder:
         folders = [self.root]
         while folders:
             folder = folders.pop(0)
-            children = sorted(folder.iterdir())
+            try:
+                children = sorted(folder.iterdir())
+            except OSError:
+                continue  # not ours to read
             for path in children:
                 if path.is_file() and any(path.match(pattern) for pattern in patterns):
                     if self.find(self._name(path), (path.suffix.lower(),)) is not None:
@@ -147,7 +155,10 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _points(lines: list[dict[str, Any]], x: str, y: str) -> list[tuple[float, float]]:
-    return [(line[x], line[y]) for line in lines if isinstance(line.get(y), int | float) and math.isfinite(line[y])]
+    points = [(line[x], line[y]) for line in lines if isinstance(line.get(y), int | float) and math.isfinite(line[y])]
+    step = -(-len(points) // MOST_POINTS)
+    # The last one is always there.
+    return points[::-step][::-1] if step > 1 else points
 
 
 def _is_hidden(path: Path) -> bool:

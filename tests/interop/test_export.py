@@ -12,16 +12,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from blt_titan.data.entropies import fingerprint_of
 from blt_titan.inference.checkpoint import CheckpointError, describe_model
+from blt_titan.inference.score_data import sidecar_settings
+from blt_titan.interop import export as export_module
 from blt_titan.interop import tensors as tensors_module
 from blt_titan.interop.export import export_hf, stored_weights
 from blt_titan.interop.hf_config import HFConfigError
+from blt_titan.interop.in_training import ExportFailedError, HFExports
 from blt_titan.interop.pretrained import BLT, ByteTokenizer, EntropyModel, Patcher
 from blt_titan.interop.tensors import StoredTensors
 from blt_titan.interop.to_checkpoint import write_checkpoint
-from blt_titan.interop.verify import VerificationError, decision_edge, verify_export
+from blt_titan.interop.verify import VerificationError, verify_export
 from blt_titan.model.sizes import BLTArgs, EntropyModelArgs
-from blt_titan.patching.rule import PatchRule
+from blt_titan.patching.rule import PatchRule, decision_edge
 from scripts import convert_from_hf, convert_to_hf
 from tests.distributed import run_distributed
 from tests.integration.runs import gather_parameters, make_trainer
@@ -294,3 +298,79 @@ def test_rows_of_a_stored_tensor(checkpoints):
     assert torch.equal(stored.rows("hash_embedding.weight", 100, 305), table[100:305])
     assert torch.equal(stored.rows("decoder.norm.weight", 3, 4), model.decoder.norm.weight[3:4])
     assert describe_model(checkpoints / "blt")["patching"]["threshold"] == RULE.threshold
+
+
+def test_files_of_others_stay(checkpoints, tmp_path, monkeypatch):
+    blt, entropy = stored_weights(checkpoints / "blt"), stored_weights(checkpoints / "entropy")
+    out = export_hf(blt, tmp_path / "hf", entropy=entropy, max_shard_bytes=30_000)
+    (out / "notes.txt").write_text("mine")
+    (out / ".git").mkdir()
+    export_hf(blt, out, entropy=entropy, overwrite=True)
+    assert (out / "notes.txt").read_text() == "mine"
+    assert (out / ".git").is_dir()
+    assert [path.name for path in out.glob("model*")] == ["model.safetensors"]
+    verify_export(out, blt, entropy)
+
+    # One that appears while weights are written is nobody's to replace.
+    def meanwhile(*args, **kwargs):
+        (tmp_path / "late").mkdir()
+        (tmp_path / "late" / "thesis.txt").write_text("x")
+
+    monkeypatch.setattr(export_module, "write_safetensors", meanwhile)
+    with pytest.raises(FileExistsError, match="is there already"):
+        export_hf(blt, tmp_path / "late", entropy=entropy)
+    assert (tmp_path / "late" / "thesis.txt").read_text() == "x"
+    with pytest.raises(FileExistsError, match="is there already"):
+        export_hf(blt, tmp_path / "nothing" / "..", entropy=entropy)
+
+
+def test_the_patcher_is_not_rounded(checkpoints, tmp_path):
+    blt, entropy = stored_weights(checkpoints / "blt"), stored_weights(checkpoints / "entropy")
+    out = export_hf(blt, tmp_path / "hf", entropy=entropy, dtype=torch.bfloat16)
+    dtypes = {name.startswith("model.patcher."): t.dtype for name, t in load_file(out / "model.safetensors").items()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    assert Patcher.from_pretrained(out).patch_lengths("x" * 50) == Patcher(entropy_model(), RULE).patch_lengths(
+        "x" * 50
+    )
+
+
+def test_swapped_and_other_models_are_named(checkpoints, tmp_path):
+    blt, entropy = stored_weights(checkpoints / "blt"), stored_weights(checkpoints / "entropy")
+    with pytest.raises(CheckpointError, match="holds a BLT, where an entropy model is wanted"):
+        export_hf(blt, tmp_path / "x", entropy=blt)
+    with pytest.raises(CheckpointError, match="holds an entropy model, where a BLT is wanted"):
+        export_hf(entropy, tmp_path / "x", entropy=entropy)
+    with pytest.raises(HFConfigError, match=r"patching\.threshold = nan"):
+        export_hf(blt, tmp_path / "x", entropy=entropy, rule=replace(RULE, threshold=float("nan")))
+    # A checkpoint that knows which entropies its text was cut by takes no others.
+    own = fingerprint_of(sidecar_settings(entropy_model(), "uint8", "float32"))
+    export_hf(replace(blt, entropies=own), tmp_path / "own", entropy=entropy)
+    other = fingerprint_of(sidecar_settings(entropy_model(init_seed=5, reset_at_newline=True), "float16", "float32"))
+    with pytest.raises(CheckpointError, match="is not the entropy model that"):
+        export_hf(replace(blt, entropies=other), tmp_path / "x", entropy=entropy)
+    assert not (tmp_path / "x").exists()
+
+
+def test_checkpoints_that_a_run_removes_are_exported_all_the_same(checkpoints, tmp_path):
+    """Linked when they are complete; one that is removed before that does not hold up the others."""
+    folder, out = tmp_path / "checkpoint", tmp_path / "hf"
+    (out / ".checkpoint-9").mkdir(parents=True)  # of a run that was killed
+    described = describe_model(checkpoints / "blt")
+    exports = HFExports(
+        folder, out, described=described, entropy_checkpoint=str(checkpoints / "entropy"), dtype="float32", force=False
+    )
+    assert not (out / ".checkpoint-9").exists()
+    for step in (2, 4, 6):
+        exports.add(step)
+    for step in (4, 6):
+        shutil.copytree(checkpoints / "blt", folder / f"step-{step}")
+    exports.poll()
+    shutil.rmtree(folder / "step-6")
+    with pytest.raises(ExportFailedError, match="step-2 is not complete") as error:
+        exports.finish()
+    assert "step-4" not in str(error.value)
+    assert sorted(path.name for path in out.iterdir()) == ["step-4", "step-6"]
+    for step in (4, 6):
+        verify_export(
+            out / f"step-{step}", stored_weights(checkpoints / "blt"), stored_weights(checkpoints / "entropy")
+        )

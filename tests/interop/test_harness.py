@@ -15,6 +15,7 @@ from blt_titan.interop.verify import TEXT
 from blt_titan.patching import starts_to_lengths
 from tests.inference.test_cached import RULES, blt
 from tests.inference.test_generate import GREEDY, recomputed
+from tests.inference.test_likelihood import by_hand
 from tests.small_entropy_model import model_of, scored_alone
 
 pytest.importorskip("lm_eval", reason="install the dev extra to run EleutherAI's harness")
@@ -66,16 +67,23 @@ def test_likelihoods_are_those_by_hand(directory):
         content, last = (context + continuation).encode()[-120:], len(continuation.encode())
         assert got == pytest.approx(log_p(content, last), abs=LOG_P_ATOL), (context, continuation)
         assert greedy == (not continuation)
-    likely = recomputed_greedy(b"The answer is", 4)
-    [(_, greedy)] = harness.loglikelihood(requests(("The answer is", likely.decode("latin1"))), disable_tqdm=True)
-    assert greedy == (likely.isascii())
+    # A context whose greedy continuation is ASCII, so that a str can hold it.
+    likely = {i: recomputed_greedy(f"The answer {i} is".encode(), 2) for i in range(40)}
+    number, text = next((i, text) for i, text in likely.items() if text.isascii() and len(text) == 2)
+    other = text.decode()[0] + chr(ord("a") + (text[1] == ord("a")))
+    pairs = [(f"The answer {number} is", continuation) for continuation in (text.decode(), other)]
+    found = harness.loglikelihood(requests(*pairs), disable_tqdm=True)
+    assert [greedy for _, greedy in found] == [True, False]
 
     texts = ["short", TEXT[:100], ""]
     rolling = harness.loglikelihood_rolling(requests(*((text,) for text in texts)), disable_tqdm=True)
     for text, got in zip(texts, rolling, strict=True):
         assert got == pytest.approx(log_p(text.encode(), len(text.encode())) if text else 0, abs=LOG_P_ATOL * 10)
+    # Longer than the model reads: windows, each byte once, patches of the whole text.
     [long] = harness.loglikelihood_rolling(requests((TEXT,)), disable_tqdm=True)
-    assert long < rolling[1]
+    ids = np.concatenate([[BOS_ID], bytes_to_ids(TEXT.encode())]).astype(np.int64)
+    nats, _ = by_hand(ids, RULE, context=120, stride=60)
+    assert long == pytest.approx(-nats.sum(), rel=1e-5)
 
 
 def recomputed_greedy(prompt: bytes, max_bytes: int) -> bytes:
@@ -104,6 +112,13 @@ def test_it_continues_until_a_stop(directory):
         requests(("to be", stopped), ("x", settings), ("to be", settings)), disable_tqdm=True
     )
     assert mixed == [cut, found[2], found[0]]
+    # By the harness's own reading, no sampling unless it is asked for; and each request draws on its own.
+    assert harness.generate_until(
+        requests(("to be", {"do_sample": False, "temperature": 1.0, "max_new_tokens": 30})), disable_tqdm=True
+    ) == [found[0]]
+    sampled = {"do_sample": True, "temperature": 1.0, "top_k": 0, "max_gen_toks": 20}
+    drawn = harness.generate_until(requests(*([("to be", sampled)] * 3)), disable_tqdm=True)
+    assert len(set(drawn)) == 3
     with pytest.raises(ValueError, match="leaves no room"):
         harness.generate_until(requests(("x", {"max_gen_toks": 9000})), disable_tqdm=True)
 
@@ -164,6 +179,14 @@ def test_the_paper_s_tasks_are_known_to_the_harness():
 
     known = TaskManager().all_tasks
     assert set(script.PAPER_TASKS) <= set(known)
+
+
+def test_noise_changes_what_is_read(directory):
+    plain, noisy = BLTHarness(str(directory / "hf")), BLTHarness(str(directory / "hf"), noise="uppercase")
+    [lower] = noisy.loglikelihood(requests(("the answer", " is")), disable_tqdm=True)
+    assert [lower] == plain.loglikelihood(requests(("THE ANSWER", " IS")), disable_tqdm=True)
+    with pytest.raises(ValueError, match="noise = 'whisper'"):
+        BLTHarness(str(directory / "hf"), noise="whisper")
 
 
 def test_wrong_arguments_are_named(directory):

@@ -95,11 +95,50 @@ def test_the_original_s_rules(tmp_path):
     for changes, rule in (
         ({"monotonicity": True}, PatchRule("monotonic", threshold=RULE.threshold, max_patch_bytes=512)),
         ({"threshold_add": 0.5}, PatchRule("add", threshold=RULE.threshold, threshold_add=0.5, max_patch_bytes=512)),
+        ({"threshold": 0.0}, PatchRule("global", threshold=0.0, max_patch_bytes=512)),
+        ({"threshold_add": 0.0}, PatchRule("add", threshold=RULE.threshold, threshold_add=0.0, max_patch_bytes=512)),
         ({"max_patch_length": 64}, PatchRule("global", threshold=RULE.threshold, max_patch_bytes=64)),
     ):
         arguments = params["data"]["patcher_args"] | changes
         path.write_text(json.dumps(params | {"data": {"patcher_args": arguments}}))
         assert Pretrained(tmp_path / "released").rule == rule
+
+
+def test_another_patching_mode_is_refused(tmp_path):
+    write_original(tmp_path / "released")
+    path = tmp_path / "released" / "entropy_model" / "params.json"
+    path.write_text(path.read_text().replace('"monotonicity"', '"patching_mode": "space", "monotonicity"'))
+    with pytest.raises(HFConfigError, match="patching_mode = 'space'"):
+        _ = Pretrained(tmp_path / "released").rule
+
+
+def test_a_window_that_is_missing_is_the_released_one(tmp_path):
+    """As in transformers; null is none."""
+    random_blt().save_pretrained(tmp_path, entropy_model=entropy_model(), rule=RULE)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["local_attention_window_len"], config["patcher_config"]["sliding_window"]
+    path.write_text(json.dumps(config))
+    assert Pretrained(tmp_path).blt_args.local_window == 512
+    assert Pretrained(tmp_path).entropy_args.window == 512
+    config["local_attention_window_len"] = config["patcher_config"]["sliding_window"] = None
+    path.write_text(json.dumps(config))
+    assert Pretrained(tmp_path).blt_args.local_window == 24576
+    assert Pretrained(tmp_path).entropy_args.window == 8192
+
+
+def test_damaged_files_are_named(tmp_path):
+    random_blt().save_pretrained(tmp_path, force=True)
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=r"model\.safetensors: cannot be read as safetensors"):
+        BLT.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="has no weight_map"):
+        BLT.from_pretrained(tmp_path)
+    write_original(tmp_path / "released")
+    (tmp_path / "released" / "entropy_model" / "consolidated.pth").write_bytes(b"no pickle")
+    with pytest.raises(ValueError, match=r"consolidated\.pth: cannot be read"):
+        EntropyModel.from_pretrained(tmp_path / "released")
 
 
 def test_an_original_that_does_not_fit_is_refused(tmp_path):
@@ -133,6 +172,13 @@ def test_saved_models_come_back(tmp_path):
         EntropyModel.from_pretrained(tmp_path / "alone")
     with pytest.raises(ValueError, match="says no rule"):
         Patcher.from_pretrained(tmp_path / "alone")
+    with pytest.raises(FileExistsError, match="holds a model of another kind"):
+        entropy.save_pretrained(tmp_path / "blt")
+    other = entropy_model()
+    other.output.weight.data *= 2
+    (tmp_path / "entropy" / "model.safetensors.index.json").write_text("{}")
+    other.save_pretrained(tmp_path / "entropy")
+    assert_same(EntropyModel.from_pretrained(tmp_path / "entropy"), other)
     with pytest.raises(HFConfigError, match="reset_at_newline"):
         entropy_model(reset_at_newline=True).save_pretrained(tmp_path / "newline")
 

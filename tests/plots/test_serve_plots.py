@@ -45,18 +45,18 @@ def outputs(tmp_path) -> Path:
     page = patch_page(text, np.linspace(0, 3, len(text)), title="a text", threshold=1.3)
     (folder / "small" / "patches.html").write_text(page)
     (folder / "small" / "weights.distcp").write_bytes(b"secret")
-    (folder / "small" / ".hidden.json").write_text('"secret"')
     (folder / "small" / "checkpoint").mkdir()
     (folder / "small" / "checkpoint" / "page.html").write_text("not looked at")
-    (tmp_path / "secret.json").write_text('"secret"')
-    (tmp_path / "secret.html").write_text("secret")
     (tmp_path / "outputs2").mkdir()
-    (tmp_path / "outputs2" / "secret.json").write_text('"secret"')
-    (folder / "link.json").symlink_to(tmp_path / "secret.json")
     (folder / "linked").symlink_to(tmp_path)
+    for suffix in ("json", "html", "png"):
+        (tmp_path / f"secret.{suffix}").write_text('"secret"')
+        (tmp_path / "outputs2" / f"secret.{suffix}").write_text('"secret"')
+        (folder / f"link.{suffix}").symlink_to(tmp_path / f"secret.{suffix}")
+        (folder / f"loop.{suffix}").symlink_to(folder / f"loop.{suffix}")
+        (folder / f"masked.{suffix}").symlink_to(folder / "small" / "weights.distcp")
+        (folder / "small" / f".hidden.{suffix}").write_text('"secret"')
     (folder / "inside.json").symlink_to(folder / "small" / "patch_lengths.json")
-    (folder / "loop.json").symlink_to(folder / "loop.json")
-    (folder / "masked.json").symlink_to(folder / "small" / "weights.distcp")
     return folder
 
 
@@ -124,7 +124,8 @@ def test_what_lies_outside_is_not_there(outputs, place):
     """Sent as they are, over a socket: a client would tidy them up."""
     process, port = _serve(outputs)
     try:
-        for attempt in [*ATTEMPTS, *(a.replace("json", "html") for a in ATTEMPTS)]:
+        suffix = {"data": "json", "images": "png", "visualizations": "html"}[place]
+        for attempt in (a.replace("json", suffix) for a in ATTEMPTS):
             with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
                 raw.sendall(f"GET /{place}/{attempt} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode())
                 answer = b"".join(iter(lambda raw=raw: raw.recv(65536), b""))
@@ -136,6 +137,28 @@ def test_what_lies_outside_is_not_there(outputs, place):
     finally:
         process.kill()
         process.wait()
+
+
+def test_names_that_a_url_must_quote_and_long_runs(outputs):
+    run = outputs / "a#b?c 50% off"
+    run.mkdir()
+    (run / "page.html").write_text("found")
+    lines = [json.dumps({"step": step, "bits_per_byte": 2.0 + step % 7}) for step in range(1, 150_001)]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    client = TestClient(make_app(outputs), base_url="http://127.0.0.1")
+    [page] = [f for f in client.get("/api/visualizations").json() if f["name"].endswith("off/page.html")]
+    assert client.get(page["url"]).text == "found"
+    [curve] = [r for r in client.get("/data/curves").json() if r["run"].startswith("a#b")]
+    assert 1000 < len(curve["training"]) <= 2000
+    assert curve["training"][-1] == [150_000, 2.0 + 150_000 % 7]
+
+
+def test_pages_are_shut_off(client):
+    for url in ("/visualizations/small/patches.html", "/images/small/loss.png"):
+        policy = client.get(url).headers["content-security-policy"]
+        assert policy.startswith("sandbox allow-scripts; ")
+    assert "sandbox" not in client.get("/").headers["content-security-policy"]
+    assert client.get("/data/curves").headers["cross-origin-resource-policy"] == "same-origin"
 
 
 def test_only_this_machine_s_names_are_answered(client):
@@ -195,3 +218,7 @@ def test_a_folder_that_is_not_there(tmp_path, capsys):
 
     assert main(["--dir", str(tmp_path / "nothing")]) == 2
     assert "no such directory" in capsys.readouterr().err
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for port in (70_000, taken.getsockname()[1]):
+            assert main(["--dir", str(tmp_path), "--port", str(port)]) == 2
+            assert f"--port {port}" in capsys.readouterr().err
