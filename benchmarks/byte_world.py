@@ -28,7 +28,7 @@ import blt_titan.titan_device  # noqa: F401
 # isort: split
 from torchtitan.distributed import ParallelDims
 
-from benchmarks.loader_throughput import machine
+from benchmarks.result_file import machine
 from blt_titan.batch import IGNORE_LABEL, ContextSlice
 from blt_titan.data.collate import collate_rows
 from blt_titan.data.packing import RowShape

@@ -14,7 +14,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -22,12 +21,13 @@ import time
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from benchmarks.result_file import machine
 from blt_titan.batch import PADDING
 from blt_titan.data.calibration import calibrate, read_sample
 from blt_titan.data.collate import Batch
@@ -139,19 +139,6 @@ def padding_shares(batches: list[Batch]) -> dict[str, float]:
         "byte_slots_padded": 1 - real_bytes.float().mean().item(),
         "patch_slots_padded": 1 - real_patches.float().mean().item(),
         "bytes_per_patch": (real_bytes.sum() / real_patches.sum()).item(),
-    }
-
-
-def machine() -> dict[str, Any]:
-    """Describe where the figures were taken."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
     }
 
 

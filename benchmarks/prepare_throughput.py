@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.loader_throughput import machine
+from benchmarks.result_file import machine
 from scripts.prepare_data import size
 
 POOL_BYTES = 20_000_000

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.loader_throughput import machine
+from benchmarks.result_file import machine
 from blt_titan.byte_vocab import document_ids
 from blt_titan.inference.entropies import CHUNK, LANES, EntropyScorer, entropy_nats
 from blt_titan.model.entropy_model import EntropyModel

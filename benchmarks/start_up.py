@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from benchmarks.loader_throughput import machine
+from benchmarks.result_file import machine
 from blt_titan.data.loader import RowLoader, RowSource
 from blt_titan.data.manifest import Counts, Manifest, write_manifest
 from blt_titan.data.order import StreamOrder

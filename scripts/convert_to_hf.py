@@ -8,9 +8,11 @@ is compared with the checkpoint, and the logits and patches of `transformers` (t
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -34,6 +36,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=list(DTYPES), default="fp32", help="of the weights (default %(default)s)")
     add("--max-shard-size", type=size, default=MAX_SHARD_BYTES, metavar="SIZE", help="of a file (default 5GB)")
     add("--threshold", type=float, metavar="NATS", help="of the rule 'global' (default: what the checkpoint says)")
+    add("--patch-lengths", type=Path, metavar="FILE", help="patch_lengths.json of calibrate_threshold, for the card")
     add("--verify", action="store_true", help="load what was written and compare; needs transformers")
     add("--force", action="store_true", help="write a model that needs explicit patch_lengths in transformers")
     add("--overwrite", action="store_true", help="replace the model directory that is there")
@@ -56,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             entropy=entropy,
             dtype=DTYPES[args.dtype],
             max_shard_bytes=args.max_shard_size,
+            cut_share=json.loads(args.patch_lengths.read_bytes())["cut_share"] if args.patch_lengths else None,
             force=args.force,
             overwrite=args.overwrite,
             progress=True,
@@ -63,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{out}: written from {blt.origin}")
         if args.verify:
             print(f"{out}: verified: {verify_export(out, blt, entropy)}")
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, KeyError, OSError, ImportError) as error:
         print(f"convert_to_hf: error: {error}", file=sys.stderr)
         return 2
     return 0

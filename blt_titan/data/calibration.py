@@ -55,13 +55,13 @@ class Calibration:
         return float(self.lengths.mean())
 
     def distribution(self) -> dict[str, Any]:
-        """Return rule, threshold, mean, and `counts`: how many patches have 1, 2, ... bytes."""
-        counts = np.bincount(self.lengths)[1:].tolist()
+        """Return rule, threshold, mean, `counts`: how many patches have 1, 2, ... bytes, and the share that was cut."""
         return {
             "rule": self.rule,
             "threshold": self.threshold,
             "mean": round(self.mean_patch_bytes, 4),
-            "counts": counts,
+            "cut_share": self.cut_by_limit / len(self.lengths),
+            "counts": np.bincount(self.lengths)[1:].tolist(),
         }
 
 

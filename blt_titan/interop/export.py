@@ -99,6 +99,7 @@ def export_hf(
     rule: PatchRule | None = None,
     dtype: torch.dtype = torch.float32,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    cut_share: float | None = None,
     force: bool = False,
     overwrite: bool = False,
     progress: bool = False,
@@ -112,6 +113,7 @@ def export_hf(
         rule: where patches begin; default what `blt` says.
         dtype: of the weights.
         max_shard_bytes: of a file of weights.
+        cut_share: of the training text's patches, that the limit cut; for the model card.
         force: also write a model that `transformers` cannot cut texts for; it then needs explicit `patch_lengths`.
         overwrite: replace what is in `out`, if it is a model directory.
         progress: show a progress bar.
@@ -164,6 +166,7 @@ def export_hf(
             dtype=config["dtype"],
             origin=origin,
             alone=alone,
+            cut_share=cut_share,
         )
         (temporary / "README.md").write_text(card, encoding="utf-8")
         write_safetensors(temporary, entries, max_shard_bytes=max_shard_bytes, progress=progress)

@@ -16,6 +16,7 @@ def model_card(
     dtype: str,
     origin: str,
     alone: str | None,
+    cut_share: float | None = None,
 ) -> str:
     """Return the README.md of a model directory.
 
@@ -27,6 +28,7 @@ def model_card(
         dtype: of the weights.
         origin: where the weights come from, for a reader.
         alone: why `transformers` cannot cut texts by itself, or None if it can.
+        cut_share: of the training text's patches, that begin only because the one before was full; None if unknown.
     """
     hashes = args.hash_functions * len(args.hash_ngrams) * args.hash_rows * args.local_dim
     lines = [
@@ -100,8 +102,13 @@ def model_card(
             "transformers does by default, it cuts some texts elsewhere."
         )
         if rule.max_patch_bytes is not None:
+            share = (
+                f"That concerned {cut_share:.3%} of the training text's patches."
+                if cut_share is not None
+                else "How many that concerned is not known here; `python -m scripts.calibrate_threshold` prints it."
+            )
             lines.append(
                 f"- In training patches longer than {rule.max_patch_bytes} bytes were split; transformers leaves them "
-                "whole. `python -m scripts.calibrate_threshold` prints the share of patches that this concerns."
+                f"whole. {share}"
             )
     return "\n".join(lines) + "\n"

@@ -266,11 +266,15 @@ def test_what_transformers_cannot_cut_is_refused_and_can_be_forced(checkpoints, 
 def test_the_command_verifies(checkpoints, tmp_path, capsys):
     arguments = ["--checkpoint", str(checkpoints / "blt"), "--entropy-checkpoint", str(checkpoints / "entropy")]
     out = tmp_path / "hf"
-    assert convert_to_hf.main([*arguments, "--out", str(out), "--dtype", "bf16", "--threshold", "2.5", "--verify"]) == 0
+    (tmp_path / "patch_lengths.json").write_text('{"cut_share": 0.00025, "counts": []}')
+    arguments += ["--out", str(out), "--patch-lengths", str(tmp_path / "patch_lengths.json")]
+    assert convert_to_hf.main([*arguments, "--dtype", "bf16", "--threshold", "2.5", "--verify"]) == 0
     assert "verified: " in capsys.readouterr().out
     config = json.loads((out / "config.json").read_text())
     assert (config["dtype"], config["patching_threshold"], config["use_cache"]) == ("bfloat16", 2.5, False)
-    assert "5.23.0" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "5.23.0" in card
+    assert "0.025% of the training text's patches" in card
     lengths = Patcher.from_pretrained(out).patch_lengths("some text, and more")
     assert lengths[0] == 1
     assert sum(lengths) == len("some text, and more") + 2
