@@ -1,7 +1,7 @@
 """Compare an exported directory with what it was made from, and with what `transformers` computes from it."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,7 +87,9 @@ def verify_export(
 
     directory = Path(directory)
     pretrained = Pretrained(directory)
-    tensors = _compare_tensors(pretrained, blt, entropy if pretrained.has_entropy_model else None)
+    inside = entropy if pretrained.has_entropy_model else None
+    _compare_settings(pretrained, blt, inside)
+    tensors = _compare_tensors(pretrained, blt, inside)
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, output_loading_info=True
     )
@@ -126,6 +128,26 @@ def verify_export(
                 f"{allowed:.1e}"
             )
     return Verification(tensors, largest, error, found.count, found.differ, found.same)
+
+
+def _compare_settings(pretrained: Pretrained, blt: Weights, entropy: Weights | None) -> None:
+    """Compare what config.json says with what the checkpoint says: both models are built from the former."""
+    pairs: list[tuple[str, Any, Any]] = [("", pretrained.blt_args, blt.args)]
+    if entropy is not None:
+        pairs.append(("entropy model ", pretrained.entropy_args, entropy.args))
+    if blt.rule is not None and pretrained.rule is not None:
+        pairs.append(("patching ", pretrained.rule, replace(blt.rule, max_patch_bytes=pretrained.rule.max_patch_bytes)))
+    for what, written, meant in pairs:
+        for key, value in asdict(meant).items():
+            found = asdict(written)[key]
+            if key not in _NOT_WRITTEN and found != value:
+                raise VerificationError(
+                    f"{pretrained.directory}/config.json: {what}{key} is {found!r}, the checkpoint's {value!r}"
+                )
+
+
+_NOT_WRITTEN = ("init_seed", "init_depth_scaling", "attention_backend", "nominal_patch_bytes")
+"""What changes neither weights nor what is computed with them."""
 
 
 def _compare_tensors(pretrained: Pretrained, blt: Weights, entropy: Weights | None) -> int:

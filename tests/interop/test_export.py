@@ -216,11 +216,17 @@ def test_what_differs_is_found(checkpoints, tmp_path):
     (out / "config.json").write_text(json.dumps(other_norm))
     with pytest.raises(HFConfigError, match="rms_norm_eps"):
         verify_export(out, blt, entropy)
-    # The released default of the window's field is not what ours assumes, so a wrong one shows in the logits.
-    no_window = config | {"patcher_config": config["patcher_config"] | {"sliding_window": 23}}
-    (out / "config.json").write_text(json.dumps(no_window))
-    theirs = BLT.from_pretrained(out)
-    assert theirs.rule == RULE
+    for changes, message in (
+        ({"local_attention_window_len": 41}, "local_window is 41, the checkpoint's 40"),
+        ({"patching_threshold": 1.25}, "patching threshold is 1.25"),
+        (
+            {"patcher_config": config["patcher_config"] | {"sliding_window": None}},
+            "entropy model window is 8192, the checkpoint's 24",
+        ),
+    ):
+        (out / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(VerificationError, match=message):
+            verify_export(out, blt, entropy)
 
 
 def test_decision_edges():
