@@ -14,6 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.5
 _NICENESS = 10
+_LINKS = ".checkpoints"
 
 
 class ExportFailedError(RuntimeError):
@@ -62,8 +64,8 @@ class HFExports:
         }
         self._waiting: list[int] = []
         self._linked: deque[int] = deque()
-        for left in (*out.glob(".checkpoint-*"), *out.glob(".step-*.partial")):  # of a run that was killed
-            left.unlink() if left.is_symlink() else shutil.rmtree(left, ignore_errors=True)
+        for left in (out / _LINKS, *out.glob(".step-*.partial")):  # of a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
         self._process: subprocess.Popen[bytes] | None = None
         self._step = 0
         self.failed: list[str] = []
@@ -114,7 +116,7 @@ class HFExports:
             self._unlink(step)
 
     def _links(self, step: int) -> Path:
-        return self._out / f".checkpoint-{step}"
+        return self._out / _LINKS / f"step-{step}"
 
     @property
     def _log(self) -> Path:
@@ -122,8 +124,8 @@ class HFExports:
 
     def _link(self, step: int) -> None:
         links, source = self._links(step), self._checkpoints / f"step-{step}"
-        self._out.mkdir(parents=True, exist_ok=True)
         self._unlink(step)
+        links.parent.mkdir(parents=True, exist_ok=True)
         try:
             shutil.copytree(source, links, copy_function=os.link)
         except (OSError, shutil.Error):
@@ -135,6 +137,8 @@ class HFExports:
     def _unlink(self, step: int) -> None:
         links = self._links(step)
         links.unlink() if links.is_symlink() else shutil.rmtree(links, ignore_errors=True)
+        with suppress(OSError):
+            links.parent.rmdir()  # unless there are more
 
     def _begin(self, step: int) -> None:
         self._step = step
