@@ -364,12 +364,12 @@ def test_swapped_and_other_models_are_named(checkpoints, tmp_path):
 def test_checkpoints_that_a_run_removes_are_exported_all_the_same(checkpoints, tmp_path):
     """Linked when they are complete; one that is removed before that does not hold up the others."""
     folder, out = tmp_path / "checkpoint", tmp_path / "hf"
-    (out / ".checkpoint-9").mkdir(parents=True)  # of a run that was killed
+    (out / ".checkpoints" / "step-9").mkdir(parents=True)  # of a run that was killed
     described = describe_model(checkpoints / "blt")
     exports = HFExports(
         folder, out, described=described, entropy_checkpoint=str(checkpoints / "entropy"), dtype="float32", force=False
     )
-    assert not (out / ".checkpoint-9").exists()
+    assert not (out / ".checkpoints").exists()
     for step in (2, 4, 6):
         exports.add(step)
     for step in (4, 6):
@@ -384,3 +384,4 @@ def test_checkpoints_that_a_run_removes_are_exported_all_the_same(checkpoints, t
         verify_export(
             out / f"step-{step}", stored_weights(checkpoints / "blt"), stored_weights(checkpoints / "entropy")
         )
+        assert f"; from step-{step}\n" in (out / f"step-{step}" / "README.md").read_text()
