@@ -13,16 +13,13 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from blt_titan.data.documents import SourcedDocument, read_documents
 from blt_titan.inference.evaluate_documents import DocumentScores, evaluate_documents
 from blt_titan.inference.likelihood import CONTEXT_BYTES, LikelihoodScorer
 from blt_titan.inference.noise import NOISES
-from blt_titan.interop.loading import load_for_inference
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from scripts.model_options import add_model_options, load_models
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -30,20 +27,16 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_model_options(parser)
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR|CKPT", help="a model directory, a checkpoint, or owner/name on the hub")
-    add("--entropy-checkpoint", metavar="DIR|CKPT", help="the entropy model, where --model does not hold it")
     add("--data", required=True, nargs="+", metavar="DIR|FILE", help="byte shards, files, patterns, hf:NAME")
     add("--split", default="validation", choices=["train", "validation"], help="of byte shards (default %(default)s)")
     add("--text-column", default="text", help="of records in files (default %(default)s)")
     add("--max-documents", type=int, metavar="N", help="of each --data, the first N")
     add("--context-bytes", type=int, default=CONTEXT_BYTES, metavar="N", help="of a window (default %(default)s)")
     add("--stride-bytes", type=int, metavar="N", help="by which windows move on (default: half the context)")
-    add("--threshold", type=float, metavar="NATS", help="where patches begin (default: as in training)")
     add("--noise", choices=NOISES, help="change the texts before, as the paper does to test robustness")
     add("--seed", type=int, default=0, help="of the noise (default %(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
-    add("--dtype", choices=list(DTYPES), default="float32", help="of the BLT's computation (default %(default)s)")
     add("--out", type=Path, metavar="FILE", help="also write the figures as JSON")
     return parser.parse_args(arguments)
 
@@ -54,13 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if args.out is not None and not args.out.absolute().parent.is_dir():
             raise FileNotFoundError(f"--out {args.out}: its folder does not exist")
-        loaded = load_for_inference(
-            args.model,
-            entropy=args.entropy_checkpoint,
-            threshold=args.threshold,
-            device=args.device,
-            dtype=DTYPES[args.dtype],
-        )
+        loaded = load_models(args)
         scorer = LikelihoodScorer(
             loaded.model,
             loaded.rule,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from blt_titan.inference.noise import NOISES
+from scripts.model_options import add_model_options
 
 PAPER_TASKS = ("arc_easy", "arc_challenge", "hellaswag", "piqa", "mmlu", "mbpp", "humaneval")
 
@@ -25,20 +26,16 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="evaluate_harness", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_model_options(parser)
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR|CKPT", help="a model directory, a checkpoint, or owner/name on the hub")
-    add("--entropy-checkpoint", metavar="DIR|CKPT", help="the entropy model, where --model does not hold it")
     add("--tasks", required=True, nargs="+", metavar="TASK", help="names of the harness, or `paper`")
     add("--include-path", metavar="DIR", help="tasks of your own, as YAML")
     add("--num-fewshot", type=int, metavar="N", help="examples in the context (default: the task's)")
     add("--limit", type=int, metavar="N", help="the first N examples of each task")
-    add("--threshold", type=float, metavar="NATS", help="where patches begin (default: as in training)")
     add("--max-length", type=int, metavar="N", help="bytes that the model reads")
     add("--batch-size", type=int, default=8, metavar="N", help="prompts continued at once (default %(default)s)")
     add("--noise", choices=NOISES, help="change the texts before, as the paper does to test robustness")
     add("--seed", type=int, default=0, help="of noise and sampling (default %(default)s)")
-    add("--device", help="default: CUDA where it is there")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="default %(default)s")
     add("--confirm-run-unsafe-code", action="store_true", help="let tasks run code that the model wrote")
     add("--out", type=Path, metavar="FILE", help="also write the figures as JSON")
     return parser.parse_args(arguments)

@@ -14,13 +14,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from blt_titan.inference.cached import CachedBLT
 from blt_titan.inference.generate import Sampling, TextStream, generate
-from blt_titan.interop.loading import load_for_inference
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from scripts.model_options import add_model_options, load_models
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -28,9 +24,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_model_options(parser)
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR|CKPT", help="a model directory, a checkpoint, or owner/name on the hub")
-    add("--entropy-checkpoint", metavar="DIR|CKPT", help="the entropy model, where --model does not hold it")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="what to continue; - reads standard input, to its end")
     what.add_argument("--batch", type=Path, metavar="FILE", help="one prompt on each line; JSON lines are printed")
@@ -40,10 +35,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--top-k", type=int, metavar="N", help="choose among the N likeliest bytes")
     add("--top-p", type=float, metavar="P", help="choose among the likeliest bytes that together have probability P")
     add("--seed", type=int, default=0, help="of the sampling (default %(default)s)")
-    add("--threshold", type=float, metavar="NATS", help="where patches begin (default: as in training)")
     add("--show-patches", action="store_true", help="print afterwards where patches begin")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
-    add("--dtype", choices=list(DTYPES), default="float32", help="of the BLT's computation (default %(default)s)")
     return parser.parse_args(arguments)
 
 
@@ -56,13 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
         prompts = _prompts(args)
-        loaded = load_for_inference(
-            args.model,
-            entropy=args.entropy_checkpoint,
-            threshold=args.threshold,
-            device=args.device,
-            dtype=DTYPES[args.dtype],
-        )
+        loaded = load_models(args)
         generator = CachedBLT(loaded.model, loaded.rule, loaded.entropy_model)
     except (ValueError, OSError) as error:
         print(f"generate: error: {error}", file=sys.stderr)

@@ -116,12 +116,14 @@ def test_every_byte_s_logits_are_those_of_the_whole_row(rule):
 def test_prompts_that_end_anywhere(rule):
     """Inside patches, at their first and at their last byte, shorter and longer than the windows."""
     for length in (1, 2, 3, 7, 23, 24, 25, 26, 49, 131, 300):
-        compare(rule, blt(), [length], steps=30)
+        cached = compare(rule, blt(), [length], steps=30)
+        assert sum(cached.patch_lengths()) == length + 30 + 1
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=list(RULES))
 def test_prompts_of_other_lengths_side_by_side(rule):
-    compare(rule, blt(), [1, 90, 4, 25, 33], steps=60)
+    cached = compare(rule, blt(), [1, 90, 4, 25, 33], steps=60)
+    assert [sum(cached.patch_lengths(row)) for row in range(5)] == [62, 151, 65, 86, 94]
 
 
 @pytest.mark.parametrize(

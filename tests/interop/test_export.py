@@ -24,30 +24,18 @@ from blt_titan.interop.pretrained import BLT, ByteTokenizer, EntropyModel, Patch
 from blt_titan.interop.tensors import StoredTensors
 from blt_titan.interop.to_checkpoint import write_checkpoint
 from blt_titan.interop.verify import VerificationError, verify_export
-from blt_titan.model.sizes import BLTArgs, EntropyModelArgs
+from blt_titan.model.sizes import EntropyModelArgs
 from blt_titan.patching.rule import PatchRule, decision_edge
 from scripts import convert_from_hf, convert_to_hf
 from tests.distributed import run_distributed
+from tests.inference.test_cached import ARGS as SMALL
 from tests.integration.runs import gather_parameters, make_trainer
 from tests.parallelisms.layouts import Layout
 from tests.small_entropy_model import model_of
 
 transformers = pytest.importorskip("transformers", reason="install the dev extra to compare with transformers")
 
-ARGS = BLTArgs(
-    local_dim=32,
-    local_heads=2,
-    local_window=40,
-    local_ffn_hidden=48,
-    decoder_layers=2,
-    global_dim=96,
-    global_heads=4,
-    global_layers=2,
-    global_ffn_hidden=80,
-    cross_attn_k=2,
-    cross_attn_heads=2,
-    hash_rows=101,
-)
+ARGS = replace(SMALL, local_window=40)
 RULE = PatchRule("global", threshold=1.0 + 2**-11, max_patch_bytes=512)
 """Amid two float16 values."""
 
