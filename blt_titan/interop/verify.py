@@ -18,7 +18,8 @@ from blt_titan.patching import starts_to_lengths
 from blt_titan.patching.rule import PatchRule, decision_edge
 
 LOGITS_ATOL = 1e-5
-"""Times the largest logit where that is above 1: fp32 sums in another order."""
+"""Times the largest logit where that is above 1. Most of it is that transformers makes rotary angles in fp32, which we
+make in fp64; the rest are fp32 sums in another order."""
 EDGE_NATS = 1e-4
 """Two fp32 computations of an entropy may fall on two sides of a decision edge that is nearer than this."""
 TEXT = (
