@@ -37,7 +37,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max-shard-size", type=size, default=MAX_SHARD_BYTES, metavar="SIZE", help="of a file (default 5GB)")
     add("--threshold", type=float, metavar="NATS", help="of the rule 'global' (default: what the checkpoint says)")
     add("--patch-lengths", type=Path, metavar="FILE", help="patch_lengths.json of calibrate_threshold, for the card")
-    add("--verify", action="store_true", help="load what was written and compare; needs transformers")
+    add("--verify", action="store_true", help="load and compare; needs transformers, memory of 8 bytes per parameter")
     add("--force", action="store_true", help="write a model that needs explicit patch_lengths in transformers")
     add("--overwrite", action="store_true", help="replace the model directory that is there")
     return parser.parse_args(arguments)

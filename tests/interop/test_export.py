@@ -17,13 +17,14 @@ from blt_titan.inference.checkpoint import CheckpointError, describe_model
 from blt_titan.inference.score_data import sidecar_settings
 from blt_titan.interop import export as export_module
 from blt_titan.interop import tensors as tensors_module
+from blt_titan.interop import verify as verify_module
 from blt_titan.interop.export import export_hf, stored_weights
 from blt_titan.interop.hf_config import HFConfigError
 from blt_titan.interop.in_training import ExportFailedError, HFExports
 from blt_titan.interop.pretrained import BLT, ByteTokenizer, EntropyModel, Patcher
 from blt_titan.interop.tensors import StoredTensors
 from blt_titan.interop.to_checkpoint import write_checkpoint
-from blt_titan.interop.verify import VerificationError, verify_export
+from blt_titan.interop.verify import FLOAT64_ATOL, VerificationError, verify_export
 from blt_titan.model.sizes import EntropyModelArgs
 from blt_titan.patching.rule import PatchRule, decision_edge
 from scripts import convert_from_hf, convert_to_hf
@@ -215,6 +216,20 @@ def test_what_differs_is_found(checkpoints, tmp_path):
         (out / "config.json").write_text(json.dumps(config | changes))
         with pytest.raises(VerificationError, match=message):
             verify_export(out, blt, entropy)
+
+
+def test_fp64_finds_what_fp32_rounding_hides(checkpoints, tmp_path, monkeypatch):
+    from transformers.models.blt.modeling_blt import BltRMSNorm
+
+    blt, entropy = stored_weights(checkpoints / "blt"), stored_weights(checkpoints / "entropy")
+    out = export_hf(blt, tmp_path / "hf", entropy=entropy)
+    assert verify_export(out, blt, entropy).float64_error < FLOAT64_ATOL / 100
+    init = BltRMSNorm.__init__
+    monkeypatch.setattr(BltRMSNorm, "__init__", lambda self, width, eps: init(self, width, eps * 1.001))
+    with pytest.raises(VerificationError, match="logits computed in fp64 differ by"):
+        verify_export(out, blt, entropy)
+    monkeypatch.setattr(verify_module, "FLOAT64_ATOL", 1.0)
+    verify_export(out, blt, entropy)  # Comparing in fp32 alone would have let it through.
 
 
 def test_decision_edges():
