@@ -28,7 +28,7 @@ import blt_titan.titan_device  # noqa: F401
 # isort: split
 from torchtitan.distributed import ParallelDims
 
-from benchmarks.result_file import machine
+from benchmarks.result_file import write_result
 from blt_titan.batch import IGNORE_LABEL, ContextSlice
 from blt_titan.data.collate import collate_rows
 from blt_titan.data.packing import RowShape
@@ -161,9 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
         key: plans["context"][key] / plans["repeated"][key]
         for key in ("median_seconds_per_step", "bytes_sent_by_all_ranks")
     }
-    result = {
-        "command": " ".join(["python -m benchmarks.byte_world", *(arguments or sys.argv[1:])]),
-        "machine": machine(),
+    figures = {
         "row": dataclasses.asdict(SHAPE),
         "cp": args.cp,
         "tp": args.tp,
@@ -171,9 +169,8 @@ def main(arguments: list[str] | None = None) -> int:
         "plans": plans,
         "context_over_repeated": ratio,
     }
-    print(json.dumps(result, indent=2))
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(figures, indent=2))
+    write_result(args.out, "byte_world", arguments, **figures)
     return 0
 
 

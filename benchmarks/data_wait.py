@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.result_file import machine
+from benchmarks.result_file import write_result
 
 GOAL = 0.01
 
@@ -52,16 +52,12 @@ def main(arguments: list[str] | None = None) -> int:
     }
     median["worst_data_wait_share"] = max(line["data_wait_share"] for line in lines)
     print(f"{args.flavor}: " + ", ".join(f"{key} {value:.4g}" for key, value in median.items()))
-    result = {
-        "command": " ".join(["python -m benchmarks.data_wait", *(arguments or sys.argv[1:])]),
-        "machine": machine(),
+    figures = {
         "overrides": overrides[1:],
         "goal_data_wait_share": GOAL,
         "median": median,
     }
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(args.out, "data_wait", arguments, **figures)
     return 0
 
 

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.result_file import machine
+from benchmarks.result_file import write_result
 from blt_titan.batch import PADDING
 from blt_titan.data.calibration import calibrate, read_sample
 from blt_titan.data.collate import Batch
@@ -177,9 +177,8 @@ def main(arguments: list[str] | None = None) -> int:
         f"num_workers_{n}": {name: [getattr(rate, name) for rate in measured] for name in Rates._fields}
         for n, measured in rates.items()
     }
-    result = {
-        "command": " ".join(["python -m benchmarks.loader_throughput", *(arguments or sys.argv[1:])]),
-        "machine": machine() | {"load_average_before": round(load_before, 2)},
+    figures = {
+        "load_average_before": round(load_before, 2),
         "data": data,
         "row": {"segments": SHAPE.segments, "bytes": SHAPE.n_bytes, "patches": SHAPE.n_patches},
         "rule": {"rule": "global" if args.scored else "space", "max_patch_bytes": MAX_PATCH_BYTES},
@@ -200,9 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"padding: {shares['byte_slots_padded']:.1%} of byte slots, {shares['patch_slots_padded']:.1%} of patch slots; "
         f"{shares['bytes_per_patch']:.2f} bytes per patch"
     )
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(args.out, "loader_throughput", arguments, **figures)
     return 0
 
 

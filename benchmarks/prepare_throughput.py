@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.result_file import machine
+from benchmarks.result_file import write_result
 from scripts.prepare_data import size
 
 POOL_BYTES = 20_000_000
@@ -119,16 +119,12 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{mean_bytes:>10}{workers:>9}{median['bytes_per_s_and_worker'] / 1e6:>17.1f}"
                 f"{median['bytes_per_cpu_s'] / 1e6:>19.1f}{median['peak_memory_mib']:>10.0f}"
             )
-    result = {
-        "command": " ".join(["python -m benchmarks.prepare_throughput", *(arguments or sys.argv[1:])]),
-        "machine": machine(),
+    figures = {
         "memory": args.memory,
         "target_bytes_per_s_and_core": TARGET_BYTES_PER_S_AND_CORE,
         "median": results,
     }
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(args.out, "prepare_throughput", arguments, **figures)
     return 0
 
 

@@ -8,7 +8,6 @@ is what the plain way pads, so the measure is the speed-up over its padded slots
 """
 
 import argparse
-import json
 import statistics
 import sys
 import sysconfig
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.result_file import machine
+from benchmarks.result_file import write_result
 from blt_titan.byte_vocab import document_ids
 from blt_titan.inference.entropies import CHUNK, LANES, EntropyScorer, entropy_nats
 from blt_titan.model.entropy_model import EntropyModel
@@ -109,18 +108,15 @@ def main(arguments: list[str] | None = None) -> int:
             f"{name:<18}{rates['plain']:>12,.0f}{rates['lanes']:>12,.0f}{speed_up:>10.2f}{slots_per_byte:>12.2f}"
             f"{speed_up / slots_per_byte:>12.2f}"
         )
-    result = {
-        "command": " ".join(["python -m benchmarks.scoring_throughput", *(arguments or sys.argv[1:])]),
-        "machine": machine() | {"device": args.device},
+    figures = {
+        "device": args.device,
         "flavor": args.flavor,
         "lanes": LANES,
         "chunk": CHUNK,
         "goal_share_of_possible": GOAL,
         "sets": results,
     }
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(args.out, "scoring_throughput", arguments, **figures)
     return 0
 
 

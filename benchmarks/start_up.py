@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from benchmarks.result_file import machine
+from benchmarks.result_file import write_result
 from blt_titan.data.loader import RowLoader, RowSource
 from blt_titan.data.manifest import Counts, Manifest, write_manifest
 from blt_titan.data.order import StreamOrder
@@ -124,16 +124,13 @@ def main(arguments: list[str] | None = None) -> int:
             runs = [json.loads(subprocess.check_output(command)) for _ in range(args.repetitions)]
             results[count] = {key: sorted(run[key] for run in runs)[len(runs) // 2] for key in runs[0]}
             print(count, "shards:", {key: round(value, 3) for key, value in results[count].items()})
-    result = {
-        "command": " ".join(["python -m benchmarks.start_up", *(arguments or sys.argv[1:])]),
-        "machine": machine(),
+    figures = {
         "row": dataclasses.asdict(SHAPE),
         "streams": STREAMS,
         "goals": GOALS,
         "shards": results,
     }
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(args.out, "start_up", arguments, **figures)
     return 0
 
 
