@@ -157,8 +157,10 @@ class BLTTrainer(Trainer):
             self._stop_if_bad()
             self._stop_if_rows_differ()
         if self._exports is not None:
+            if self.step == 1:
+                self._exports.take_up(0, self._is_exported)  # nothing: what is there is another run's
             # The checkpoint of this step is written right after it, and exported once it is complete.
-            if self._save_due() and self._is_exported():
+            if self._save_due() and self._is_exported(self.step):
                 self._exports.add(self.step)
             self._exports.poll()
 
@@ -197,10 +199,10 @@ class BLTTrainer(Trainer):
             force=export.force,
         )
 
-    def _is_exported(self) -> bool:
+    def _is_exported(self, step: int) -> bool:
         config: Any = self.job_config
-        checkpoints, beside = divmod(self.step, config.checkpoint.interval)
-        return self.step == config.training.steps or (not beside and checkpoints % config.export.hf_every == 0)
+        checkpoints, beside = divmod(step, config.checkpoint.interval)
+        return step == config.training.steps or (not beside and checkpoints % config.export.hf_every == 0)
 
     def _describe_model(self) -> dict[str, Any]:
         args = {
@@ -242,6 +244,8 @@ class BLTTrainer(Trainer):
                 )
         self.metrics_processor.resume_at(self.step)
         self._set_later_checkpoints_aside()
+        if self._exports is not None:
+            self._exports.take_up(self.step, self._is_exported)
         if not self.should_continue_training():
             logger.info(
                 f"This run is complete: its checkpoint is of step {self.step}. Set training.steps above "

@@ -25,18 +25,26 @@ class CheckpointError(ValueError):
     """A checkpoint that is not what was asked for; the message names it and says what it is."""
 
 
+def complete_checkpoints(folder: str | os.PathLike[str]) -> dict[int, Path]:
+    """Return the checkpoints `step-N` in a folder by their step, ascending; a half-written one has no `.metadata`."""
+    found = {
+        int(path.name[5:]): path
+        for path in Path(folder).glob("step-*")
+        if path.name[5:].isdigit() and (path / ".metadata").is_file()
+    }
+    return dict(sorted(found.items()))
+
+
 def latest_checkpoint(folder: str | os.PathLike[str]) -> Path:
     """Return the last complete checkpoint `step-N` in a run's checkpoint folder.
 
     Raises:
-        FileNotFoundError: if there is none; a half-written one has no `.metadata` and does not count.
+        FileNotFoundError: if there is none.
     """
-    complete = [
-        path for path in Path(folder).glob("step-*") if path.name[5:].isdigit() and (path / ".metadata").is_file()
-    ]
+    complete = complete_checkpoints(folder)
     if not complete:
         raise FileNotFoundError(f"{folder} holds no complete checkpoint (step-N with a .metadata file)")
-    return max(complete, key=lambda path: int(path.name[5:]))
+    return list(complete.values())[-1]
 
 
 def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:

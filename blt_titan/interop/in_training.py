@@ -2,7 +2,7 @@
 
 A process of its own reads the checkpoint that is on disk and writes `<dump folder>/hf/step-N`, on the CPU, a block at a
 time; the ranks gather nothing and go on. It works on hard links, made as soon as a checkpoint is complete, so that the
-run may remove old ones before their turn comes. A run that is killed leaves out what it had not exported yet.
+run may remove old ones before their turn comes. What a run that is killed leaves undone, the one that resumes it does.
 """
 
 import json
@@ -13,13 +13,14 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from blt_titan.inference.checkpoint import complete_checkpoints
 from blt_titan.interop.export import export_hf, stored_weights
 
 logger = logging.getLogger(__name__)
@@ -64,12 +65,33 @@ class HFExports:
         }
         self._waiting: list[int] = []
         self._linked: deque[int] = deque()
-        for left in (out / _LINKS, *out.glob(".step-*.partial")):  # of a run that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        for partial in out.glob(".step-*.partial"):  # of a run that was killed
+            shutil.rmtree(partial, ignore_errors=True)
         self._process: subprocess.Popen[bytes] | None = None
         self._step = 0
         self.failed: list[str] = []
         """What went wrong, one sentence for each."""
+
+    def take_up(self, resumed_at: int, is_exported: Callable[[int], bool]) -> None:
+        """Go on with what the run did not come to before it was stopped, to be called before others are added.
+
+        Args:
+            resumed_at: the step of the checkpoint that it goes on from; later ones are abandoned.
+            is_exported: whether the checkpoint of a step should have a directory.
+        """
+        linked, saved = complete_checkpoints(self._out / _LINKS), complete_checkpoints(self._checkpoints)
+        due = linked.keys() | set(filter(is_exported, saved))
+        due = {step for step in due if step <= resumed_at and not (self._out / f"step-{step}").exists()}
+        for path in (self._out / _LINKS).glob("*"):
+            if path not in {self._links(step) for step in due & linked.keys()}:
+                self._unlink(path)
+        for step in sorted(due):
+            if step in linked:
+                self._linked.append(step)
+            else:
+                self._link(step)
+        if self._linked:
+            logger.info(f"still to export to {self._out}: steps {', '.join(map(str, self._linked))}")
 
     def add(self, step: int) -> None:
         """Export the checkpoint of a step as soon as it is complete on disk."""
@@ -107,13 +129,11 @@ class HFExports:
             raise ExportFailedError("; ".join(self.failed))
 
     def stop(self) -> None:
-        """End what is under way, and forget the rest."""
+        """End what is under way; that and the rest are for the run that resumes this one."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._process = None
-        for step in (self._step, *self._linked):
-            self._unlink(step)
 
     def _links(self, step: int) -> Path:
         return self._out / _LINKS / f"step-{step}"
@@ -124,7 +144,7 @@ class HFExports:
 
     def _link(self, step: int) -> None:
         links, source = self._links(step), self._checkpoints / f"step-{step}"
-        self._unlink(step)
+        self._unlink(links)
         links.parent.mkdir(parents=True, exist_ok=True)
         try:
             shutil.copytree(source, links, copy_function=os.link)
@@ -134,8 +154,8 @@ class HFExports:
             links.symlink_to(source.resolve())
         self._linked.append(step)
 
-    def _unlink(self, step: int) -> None:
-        links = self._links(step)
+    @staticmethod
+    def _unlink(links: Path) -> None:
         links.unlink() if links.is_symlink() else shutil.rmtree(links, ignore_errors=True)
         with suppress(OSError):
             links.parent.rmdir()  # unless there are more
@@ -155,7 +175,7 @@ class HFExports:
     def _end(self) -> None:
         assert self._process is not None
         code, self._process = self._process.returncode, None
-        self._unlink(self._step)
+        self._unlink(self._links(self._step))
         if code == 0:
             self._log.unlink(missing_ok=True)
             logger.info(f"exported {self._out}/step-{self._step}")

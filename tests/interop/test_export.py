@@ -367,12 +367,10 @@ def test_swapped_and_other_models_are_named(checkpoints, tmp_path):
 def test_checkpoints_that_a_run_removes_are_exported_all_the_same(checkpoints, tmp_path):
     """Linked when they are complete; one that is removed before that does not hold up the others."""
     folder, out = tmp_path / "checkpoint", tmp_path / "hf"
-    (out / ".checkpoints" / "step-9").mkdir(parents=True)  # of a run that was killed
     described = describe_model(checkpoints / "blt")
     exports = HFExports(
         folder, out, described=described, entropy_checkpoint=str(checkpoints / "entropy"), dtype="float32", force=False
     )
-    assert not (out / ".checkpoints").exists()
     for step in (2, 4, 6):
         exports.add(step)
     for step in (4, 6):
@@ -388,3 +386,37 @@ def test_checkpoints_that_a_run_removes_are_exported_all_the_same(checkpoints, t
             out / f"step-{step}", stored_weights(checkpoints / "blt"), stored_weights(checkpoints / "entropy")
         )
         assert f"; from step-{step}\n" in (out / f"step-{step}" / "README.md").read_text()
+
+
+def test_a_resumed_run_exports_what_a_killed_one_did_not_come_to(checkpoints, tmp_path):
+    folder, out = tmp_path / "checkpoint", tmp_path / "hf"
+
+    def begin() -> HFExports:
+        return HFExports(
+            folder,
+            out,
+            described=describe_model(checkpoints / "blt"),
+            entropy_checkpoint=str(checkpoints / "entropy"),
+            dtype="float32",
+            force=False,
+        )
+
+    killed = begin()
+    for step in (2, 4, 6, 12):
+        shutil.copytree(checkpoints / "blt", folder / f"step-{step}")
+        killed.add(step)
+    killed.poll()
+    killed.stop()
+    (out / ".step-2.partial").mkdir()
+    (out / ".checkpoints" / "step-5").mkdir()  # the kill came while it was linked
+    shutil.rmtree(folder / "step-4")  # the run keeps the latest only
+    (out / "step-6").mkdir()  # done already
+    for step in (7, 8):
+        shutil.copytree(checkpoints / "blt", folder / f"step-{step}")  # complete when the kill came, not linked yet
+
+    resumed = begin()
+    resumed.take_up(10, lambda step: step % 2 == 0)
+    resumed.finish()
+    assert sorted(path.name for path in out.iterdir()) == ["step-2", "step-4", "step-6", "step-8"]
+    verify_export(out / "step-4", stored_weights(checkpoints / "blt"), stored_weights(checkpoints / "entropy"))
+    assert not any((out / "step-6").iterdir())
