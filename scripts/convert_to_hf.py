@@ -50,8 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         blt = stored_weights(args.checkpoint)
         if args.threshold is not None:
             rule = blt.rule or PatchRule("global", max_patch_bytes=512)
+            if rule.rule != "global":
+                raise ValueError(
+                    f"--threshold {args.threshold}: the rule of {blt.origin} is {rule.rule!r}, not 'global'"
+                )
             # Other patches than in training are meant, so any entropy model may make them.
-            blt = replace(blt, rule=replace(rule, rule="global", threshold=args.threshold), entropies="")
+            blt = replace(blt, rule=replace(rule, threshold=args.threshold), entropies="")
         entropy = stored_weights(args.entropy_checkpoint) if args.entropy_checkpoint else None
         out = export_hf(
             blt,

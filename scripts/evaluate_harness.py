@@ -5,11 +5,12 @@
         --tasks my_task --include-path my_tasks/
 
 `--tasks paper` names the tasks of the paper's tables; most tasks download their data. Tasks that run what the model
-wrote ask for --confirm-run-unsafe-code.
+wrote (mbpp and humaneval, `paper` with them) ask for --confirm-run-unsafe-code.
 """
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,9 @@ from blt_titan.inference.noise import NOISES
 from scripts.model_options import add_model_options
 
 PAPER_TASKS = ("arc_easy", "arc_challenge", "hellaswag", "piqa", "mmlu", "mbpp", "humaneval")
+NOISE_ON = ("prompt", "completion", "both")
+CODE_TASKS = ("mbpp", "humaneval")
+"""Beginnings of names of tasks that run what the model wrote."""
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -35,6 +39,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max-length", type=int, metavar="N", help="bytes that the model reads")
     add("--batch-size", type=int, default=8, metavar="N", help="prompts continued at once (default %(default)s)")
     add("--noise", choices=NOISES, help="change the texts before, as the paper does to test robustness")
+    add(
+        "--noise-on", choices=NOISE_ON, default="prompt", help="the paper averages over all three (default %(default)s)"
+    )
     add("--seed", type=int, default=0, help="of noise and sampling (default %(default)s)")
     add("--confirm-run-unsafe-code", action="store_true", help="let tasks run code that the model wrote")
     add("--out", type=Path, metavar="FILE", help="also write the figures as JSON")
@@ -60,6 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise FileNotFoundError(f"--out {args.out}: its folder does not exist")
         if unknown := [name for name in names if name not in tasks.all_tasks]:
             raise ValueError(f"the harness has no task {', '.join(unknown)}; --include-path adds tasks of your own")
+        running = [name for name in names if name.startswith(CODE_TASKS)]
+        if running and not args.confirm_run_unsafe_code:
+            raise ValueError(
+                f"{', '.join(running)}: runs code that the model wrote, on this machine; in a place where it can do no "
+                "harm, say --confirm-run-unsafe-code"
+            )
+        if args.confirm_run_unsafe_code:
+            os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # its metric asks by itself, too
         options = {} if args.max_length is None else {"max_length": args.max_length}
         kind: Any = BLTHarness
         model = kind(
@@ -70,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             device=args.device,
             dtype=args.dtype,
             noise=args.noise,
+            noise_on=args.noise_on,
             seed=args.seed,
             **options,
         )

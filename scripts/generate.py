@@ -16,6 +16,7 @@ from pathlib import Path
 
 from blt_titan.inference.cached import CachedBLT
 from blt_titan.inference.generate import Sampling, TextStream, generate
+from blt_titan.inference.likelihood import CONTEXT_BYTES
 from scripts.model_options import add_model_options, load_models
 
 
@@ -30,6 +31,13 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--prompt", help="what to continue; - reads standard input, to its end")
     what.add_argument("--batch", type=Path, metavar="FILE", help="one prompt on each line; JSON lines are printed")
     add("--batch-size", type=int, default=16, metavar="N", help="prompts continued at once (default %(default)s)")
+    add(
+        "--context-bytes",
+        type=int,
+        default=CONTEXT_BYTES,
+        metavar="N",
+        help="read the last N bytes of a longer prompt (default %(default)s)",
+    )
     add("--max-bytes", type=int, default=256, metavar="N", help="to sample at most (default %(default)s)")
     add("--temperature", type=float, default=0.8, help="0 takes the likeliest byte (default %(default)s)")
     add("--top-k", type=int, metavar="N", help="choose among the N likeliest bytes")
@@ -43,11 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; give its exit code: 0, or 2 after an error."""
     args = parse_args(arguments)
     try:
-        for name in ("max_bytes", "batch_size"):
+        for name in ("max_bytes", "batch_size", "context_bytes"):
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-        prompts = _prompts(args)
+        prompts = [_last(prompt, args.context_bytes) for prompt in _prompts(args)]
         loaded = load_models(args)
         generator = CachedBLT(loaded.model, loaded.rule, loaded.entropy_model)
     except (ValueError, OSError) as error:
@@ -95,6 +103,12 @@ def _prompts(args: argparse.Namespace) -> list[bytes]:
         return prompts
     # What a shell passes need not be UTF-8.
     return [sys.stdin.buffer.read() if args.prompt == "-" else args.prompt.encode(errors="surrogateescape")]
+
+
+def _last(prompt: bytes, context_bytes: int) -> bytes:
+    if len(prompt) > context_bytes:
+        print(f"generate: a prompt of {len(prompt)} bytes: read are the last {context_bytes}", file=sys.stderr)
+    return prompt[-context_bytes:]
 
 
 def _patches(content: bytes, lengths: list[int]) -> str:

@@ -21,6 +21,9 @@ from blt_titan.model.blt import BLT
 from blt_titan.model.entropy_model import EntropyModel
 from blt_titan.patching.rule import PatchRule
 
+LEAST_TEMPERATURE = 1e-6
+"""Below it logits would overflow; 0 is greedy."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -36,8 +39,10 @@ class Sampling:
     """Row r of a batch draws from a generator of its own, seeded seed + r, so that rows do not depend on each other."""
 
     def __post_init__(self):
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature = {self.temperature}: must be 0 or more")
+        if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature < float("inf"):
+            raise ValueError(f"temperature = {self.temperature}: must be 0, or finite and at least {LEAST_TEMPERATURE}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed = {self.seed}: must be from 0 to 2**63 - 1")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k = {self.top_k}: must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:

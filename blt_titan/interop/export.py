@@ -179,19 +179,26 @@ def export_hf(
     return out
 
 
+_REPLACED = ".config.json.replaced"
+"""The configuration of a model directory while its files are replaced, and after that was interrupted."""
+
+
 def install_files(temporary: Path, out: Path) -> None:
     """Give finished files of a model directory their place; other files that are there stay."""
     if not out.exists():
         temporary.rename(out)
         return
     new = {path.name for path in temporary.iterdir()}
+    # Without a configuration there is no model, until the new one stands last.
+    if (out / "config.json").exists():
+        os.replace(out / "config.json", out / _REPLACED)
     for pattern in ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"):
         for path in out.glob(pattern):
             if path.name not in new:
                 path.unlink()
-    # The configuration last: without it there is no model.
     for name in sorted(new, key=lambda name: name == "config.json"):
         os.replace(temporary / name, out / name)
+    (out / _REPLACED).unlink(missing_ok=True)
     temporary.rmdir()
 
 
@@ -200,8 +207,17 @@ def _check_free(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise FileExistsError(f"{out}: is there already; choose another directory, or pass --overwrite")
-    if not (out / "config.json").is_file():
+    config = out / "config.json"
+    if not config.is_file():
+        config = out / _REPLACED
+    if not config.is_file():
         raise FileExistsError(f"{out}: is there and is not a model directory (no config.json), so it is not replaced")
+    try:
+        kind = json.loads(config.read_text()).get("model_type")
+    except (ValueError, AttributeError):
+        kind = "unreadable"
+    if kind != "blt":
+        raise FileExistsError(f"{out}: holds another model ({kind!r} in its config.json), so it is not replaced")
 
 
 def model_entries(weights: Weights, kind: Any, translate: Any, dtype: torch.dtype) -> list[Entry]:

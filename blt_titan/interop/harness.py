@@ -3,11 +3,15 @@
 A continuation is scored on the bytes of context and continuation in one pass: patches begin where the bytes so far say,
 so that is exact, and no border between the two is special. What is longer than the model reads keeps its last bytes, as
 if the document began there.
+
+Limits of what is generated come in tokens, of which ours is a byte. A task means tokens of several bytes, so a limit is
+taken times BYTES_PER_TOKEN; what ends at it is counted and said.
 """
 
+import logging
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -23,7 +27,12 @@ from blt_titan.inference.likelihood import CONTEXT_BYTES, LikelihoodScorer
 from blt_titan.inference.noise import NOISES, add_noise
 from blt_titan.interop.loading import load_for_inference
 
-_MOST_GENERATED = 256
+logger = logging.getLogger(__name__)
+
+BYTES_PER_TOKEN = 4
+MOST_TOKENS = 256
+"""Generated where a task says no limit; the harness's own default."""
+NoiseOn = Literal["prompt", "completion", "both"]
 
 
 @register_model("blt_titan")
@@ -36,7 +45,8 @@ class BLTHarness(LM):
         threshold: nats; where patches begin, default as in training.
         max_length: bytes that the model reads, BOS included.
         batch_size: prompts that are continued at once, "auto" for 8; likelihoods are batched by bytes.
-        noise: change contexts, continuations and texts before, see `inference/noise.py`.
+        noise: change texts before, see `inference/noise.py`.
+        noise_on: which texts: the paper averages over its results with "prompt", "completion" and "both".
         seed: of the noise and of sampling; every request draws on its own.
         device: default CUDA where it is there.
         dtype: of the BLT's computation, a name of torch's.
@@ -50,6 +60,7 @@ class BLTHarness(LM):
         max_length: int = CONTEXT_BYTES,
         batch_size: int | str = 8,
         noise: str | None = None,
+        noise_on: NoiseOn = "prompt",
         seed: int = 0,
         device: str | None = None,
         dtype: str = "float32",
@@ -68,29 +79,52 @@ class BLTHarness(LM):
         )
         self._max_length = int(max_length)
         self._batch_size = 8 if str(batch_size).startswith("auto") else int(batch_size)
+        if self._batch_size < 1:
+            raise ValueError(f"batch_size = {batch_size}: must be at least 1")
+        if noise_on not in get_args(NoiseOn):
+            raise ValueError(f"noise_on = {noise_on!r}: must be one of {', '.join(get_args(NoiseOn))}")
         if noise is not None and noise not in NOISES:
             raise ValueError(f"noise = {noise!r}: must be one of {', '.join(NOISES)}")
-        self._noise, self._seed = noise, seed
+        self._noise, self._noise_on, self._seed = noise, noise_on, seed
         models = (self._loaded.model, self._loaded.rule, self._loaded.entropy_model)
         # One stride for rolling likelihoods: half the context is always there.
         self._scorer = LikelihoodScorer(*models, context_bytes=self._max_length)
         self._generator = CachedBLT(*models)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Return log p of each continuation given its context, and whether it is what greedy decoding gives."""
-        pairs = [tuple(self._read(text) for text in request.args) for request in requests]
+        """Return log p of each continuation given its context, and whether it is what greedy decoding gives.
+
+        Raises:
+            ValueError: a continuation is longer than the model reads.
+        """
+        pairs = [(self._prompt(request.args[0]), self._completion(*request.args)) for request in requests]
+        longest = max((len(continuation) for _, continuation in pairs), default=0)
+        if longest > self._max_length:
+            raise ValueError(
+                f"a continuation has {longest} bytes, the model reads the last {self._max_length} only: give a "
+                "larger max_length (--max-length)"
+            )
         ids = [self._last(context + continuation) for context, continuation in pairs]
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         for number, scored in self._scored(ids, disable_tqdm):
-            n = min(len(pairs[number][1]), len(scored.nats))
+            n = len(pairs[number][1])
             nats = scored.nats[len(scored.nats) - n :].sum(dtype=np.float64)
             found[number] = (-float(nats), bool(scored.likeliest[len(scored.nats) - n :].all()))
             self.cache_hook.add_partial("loglikelihood", requests[number].args, found[number])
         return found
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Return log p of each text; long ones are read in windows, each byte once."""
-        ids = [_with_bos(self._read(request.args[0])) for request in requests]
+        """Return log p of each text; long ones are read in windows, each byte once.
+
+        Raises:
+            ValueError: there is noise; the harness would divide by the bytes of the texts without it.
+        """
+        if self._noise is not None:
+            raise ValueError(
+                f"noise = {self._noise!r}: the harness divides by the bytes and words of texts without noise, so that "
+                "figures per byte would be wrong; python -m scripts.evaluate --noise counts those with it"
+            )
+        ids = [_with_bos(request.args[0].encode()) for request in requests]
         found = [0.0] * len(requests)
         for number, scored in self._scored(ids, disable_tqdm):
             found[number] = -float(scored.nats.sum(dtype=np.float64))
@@ -99,24 +133,33 @@ class BLTHarness(LM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Continue each context until one of its stop strings, greedily unless it says otherwise."""
-        found = [""] * len(requests)
+        found, cut = [""] * len(requests), 0
         # Long ones together, and only those that are continued alike.
         order = sorted(range(len(requests)), key=lambda i: (str(requests[i].args[1]), -len(requests[i].args[0])))
         with tqdm(total=len(requests), desc="generating", disable=disable_tqdm) as bar:
             for batch in _batches(order, [str(request.args[1]) for request in requests], self._batch_size):
-                settings = normalize_gen_kwargs(dict(requests[batch[0]].args[1]), _MOST_GENERATED)
-                prompts = [self._read(requests[i].args[0]) for i in batch]
-                for i, content in zip(batch, self._generate(prompts, settings, batch), strict=True):
+                settings = normalize_gen_kwargs(dict(requests[batch[0]].args[1]), MOST_TOKENS)
+                prompts = [self._prompt(requests[i].args[0]) for i in batch]
+                for i, (content, whole) in zip(batch, self._generate(prompts, settings, batch), strict=True):
+                    cut += not whole
                     found[i] = content.decode(errors="replace")
                     self.cache_hook.add_partial("generate_until", requests[i].args, found[i])
                 bar.update(len(batch))
+        if cut:
+            logger.warning(f"{cut} of {len(requests)} answers reached the limit of their bytes and were cut there")
         return found
 
-    def _generate(self, prompts: Sequence[bytes], settings: Mapping[str, Any], numbers: Sequence[int]) -> list[bytes]:
+    def _generate(
+        self, prompts: Sequence[bytes], settings: Mapping[str, Any], numbers: Sequence[int]
+    ) -> list[tuple[bytes, bool]]:
+        """Return continuations, and of each whether it ended before the limit did."""
         stops = [stop.encode() for stop in settings["until"] if stop]
-        max_bytes = int(settings["max_gen_toks"])
+        max_bytes = BYTES_PER_TOKEN * int(settings["max_gen_toks"])
         if max_bytes + 1 >= self._max_length:
-            raise ValueError(f"max_gen_toks = {max_bytes}: leaves no room for a prompt in {self._max_length} bytes")
+            raise ValueError(
+                f"max_gen_toks = {settings['max_gen_toks']}, {max_bytes} bytes: leaves no room for a prompt in "
+                f"{self._max_length} bytes; give a larger max_length (--max-length)"
+            )
         sampling = Sampling(temperature=0.0)
         if settings.get("do_sample"):
             # 0 is "all" for others.
@@ -132,16 +175,23 @@ class BLTHarness(LM):
             sampling=sampling,
             seeds=[self._seed + number for number in numbers],
         )
-        for step in steps:
-            for row, byte in enumerate(step):
-                if byte is None or stopped[row]:
-                    stopped[row] = True
-                    continue
-                made[row].append(byte)
-                stopped[row] = any(made[row].endswith(stop) for stop in stops)
-            if all(stopped):
-                break
-        return [_before_stops(bytes(content), stops) for content in made]
+        try:
+            for step in steps:
+                for row, byte in enumerate(step):
+                    if byte is None or stopped[row]:
+                        stopped[row] = True
+                        continue
+                    made[row].append(byte)
+                    stopped[row] = any(made[row].endswith(stop) for stop in stops)
+                if all(stopped):
+                    break
+        finally:
+            self._generator.release()  # likelihoods are scored with the same models
+        # A row that chose EOS is not stopped where all ended with it.
+        return [
+            (_before_stops(bytes(content), stops), end or len(content) < max_bytes)
+            for content, end in zip(made, stopped, strict=True)
+        ]
 
     def _scored(self, ids: Sequence[np.ndarray], disable_tqdm: bool) -> Iterator[Any]:
         with tqdm(total=len(ids), desc="scoring", disable=disable_tqdm) as bar:
@@ -152,12 +202,19 @@ class BLTHarness(LM):
                 yield there[number], scored
                 bar.update()
 
-    def _read(self, text: str) -> bytes:
-        """Return a text's bytes, with noise; a text gets the same noise wherever it stands."""
-        content = text.encode()
-        if self._noise is None:
+    def _prompt(self, text: str) -> bytes:
+        """Return a context's bytes, with the same noise for all continuations."""
+        return self._with_noise(text.encode(), "completion", text.encode())
+
+    def _completion(self, context: str, text: str) -> bytes:
+        """Return a continuation's bytes; after another context, the same text gets other noise."""
+        return self._with_noise(text.encode(), "prompt", context.encode() + text.encode())
+
+    def _with_noise(self, content: bytes, unless: str, drawn_by: bytes) -> bytes:
+        if self._noise is None or self._noise_on == unless:
             return content
-        return add_noise(content, self._noise, seed=self._seed + zlib.crc32(content))
+        # Noise that leaves nothing would make an answer certain.
+        return add_noise(content, self._noise, seed=self._seed + zlib.crc32(drawn_by)) or content
 
     def _last(self, content: bytes) -> np.ndarray:
         # The last byte is a target only.

@@ -4,6 +4,7 @@ Reading refuses what our model cannot compute; writing states every field, becau
 from what the released models use (`rms_norm_eps`, the encoder's hidden width, the window).
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ RELEASED_WINDOW = 512
 """Bytes that the released models' local stacks and patcher see."""
 LEAST_MAX_PATCH_BYTES = 256
 """From here on a limit of patches is so rarely reached that `transformers` may do without."""
+OUR_KEY = "blt_titan"
+"""In config.json, beside the fields of `transformers`: the whole rule of the patches."""
 _DEFAULT_THETA = {"patcher_config": 10_000.0}
 
 
@@ -127,18 +130,27 @@ def why_not_by_itself(entropy_args: EntropyModelArgs | None, rule: PatchRule | N
 
 
 def rule_from_hf(config: dict[str, Any]) -> PatchRule | None:
-    """Read where patches begin; None if the model needs explicit lengths.
+    """Read where patches begin; None if the model needs explicit lengths and does not say.
+
+    What `transformers` has no field for stands under a key of ours, which it passes over; of a threshold its own field
+    is the one that counts.
 
     Raises:
         HFConfigError: naming the field that means something else here.
     """
+    ours = (config.get(OUR_KEY) or {}).get("patching")
+    rule = None if ours is None else PatchRule.of(ours)
     if not config.get("patch_in_forward", True):
-        return None
+        return rule
     _require(config, "patching_mode", "entropy")
     threshold = config.get("patching_threshold", DEFAULT_THRESHOLD)
     if not isinstance(threshold, int | float):
         raise HFConfigError(f"patching_threshold = {threshold!r}, must be a number of nats")
-    return PatchRule("global", threshold=float(threshold), max_patch_bytes=config.get("max_patch_length") or 512)
+    if rule is None:
+        rule = PatchRule("global", max_patch_bytes=config.get("max_patch_length") or 512)
+    if rule.rule != "global":
+        raise HFConfigError(f"{OUR_KEY}.patching.rule = {rule.rule!r}, but patch_in_forward = true means 'global'")
+    return replace(rule, threshold=float(threshold))
 
 
 def hf_config(
@@ -223,6 +235,8 @@ def hf_config(
     }
     if entropy_args is not None:
         config["patcher_config"] = entropy_config(entropy_args)
+    if rule is not None:
+        config[OUR_KEY] = {"patching": rule.as_dict()}
     return config
 
 

@@ -81,7 +81,8 @@ class HFExports:
         """
         linked, saved = complete_checkpoints(self._out / _LINKS), complete_checkpoints(self._checkpoints)
         due = linked.keys() | set(filter(is_exported, saved))
-        due = {step for step in due if step <= resumed_at and not (self._out / f"step-{step}").exists()}
+        done = {step for step in due if (self._out / f"step-{step}" / "config.json").is_file()}
+        due = {step for step in due - done if step <= resumed_at}
         for path in (self._out / _LINKS).glob("*"):
             if path not in {self._links(step) for step in due & linked.keys()}:
                 self._unlink(path)
@@ -146,12 +147,16 @@ class HFExports:
         links, source = self._links(step), self._checkpoints / f"step-{step}"
         self._unlink(links)
         links.parent.mkdir(parents=True, exist_ok=True)
+        partial = links.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
         try:
-            shutil.copytree(source, links, copy_function=os.link)
+            shutil.copytree(source, partial, copy_function=os.link)
         except (OSError, shutil.Error):
             # The file system has no hard links: read in place.
-            shutil.rmtree(links, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
             links.symlink_to(source.resolve())
+        else:
+            partial.rename(links)  # complete, or not there: a run may be killed at any time
         self._linked.append(step)
 
     @staticmethod

@@ -4,6 +4,7 @@ import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -15,6 +16,8 @@ from blt_titan.model.blt import BLT as BareBLT
 from blt_titan.model.entropy_model import EntropyModel as BareEntropyModel
 from blt_titan.model.sizes import BLTArgs
 from blt_titan.patching.rule import PatchRule
+
+ModelT = TypeVar("ModelT", BareBLT, BareEntropyModel)
 
 
 @dataclass(frozen=True)
@@ -65,20 +68,18 @@ def load_for_inference(
         model = BareBLT(weights.args)
         load_weights(model, weights.origin)
         rule, inside, origin, trained = weights.rule, None, weights.origin, weights
-        if rule is None:
-            if threshold is None:
-                raise CheckpointError(
-                    f"{origin}: does not say where its patches begin, as older checkpoints do not; name --threshold "
-                    "for the rule 'global'"
-                )
-            rule = PatchRule("global", threshold=threshold, max_patch_bytes=512)
     else:
         pretrained = Pretrained(path)
         model, rule, origin = BLT.from_pretrained(pretrained.directory), pretrained.rule, str(path)
         trained = None
         inside = pretrained.directory if pretrained.has_entropy_model else None
-        if rule is None:
-            raise ValueError(f"{path}: says no rule by which patches begin (patch_in_forward = false)")
+    if rule is None:
+        if threshold is None:
+            raise CheckpointError(
+                f"{origin}: does not say where its patches begin, as older checkpoints and directories of others may "
+                "not; name --threshold for the rule 'global'"
+            )
+        rule = PatchRule("global", threshold=threshold, max_patch_bytes=512)
     if threshold is not None:
         if rule.threshold is None:
             raise ValueError(f"--threshold {threshold}: the rule of {origin} is {rule.rule!r}, which has none")
@@ -88,8 +89,14 @@ def load_for_inference(
         entropy_model = _entropy_model(entropy or inside, origin, rule)
         if trained is not None and threshold is None:
             check_entropy_model(trained, Weights(entropy_model.args, ModuleTensors(entropy_model), str(entropy)))
-        entropy_model = entropy_model.to(device).eval()
-    return Loaded(model.to(device, dtype).eval(), rule, entropy_model, origin)
+        entropy_model = _of_any_shape(entropy_model.to(device).eval())
+    return Loaded(_of_any_shape(model.to(device, dtype).eval()), rule, entropy_model, origin)
+
+
+def _of_any_shape(model: ModelT) -> ModelT:
+    """Have a model attend by SDPA: FlexAttention is compiled for each shape, and rows here have many."""
+    model.args = replace(model.args, attention_backend="sdpa")  # pyright: ignore[reportArgumentType,reportAttributeAccessIssue]
+    return model
 
 
 def _entropy_model(path: str | os.PathLike[str] | None, origin: str, rule: PatchRule) -> BareEntropyModel:

@@ -74,7 +74,7 @@ def model_card(
         "```",
         "",
         "With blt_titan, cached and many times as fast: "
-        '`python -m scripts.generate --model THIS_DIRECTORY --prompt "The quick brown"`.',
+        f'`python -m scripts.generate --model THIS_DIRECTORY{_needs(alone, rule)} --prompt "The quick brown"`.',
         "",
         "## What to know",
         "",
@@ -112,3 +112,10 @@ def model_card(
                 f"whole. {share}"
             )
     return "\n".join(lines) + "\n"
+
+
+def _needs(alone: str | None, rule: PatchRule | None) -> str:
+    """Return the options without which blt_titan cannot cut texts for a model that cannot by itself."""
+    if alone is None or (rule is not None and not rule.by_entropy):
+        return ""
+    return " --entropy-checkpoint ENTROPY_MODEL" + (" --threshold NATS" if rule is None else "")

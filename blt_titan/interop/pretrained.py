@@ -16,7 +16,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -306,14 +306,18 @@ class Patcher:
     """Cuts texts into patches by the entropies of a model, as training does: rounded to float16.
 
     Args:
-        entropy_model: is taken over by the patcher.
-        rule: one by entropy.
+        entropy_model: is taken over by the patcher; None for a rule that reads bytes only.
+        rule: where patches begin.
     """
 
-    def __init__(self, entropy_model: BareEntropyModel, rule: PatchRule):
+    def __init__(self, entropy_model: BareEntropyModel | None, rule: PatchRule):
+        if rule.by_entropy != (entropy_model is not None):
+            raise ValueError(f"rule={rule.rule!r} {'needs an' if rule.by_entropy else 'takes no'} entropy model")
         self.rule = rule
-        self.scorer = EntropyScorer(entropy_model, lanes=1)
-        self._mark = mark_by_model(self.scorer, rule)
+        if entropy_model is None:
+            self._mark = partial(rule.mark, include_next=True)
+        else:
+            self._mark = mark_by_model(EntropyScorer(entropy_model, lanes=1), rule)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], *, revision: str | None = None) -> "Patcher":
@@ -325,7 +329,8 @@ class Patcher:
         pretrained = Pretrained(path, revision=revision)
         if pretrained.rule is None:
             raise ValueError(f"{pretrained.directory}: says no rule by which patches begin (patch_in_forward = false)")
-        return cls(EntropyModel.from_pretrained(pretrained.directory), pretrained.rule)
+        model = EntropyModel.from_pretrained(pretrained.directory) if pretrained.rule.by_entropy else None
+        return cls(model, pretrained.rule)
 
     def patch_lengths(self, text: str | bytes) -> list[int]:
         """Return the lengths of the patches of BOS and a text's bytes; their sum counts the next position too.

@@ -166,11 +166,12 @@ def _read_with_transformers(
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     if tokenizer(text)["input_ids"] != ids or tokenizer.decode(ids, skip_special_tokens=True) != text:
         raise VerificationError(f"{directory}: AutoTokenizer does not give the bytes of a text")
-    rule = pretrained.rule or PatchRule("space", max_patch_bytes=16)
     if pretrained.has_entropy_model:
-        found = _compare_boundaries(directory, theirs, np.array(ids), rule)
+        assert pretrained.rule is not None
+        found = _compare_boundaries(directory, theirs, np.array(ids), pretrained.rule)
     else:
-        found = _Boundaries(starts_to_lengths(rule.mark(np.array(ids), include_next=True)))
+        any_rule = PatchRule("space", max_patch_bytes=16)
+        found = _Boundaries(starts_to_lengths(any_rule.mark(np.array(ids), include_next=True)))
     ids_1S, lengths_1P = torch.tensor([ids]), torch.from_numpy(found.lengths)[None]
     with torch.no_grad():
         alone = theirs(ids_1S, use_cache=False).logits if found.same else None
@@ -220,7 +221,7 @@ def _compare_settings(pretrained: Pretrained, blt: Weights, entropy: Weights | N
     if entropy is not None:
         pairs.append(("entropy model ", pretrained.entropy_args, entropy.args))
     if blt.rule is not None and pretrained.rule is not None:
-        pairs.append(("patching ", pretrained.rule, replace(blt.rule, max_patch_bytes=pretrained.rule.max_patch_bytes)))
+        pairs.append(("patching ", pretrained.rule, blt.rule))
     for what, written, meant in pairs:
         for key, value in asdict(meant).items():
             found = asdict(written)[key]

@@ -21,6 +21,7 @@ from blt_titan.interop import verify as verify_module
 from blt_titan.interop.export import export_hf, stored_weights
 from blt_titan.interop.hf_config import HFConfigError
 from blt_titan.interop.in_training import ExportFailedError, HFExports
+from blt_titan.interop.loading import load_for_inference
 from blt_titan.interop.pretrained import BLT, ByteTokenizer, EntropyModel, Patcher
 from blt_titan.interop.tensors import StoredTensors
 from blt_titan.interop.to_checkpoint import write_checkpoint
@@ -259,7 +260,14 @@ def test_what_transformers_cannot_cut_is_refused_and_can_be_forced(checkpoints, 
         assert reason.removeprefix("there is ") in card
         assert "patch_lengths" in card
         assert not json.loads((out / "config.json").read_text())["patch_in_forward"]
-        verify_export(out, blt, None)
+        verify_export(out, replace(blt, rule=rule), None)
+        if rule.by_entropy:
+            assert "--entropy-checkpoint ENTROPY_MODEL" in card
+        else:
+            assert Patcher.from_pretrained(out).patch_lengths("some text") == Patcher(None, rule).patch_lengths(
+                "some text"
+            )
+        assert load_for_inference(out, entropy=checkpoints / "entropy").rule == rule
     assert not (tmp_path / "refused").exists()
     arguments = ["--checkpoint", str(checkpoints / "blt"), "--out", str(tmp_path / "forced")]
     assert convert_to_hf.main(arguments) == 2
@@ -337,6 +345,50 @@ def test_files_of_others_stay(checkpoints, tmp_path, monkeypatch):
         export_hf(blt, tmp_path / "nothing" / "..", entropy=entropy)
 
 
+def test_a_directory_is_the_old_model_or_the_new_one_or_none(checkpoints, tmp_path, monkeypatch):
+    blt, entropy = stored_weights(checkpoints / "blt"), stored_weights(checkpoints / "entropy")
+    out = export_hf(blt, tmp_path / "hf", entropy=entropy)
+    other, replace_file = replace(blt, rule=replace(RULE, threshold=2.0)), os.replace
+
+    def until_the_configuration(source, target):
+        if Path(target).name == "config.json":
+            raise KeyboardInterrupt
+        replace_file(source, target)
+
+    monkeypatch.setattr(export_module.os, "replace", until_the_configuration)
+    with pytest.raises(KeyboardInterrupt):
+        export_hf(other, out, entropy=entropy, overwrite=True)
+    monkeypatch.setattr(export_module.os, "replace", replace_file)
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        BLT.from_pretrained(out)
+    export_hf(other, out, entropy=entropy, overwrite=True)
+    assert BLT.from_pretrained(out).rule == other.rule
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+    (out / "config.json").write_text('{"model_type": "llama"}')
+    for model in (random_blt(), entropy_model()):
+        with pytest.raises(FileExistsError, match="another"):
+            model.save_pretrained(out, **({"force": True} if isinstance(model, BLT) else {}))
+    assert (out / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("limit", [256, 300, None])
+def test_the_limit_of_patches_goes_along(checkpoints, tmp_path, limit):
+    blt, entropy = stored_weights(checkpoints / "blt"), stored_weights(checkpoints / "entropy")
+    rule = replace(RULE, threshold=9.0, max_patch_bytes=limit)
+    out = export_hf(replace(blt, rule=rule), tmp_path / "hf", entropy=entropy)
+    verify_export(out, replace(blt, rule=rule), entropy)
+    assert Patcher.from_pretrained(out).patch_lengths("a" * 600) == Patcher(entropy_model(), rule).patch_lengths(
+        "a" * 600
+    )
+    with pytest.raises(VerificationError, match="patching max_patch_bytes is"):
+        verify_export(out, replace(blt, rule=replace(rule, max_patch_bytes=400)), entropy)
+    # Who sets another threshold sets it where transformers reads it.
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"patching_threshold": 1.5}))
+    assert BLT.from_pretrained(out).rule == replace(rule, threshold=1.5)
+
+
 def test_the_patcher_is_not_rounded(checkpoints, tmp_path):
     blt, entropy = stored_weights(checkpoints / "blt"), stored_weights(checkpoints / "entropy")
     out = export_hf(blt, tmp_path / "hf", entropy=entropy, dtype=torch.bfloat16)
@@ -410,7 +462,8 @@ def test_a_resumed_run_exports_what_a_killed_one_did_not_come_to(checkpoints, tm
     (out / ".step-2.partial").mkdir()
     (out / ".checkpoints" / "step-5").mkdir()  # the kill came while it was linked
     shutil.rmtree(folder / "step-4")  # the run keeps the latest only
-    (out / "step-6").mkdir()  # done already
+    (out / "step-6").mkdir()
+    (out / "step-6" / "config.json").write_text("{}")  # done already
     for step in (7, 8):
         shutil.copytree(checkpoints / "blt", folder / f"step-{step}")  # complete when the kill came, not linked yet
 
@@ -419,4 +472,4 @@ def test_a_resumed_run_exports_what_a_killed_one_did_not_come_to(checkpoints, tm
     resumed.finish()
     assert sorted(path.name for path in out.iterdir()) == ["step-2", "step-4", "step-6", "step-8"]
     verify_export(out / "step-4", stored_weights(checkpoints / "blt"), stored_weights(checkpoints / "entropy"))
-    assert not any((out / "step-6").iterdir())
+    assert [path.name for path in (out / "step-6").iterdir()] == ["config.json"]

@@ -20,7 +20,7 @@ from tests.small_entropy_model import model_of, scored_alone
 
 pytest.importorskip("lm_eval", reason="install the dev extra to run EleutherAI's harness")
 
-from blt_titan.interop.harness import BLTHarness
+from blt_titan.interop.harness import BYTES_PER_TOKEN, BLTHarness
 from scripts import evaluate_harness as script
 
 LOG_P_ATOL = 1e-3
@@ -96,16 +96,19 @@ def _greedy_bytes(prompt: bytes, max_bytes: int):
     yield complete(blt(), prompt, RULE, entropy_model=model_of(), max_bytes=max_bytes, sampling=GREEDY)
 
 
-def test_it_continues_until_a_stop(directory):
+def test_it_continues_until_a_stop(directory, caplog):
     harness = BLTHarness(str(directory / "hf"), batch_size=2)
     prompts = ["to be", "or not to be, that is", "x"]
-    whole = [recomputed_greedy(prompt.encode(), 30) for prompt in prompts]
-    settings = {"until": [], "max_gen_toks": 30}
-    found = harness.generate_until(requests(*((p, settings) for p in prompts)), disable_tqdm=True)
+    limit = -(-30 // BYTES_PER_TOKEN)
+    whole = [recomputed_greedy(prompt.encode(), limit * BYTES_PER_TOKEN) for prompt in prompts]
+    settings = {"until": [], "max_gen_toks": limit}
+    with caplog.at_level("WARNING"):
+        found = harness.generate_until(requests(*((p, settings) for p in prompts)), disable_tqdm=True)
+    assert "3 of 3 answers reached the limit" in caplog.text
     assert found == [content.decode(errors="replace") for content in whole]
     # A byte that the first continuation holds and the others, perhaps, do not.
     stop = next(chr(byte) for byte in whole[0][3:] if byte < 128)
-    stopped = {"until": [stop], "max_gen_toks": 30}
+    stopped = {"until": [stop], "max_gen_toks": limit}
     [cut] = harness.generate_until(requests(("to be", stopped)), disable_tqdm=True)
     assert cut == whole[0].partition(stop.encode())[0].decode(errors="replace")
     mixed = harness.generate_until(
@@ -114,7 +117,7 @@ def test_it_continues_until_a_stop(directory):
     assert mixed == [cut, found[2], found[0]]
     # By the harness's own reading, no sampling unless it is asked for; and each request draws on its own.
     assert harness.generate_until(
-        requests(("to be", {"do_sample": False, "temperature": 1.0, "max_new_tokens": 30})), disable_tqdm=True
+        requests(("to be", {"do_sample": False, "temperature": 1.0, "max_new_tokens": limit})), disable_tqdm=True
     ) == [found[0]]
     sampled = {"do_sample": True, "temperature": 1.0, "top_k": 0, "max_gen_toks": 20}
     drawn = harness.generate_until(requests(*([("to be", sampled)] * 3)), disable_tqdm=True)
@@ -171,6 +174,8 @@ def test_a_task_of_our_own(directory, tmp_path, capsys):
 
     assert script.main([*command, "--tasks", "own_nothing"]) == 2
     assert "the harness has no task own_nothing" in capsys.readouterr().err
+    assert script.main([*command, "--tasks", "paper"]) == 2
+    assert "mbpp, humaneval: runs code that the model wrote" in capsys.readouterr().err
 
 
 def test_the_paper_s_tasks_are_known_to_the_harness():
@@ -182,14 +187,46 @@ def test_the_paper_s_tasks_are_known_to_the_harness():
 
 
 def test_noise_changes_what_is_read(directory):
-    plain, noisy = BLTHarness(str(directory / "hf")), BLTHarness(str(directory / "hf"), noise="uppercase")
-    [lower] = noisy.loglikelihood(requests(("the answer", " is")), disable_tqdm=True)
-    assert [lower] == plain.loglikelihood(requests(("THE ANSWER", " IS")), disable_tqdm=True)
+    plain = BLTHarness(str(directory / "hf"))
+    for where, pair in (
+        ("prompt", ("THE ANSWER", " is")),
+        ("completion", ("the answer", " IS")),
+        ("both", ("THE ANSWER", " IS")),
+    ):
+        noisy = BLTHarness(str(directory / "hf"), noise="uppercase", noise_on=where)
+        found = noisy.loglikelihood(requests(("the answer", " is")), disable_tqdm=True)
+        assert found == plain.loglikelihood(requests(pair), disable_tqdm=True)
+    with pytest.raises(ValueError, match=r"scripts\.evaluate --noise"):
+        noisy.loglikelihood_rolling(requests(("the answer",)), disable_tqdm=True)
+    # All options of a question follow the same context; an option's noise is another one after another question.
+    noisy = BLTHarness(str(directory / "hf"), noise="random_case", noise_on="both")
+    questions = [f"question {i}" for i in range(9)]
+    assert len({noisy._prompt("question 1") for _ in range(3)}) == 1
+    assert len({noisy._completion(question, " some option") for question in questions}) > 3
+    # Noise never leaves an option empty: that would be certain.
+    noisy = BLTHarness(str(directory / "hf"), noise="drop", noise_on="completion")
+    assert {noisy._completion(f"question {i}", "A") for i in range(99)} == {b"A"}
     with pytest.raises(ValueError, match="noise = 'whisper'"):
         BLTHarness(str(directory / "hf"), noise="whisper")
+
+
+def test_likelihoods_after_generation(directory):
+    """Other tasks of one call come with batches of other sizes."""
+    harness = BLTHarness(str(directory / "hf"), batch_size=3)
+    pairs = requests(*((f"context {i}" * 9, " and more") for i in range(4)))
+    before = harness.loglikelihood(pairs, disable_tqdm=True)
+    harness.generate_until(requests(*(("x" * i, {"max_gen_toks": 2}) for i in range(3))), disable_tqdm=True)
+    assert harness.loglikelihood(pairs, disable_tqdm=True) == before
 
 
 def test_wrong_arguments_are_named(directory):
     with pytest.raises(ValueError, match="knows no model argument pretrainde"):
         BLTHarness(str(directory / "hf"), pretrainde="x")
+    for wrong in ({"batch_size": 0}, {"noise_on": "answer"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            BLTHarness(str(directory / "hf"), **wrong)
+    with pytest.raises(ValueError, match="a continuation has 130 bytes"):
+        BLTHarness(str(directory / "hf"), max_length=120).loglikelihood(requests(("x", "y" * 130)), disable_tqdm=True)
+    with pytest.raises(ValueError, match="max_gen_toks = 30, 120 bytes: leaves no room"):
+        BLTHarness(str(directory / "hf"), max_length=120).generate_until(requests(("x", {"max_gen_toks": 30})))
     assert recomputed(blt(), b"a", RULES["space"], 3, GREEDY)
