@@ -45,7 +45,7 @@ from parallelisms.pipeline import pipeline
 
 
 def patch_rule(job_config: Any) -> PatchRule:
-    """Return the run's rule."""
+    """Return the run's rule, as the TOML says it."""
     return PatchRule.of(job_config.patching)
 
 
@@ -81,7 +81,9 @@ def row_source(job_config: Any, split: str, seq_len: int) -> RowSource:
 
 
 def _patching(job_config: Any, read_entropies: ReadEntropies | None) -> dict[str, Any]:
-    found: dict[str, Any] = {f"patching.{key}": value for key, value in patch_rule(job_config).as_dict().items()}
+    rule = patch_rule(job_config).as_dict()
+    del rule["storage"]  # the fingerprint tells
+    found: dict[str, Any] = {f"patching.{key}": value for key, value in rule.items()}
     if isinstance(read_entropies, EntropySidecars | OnlineEntropies):
         found["entropies (of the model)"] = read_entropies.fingerprint
     return found

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torchtitan.train import Trainer
 
 from blt_titan.batch import IGNORE_LABEL
 from blt_titan.data.collate import Batch
+from blt_titan.data.entropies import EntropySidecars
 from blt_titan.data.loader import RowLoader
 from blt_titan.inference.entropies import OnlineEntropies
 from blt_titan.interop.in_training import HFExports
@@ -208,12 +209,11 @@ class BLTTrainer(Trainer):
         args = {
             key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.model_args).items()
         }
-        described = {
-            "name": self.job_config.model.name,
-            "args": args,
-            "patching": patch_rule(self.job_config).as_dict(),
-        }
-        if fingerprint := getattr(self.dataloader.source.read_entropies, "fingerprint", ""):
+        rule, read_entropies = patch_rule(self.job_config), self.dataloader.source.read_entropies
+        if isinstance(read_entropies, EntropySidecars | OnlineEntropies):
+            rule = replace(rule, storage=read_entropies.storage)
+        described = {"name": self.job_config.model.name, "args": args, "patching": rule.as_dict()}
+        if fingerprint := getattr(read_entropies, "fingerprint", ""):
             described["entropies"] = fingerprint
         return described
 

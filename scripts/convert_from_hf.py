@@ -40,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             model = BLT.from_pretrained(pretrained.directory)
             print(f"{write_checkpoint(model, 'blt', model.args, args.out, rule=rule)}: the BLT")
             if rule is not None:
-                settings = " ".join(f"--patching.{k}={v}" for k, v in rule.as_dict().items() if v is not None)
+                settings = " ".join(
+                    f"--patching.{k}={v}" for k, v in rule.as_dict().items() if v is not None and k != "storage"
+                )
                 print(f"train it with its own patches: {settings}")
         if args.entropy_out:
             entropy_model = EntropyModel.from_pretrained(pretrained.directory)

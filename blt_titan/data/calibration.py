@@ -14,12 +14,13 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 
 from blt_titan.byte_vocab import BOS_ID
-from blt_titan.data.entropies import UINT8_EDGES_NATS, EntropySidecar, Storage, from_storage, to_storage
+from blt_titan.data.entropies import EntropySidecar
 from blt_titan.data.errors import DataError
 from blt_titan.data.order import permute
 from blt_titan.data.packing import frame_documents
 from blt_titan.data.shards import ShardSet
 from blt_titan.patching import EntropyRule, entropy_patch_starts, starts_to_lengths
+from blt_titan.patching.rounding import UINT8_EDGES_NATS, Storage, from_storage, to_storage
 
 SEGMENT_PATCHES = (256, 512, 1024, 2048, 4096)
 _BUDGETS = np.arange(0.80, 1.61, 0.02)  # of the mean bytes of a segment's patches

@@ -28,7 +28,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -37,41 +37,16 @@ from blt_titan.data.atomic_file import write_atomically
 from blt_titan.data.errors import DataError
 from blt_titan.data.manifest import SPLITS, ShardEntry, read_manifest
 from blt_titan.data.shards import RecordBatch, ShardSet
+from blt_titan.patching.rounding import Storage, from_storage, to_storage
 
 FORMAT, VERSION = "blt_titan.entropies", 1
 SIDECAR_NAME = "sidecar.json"
 DIRECTORY = "entropies"
 INDEX_COLUMNS = ("offset", "length", "values", "text_crc32", "crc32")
-Storage = Literal["float16", "uint8"]
 
 _SETTINGS_NAME = "settings.json"
 _DONE_SUFFIX = ".done.json"
 _TEMPORARY_SUFFIX = ".tmp"
-
-_LOWEST_NATS, _HIGHEST_NATS = 2.0**-10, 6.0
-UINT8_EDGES_NATS = np.geomspace(_LOWEST_NATS, _HIGHEST_NATS, 255).astype(np.float32)
-"""Where one code ends and the next begins, fp32 [255], 3.5 % apart: code c holds edge[c - 1] < H <= edge[c]."""
-_UINT8_VALUES = np.concatenate([[0.0], np.sqrt(UINT8_EDGES_NATS[:-1] * UINT8_EDGES_NATS[1:]), [_HIGHEST_NATS * 1.01]])
-
-
-def to_storage(entropies_nats: np.ndarray, storage: Storage) -> np.ndarray:
-    """Round entropies [N] to what is stored: float16, or uint8 codes on a log scale.
-
-    >>> to_storage(np.array([0.0, 1.3, 99.0]), "uint8").tolist()
-    [0, 210, 255]
-    """
-    if storage == "float16":
-        return entropies_nats.astype(np.float16)
-    return np.searchsorted(UINT8_EDGES_NATS, entropies_nats.astype(np.float32), side="left").astype(np.uint8)
-
-
-def from_storage(stored: np.ndarray) -> np.ndarray:
-    """Return the entropies that decide, fp32 [N]; of a uint8 code the value amid its edges.
-
-    >>> from_storage(to_storage(np.array([0.0, 1.3]), "uint8")).round(3).tolist()
-    [0.0, 1.29]
-    """
-    return stored.astype(np.float32) if stored.dtype == np.float16 else _UINT8_VALUES.astype(np.float32)[stored]
 
 
 class SidecarSettings(NamedTuple):
@@ -378,6 +353,7 @@ class EntropySidecars:
         self._of_directory = {sidecar.directory.parent.parent: sidecar for sidecar in sidecars}
         self.fingerprint = fingerprint_of(sidecars[0].settings)
         """Of the model, the storage and the precision; of the first, if there are several."""
+        self.storage = sidecars[0].settings.storage
 
     def __call__(self, batch: RecordBatch) -> np.ndarray:
         """Check and read the entropies of a record batch, as `EntropySidecar` does."""

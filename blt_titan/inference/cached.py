@@ -50,7 +50,7 @@ class CachedEntropyModel:
         )
 
     def prefill(self, ids_BS: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
-        """Read prompts; return the entropy after each byte, fp32 [B, S], rounded as a sidecar stores it."""
+        """Read prompts; return the entropy after each byte, fp32 [B, S]."""
         model, args = self.model, self.model.args
         S = ids_BS.shape[1]
         pos_BS = torch.arange(S, device=ids_BS.device).expand_as(ids_BS)
@@ -66,7 +66,7 @@ class CachedEntropyModel:
         h = model.tok_embeddings(ids_BS)
         for block in model.layers.values():
             h = block(h, rotation, mask)
-        return _as_stored(entropy_nats(model.output(model.norm(h))))
+        return entropy_nats(model.output(model.norm(h)))
 
     def step(self, ids_B: torch.Tensor, pos_B: torch.Tensor) -> torch.Tensor:
         """Read the next byte of each row; return the entropy after it, fp32 [B]."""
@@ -78,11 +78,7 @@ class CachedEntropyModel:
         h = model.tok_embeddings(ids_B[:, None])
         for block in model.layers.values():
             h = block(h, rotation, None)
-        return _as_stored(entropy_nats(model.output(model.norm(h))))[:, 0]
-
-
-def _as_stored(entropies_nats: torch.Tensor) -> torch.Tensor:
-    return entropies_nats.half().float()
+        return entropy_nats(model.output(model.norm(h)))[:, 0]
 
 
 class CachedBLT:
@@ -134,7 +130,7 @@ class CachedBLT:
         ids_BS, lengths_B = torch.from_numpy(ids).to(self.device), torch.from_numpy(lengths).to(self.device)
         entropies = np.zeros(ids.shape, np.float32)
         if self.entropies is not None:
-            entropies = self.entropies.prefill(ids_BS, lengths_B).cpu().numpy()
+            entropies = self.rule.rounded(self.entropies.prefill(ids_BS, lengths_B).cpu().numpy())
         rows = [
             Row(of_row, self.rule.mark(of_row, entropies[number, : len(of_row)], include_next=True))
             for number, of_row in enumerate(prompts)
@@ -228,7 +224,7 @@ class CachedBLT:
         self._reserve_open_bytes()
         h_B1d = self._encode(ids_B, pos_B)
         if self.entropies is not None:
-            entropies = entropies_B.cpu().numpy()
+            entropies = self.rule.rounded(entropies_B.cpu().numpy())
         ends = self._cursor.ends(ids, entropies)
         self._count(ends)
         if ends.any():

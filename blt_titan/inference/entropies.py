@@ -25,12 +25,12 @@ import torch
 
 from blt_titan.batch import PADDING
 from blt_titan.byte_vocab import BOS_ID, BOUNDARY_ID
-from blt_titan.data.entropies import from_storage, to_storage
 from blt_titan.data.packing import MarkPatchStarts, frame_documents
 from blt_titan.data.shards import RecordBatch
 from blt_titan.model.attention import attend, window_mask
 from blt_titan.model.entropy_model import EntropyModel
 from blt_titan.model.layers import rotary_angles
+from blt_titan.patching.rounding import Storage, from_storage, to_storage
 from blt_titan.patching.rule import PatchRule
 
 LANES, CHUNK = 8, 2048
@@ -215,13 +215,15 @@ Share = Callable[[Callable[[], np.ndarray], RecordBatch], np.ndarray]
 class OnlineEntropies:
     """The entropies of a record batch, made when it is asked for: what `patching.source = "online"` reads from.
 
-    Rounded to float16, so that patches begin where a sidecar of the same model puts them.
+    Rounded, so that patches begin where a sidecar of the same model puts them.
 
     Args:
         scorer: of the frozen entropy model.
         fingerprint: of the model, as `EntropySidecars` has it.
         share: where several ranks read the same rows, which must not differ by a rounding; None where one does.
     """
+
+    storage: Storage = "float16"
 
     def __init__(self, scorer: EntropyScorer, share: Share | None = None, fingerprint: str = ""):
         self.scorer = scorer
@@ -236,7 +238,7 @@ class OnlineEntropies:
 
         def make() -> np.ndarray:
             ids, is_byte = frame_documents(batch.text, batch.offsets)
-            return from_storage(to_storage(self.scorer.score(ids)[is_byte], "float16"))
+            return from_storage(to_storage(self.scorer.score(ids)[is_byte], self.storage))
 
         entropies = self.share(make, batch) if self.share else make()
         self.seconds += time.perf_counter() - began
@@ -250,7 +252,7 @@ def mark_by_model(scorer: EntropyScorer, rule: PatchRule) -> MarkPatchStarts:
     """
 
     def mark(ids: np.ndarray) -> np.ndarray:
-        return rule.mark(ids, from_storage(to_storage(scorer.score(ids), "float16")), include_next=True)
+        return rule.mark(ids, rule.rounded(scorer.score(ids)), include_next=True)
 
     return mark
 

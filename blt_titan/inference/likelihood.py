@@ -102,8 +102,8 @@ class LikelihoodScorer:
                 yield _Document(number, ids, self.rule.mark(ids[:-1], include_next=True))
             return
         for (number, ids), entropies in self._scorer.score_all((pair, pair[1]) for pair in numbered):
-            rounded = entropies.astype(np.float16).astype(np.float32)
-            yield _Document(number, ids, self.rule.mark(ids[:-1], rounded[:-1], include_next=True))
+            rounded = self.rule.rounded(entropies[:-1])
+            yield _Document(number, ids, self.rule.mark(ids[:-1], rounded, include_next=True))
 
     @torch.no_grad()
     def _some(self, waiting: list[tuple["_Document", int, int, int]]) -> Iterator[tuple[int, Likelihood]]:

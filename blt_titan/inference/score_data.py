@@ -17,7 +17,6 @@ from blt_titan.byte_vocab import BYTE_OFFSET
 from blt_titan.data.entropies import (
     SidecarSettings,
     SidecarWriter,
-    Storage,
     begin_sidecar,
     complete_sidecar,
     is_done,
@@ -30,6 +29,7 @@ from blt_titan.data.shards import RecordBatch, ShardSet
 from blt_titan.inference.entropies import EntropyScorer
 from blt_titan.model.entropy_model import EntropyModel
 from blt_titan.model.sizes import EntropyModelArgs
+from blt_titan.patching.rounding import Storage
 
 
 @dataclass(frozen=True)

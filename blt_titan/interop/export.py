@@ -16,7 +16,7 @@ from typing import Any, get_args
 import torch
 
 from blt_titan.byte_vocab import BOS_ID, EOS_ID, RESERVED_ID
-from blt_titan.data.entropies import SidecarSettings, Storage, fingerprint_of
+from blt_titan.data.entropies import SidecarSettings, fingerprint_of
 from blt_titan.inference.checkpoint import CheckpointError, describe_model, find_checkpoint
 from blt_titan.inference.score_data import model_settings
 from blt_titan.interop.hf_config import HFConfigError, hf_config, why_not_by_itself
@@ -27,6 +27,7 @@ from blt_titan.interop.tokenizer import tokenizer_files
 from blt_titan.model.blt import BLT
 from blt_titan.model.entropy_model import EntropyModel
 from blt_titan.model.sizes import BLTArgs, EntropyModelArgs
+from blt_titan.patching.rounding import Storage
 from blt_titan.patching.rule import PatchRule
 
 MAX_SHARD_BYTES = 5 * 10**9

@@ -1,7 +1,8 @@
 """The model card of an exported model: what it is, how it is used, and what `transformers` does otherwise."""
 
 from blt_titan.model.sizes import BLTArgs, EntropyModelArgs
-from blt_titan.patching.rule import PatchRule, decision_edge
+from blt_titan.patching.rounding import decision_edge
+from blt_titan.patching.rule import PatchRule
 
 TRANSFORMERS_VERSION = "5.23.0"
 """The oldest release that has the local window, and the newest that was tested: they are the same one."""
@@ -53,7 +54,9 @@ def model_card(
             "as the patcher"
         )
     if rule is not None:
-        settings = ", ".join(f"{key} {value}" for key, value in rule.as_dict().items() if value is not None)
+        settings = ", ".join(
+            f"{key} {value}" for key, value in rule.as_dict().items() if value is not None and key != "storage"
+        )
         lines.append(f"- patches: {settings}")
     lines += ["", "## Use", "", "```python"]
     if alone is None:
@@ -87,11 +90,11 @@ def model_card(
     if alone is not None:
         lines.append(f"- transformers cannot cut texts as this model was trained: {alone}.")
     elif rule is not None:
-        low, high = decision_edge(float(rule.threshold or 0))
+        low, high = decision_edge(float(rule.threshold or 0), rule.storage)
         lines.append(
-            "- Entropies were rounded to float16 in training, and transformers does not round. "
+            f"- Entropies were rounded to {rule.storage} in training, and transformers does not round. "
             + (
-                f"The threshold lies amid two float16 values, where that moves no boundary but those within 1e-4 nats "
+                f"The threshold lies amid two of its values, where that moves no boundary but those within 1e-4 nats "
                 f"of {low}."
                 if low == high
                 else f"Where an entropy lies from {low} to {high} nats the two cut otherwise."

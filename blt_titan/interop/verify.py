@@ -18,7 +18,8 @@ from blt_titan.interop.pretrained import BLT, ByteTokenizer, EntropyModel, Pretr
 from blt_titan.model.blt import BLT as BareBLT
 from blt_titan.model.entropy_model import EntropyModel as BareEntropyModel
 from blt_titan.patching import starts_to_lengths
-from blt_titan.patching.rule import PatchRule, decision_edge
+from blt_titan.patching.rounding import decision_edge
+from blt_titan.patching.rule import PatchRule
 
 FLOAT64_ATOL = 1e-9
 """Of logits that both compute in fp64, times the largest where that is above 1. One function leaves 1e-13; a single
@@ -255,7 +256,7 @@ def _compare_tensors(pretrained: Pretrained, blt: Weights, entropy: Weights | No
 
 def _compare_boundaries(directory: Path, theirs: Any, ids: np.ndarray, rule: PatchRule) -> "_Boundaries":
     nats = EntropyScorer(EntropyModel.from_pretrained(directory), lanes=1).score(ids)
-    rounded = nats.astype(np.float16).astype(np.float32)
+    rounded = rule.rounded(nats)
     config = theirs.config
     with torch.no_grad():
         _, their_lengths, their_logits = theirs.model.patcher(
@@ -269,7 +270,7 @@ def _compare_boundaries(directory: Path, theirs: Any, ids: np.ndarray, rule: Pat
     their_starts = np.zeros(len(ids) + 1, bool)
     their_starts[np.cumsum(np.concatenate([[0], their_lengths[0].long().numpy()[:-1]]))] = True
     differ = np.flatnonzero(starts != their_starts[: len(ids)])
-    low, high = decision_edge(float(rule.threshold or 0))
+    low, high = decision_edge(float(rule.threshold or 0), rule.storage)
     if any(not low - EDGE_NATS <= nats[i - 1] <= high + EDGE_NATS for i in differ.tolist()):
         raise VerificationError(
             f"{directory}: transformers begins patches elsewhere, first at position {differ[0]}, of {starts.sum()}"

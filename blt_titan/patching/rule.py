@@ -12,12 +12,13 @@ import numpy as np
 
 from blt_titan.byte_vocab import BYTE_OFFSET
 from blt_titan.patching.entropy import EntropyRule, entropy_patch_starts
+from blt_titan.patching.rounding import Storage, from_storage, to_storage
 from blt_titan.patching.text import rule_patch_starts, space_like_ids
 
 
 @dataclass(frozen=True)
 class PatchRule:
-    """Where patches begin; the fields are those of `[patching]` in a run's TOML."""
+    """Where patches begin; the fields but the last are those of `[patching]` in a run's TOML."""
 
     rule: str
     threshold: float | None = None
@@ -28,14 +29,14 @@ class PatchRule:
     """Bytes, of the rule `static`."""
     max_patch_bytes: int | None = None
     """Longer patches are split."""
+    storage: Storage = "float16"
+    """How entropies are rounded before they decide. Not in a TOML: a run takes it from its sidecars."""
 
     @classmethod
     def of(cls, settings: Any) -> "PatchRule":
-        """Take the fields from a mapping, or from an object that has them among others."""
-        names = [field.name for field in fields(cls)]
-        if isinstance(settings, Mapping):
-            return cls(**{name: settings[name] for name in names if name in settings})
-        return cls(**{name: getattr(settings, name) for name in names})
+        """Take the fields that are there from a mapping, or from an object, which may have others."""
+        there = settings if isinstance(settings, Mapping) else vars(settings)
+        return cls(**{field.name: there[field.name] for field in fields(cls) if field.name in there})
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields by name."""
@@ -45,6 +46,10 @@ class PatchRule:
     def by_entropy(self) -> bool:
         """Whether entropies decide."""
         return self.rule in get_args(EntropyRule)
+
+    def rounded(self, entropies_nats: np.ndarray) -> np.ndarray:
+        """Round entropies as they were in training: fp32, of the same shape."""
+        return from_storage(to_storage(entropies_nats, self.storage))
 
     def mark(
         self,
@@ -58,7 +63,7 @@ class PatchRule:
 
         Args:
             ids: integers [N].
-            entropies_nats: fp32 [N], as a sidecar stores them; only of rules by entropy.
+            entropies_nats: fp32 [N], rounded; only of rules by entropy.
             begins: where documents begin, bool [N]; None for one document.
             include_next: also return the position after the last.
 
@@ -85,20 +90,6 @@ class PatchRule:
         )
 
 
-def decision_edge(threshold_nats: float) -> tuple[float, float]:
-    """Return between which two values a comparison with and without rounding to float16 may decide otherwise.
-
-    >>> decision_edge(1.0)  # rounded, what is up to half a float16 step above 1 is not above it
-    (1.0, 1.00048828125)
-    """
-    below = np.float16(threshold_nats)
-    if float(below) > threshold_nats:
-        below = np.nextafter(below, np.float16(-np.inf))
-    above = np.nextafter(below, np.float16(np.inf))
-    middle = (float(below) + float(above)) / 2
-    return min(threshold_nats, middle), max(threshold_nats, middle)
-
-
 class PatchCursor:
     """Follows one or several documents byte by byte, and tells after each whether a patch ends there.
 
@@ -121,7 +112,7 @@ class PatchCursor:
 
         Args:
             ids_B: integers.
-            entropies_B: after each byte, fp32, rounded as a sidecar stores them; of rules by entropy only.
+            entropies_B: after each byte, fp32, rounded; of rules by entropy only.
         """
         rule = self._rule
         position = self._position

@@ -11,9 +11,9 @@ from blt_titan.data.calibration import (
     histogram_text,
     quantization_disagreement,
 )
-from blt_titan.data.entropies import UINT8_EDGES_NATS, from_storage, to_storage
 from blt_titan.data.errors import DataError
 from blt_titan.patching import entropy_patch_starts, patch_lengths
+from blt_titan.patching.rounding import UINT8_EDGES_NATS, from_storage, to_storage
 
 MEAN_RTOL = 0.005
 MAX_PATCH_BYTES = 64

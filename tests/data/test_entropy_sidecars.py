@@ -9,21 +9,19 @@ import pytest
 
 from blt_titan.data.entropies import (
     SIDECAR_NAME,
-    UINT8_EDGES_NATS,
     EntropySidecar,
     SidecarSettings,
     SidecarWriter,
     begin_sidecar,
     complete_sidecar,
-    from_storage,
     is_done,
     sidecar_directory,
-    to_storage,
 )
 from blt_titan.data.errors import DataError
 from blt_titan.data.manifest import SPLITS, read_manifest
 from blt_titan.data.prepare import prepare
 from blt_titan.data.shards import ShardSet
+from blt_titan.patching.rounding import UINT8_EDGES_NATS, from_storage, to_storage
 
 SETTINGS = SidecarSettings("float16", {"window": 8, "reset_at_newline": False}, "abc", "float32")
 

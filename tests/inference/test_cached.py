@@ -12,13 +12,14 @@ from blt_titan.inference.cached import CachedBLT
 from blt_titan.interop.verify import TEXT
 from blt_titan.model.blt import BLT
 from blt_titan.model.sizes import BLTArgs
+from blt_titan.patching.rounding import from_storage, to_storage
 from blt_titan.patching.rule import PatchRule
 from tests.small_entropy_model import model_of, scored_alone
 
 LOGITS_ATOL = 1e-4
 """fp32 sums in another order, over caches whose slots are not in order; seen below 1e-5."""
 EDGE_NATS = 1e-4
-FLOAT16_STEP = 2**-9
+STEP = {"float16": 2**-9, "uint8": 0.14}
 """Nats, of values up to 4: where rounding may take an entropy across a threshold."""
 EDGES_SEEN: list[tuple[PatchRule, int]] = []
 MOST_EDGES = 3
@@ -42,6 +43,7 @@ RULES = {
     "entropy": PatchRule("global", threshold=1.0 + 2**-11, max_patch_bytes=512),
     "entropy, short": PatchRule("global", threshold=1.5, max_patch_bytes=5),
     "monotonic": PatchRule("monotonic", threshold=0.1, max_patch_bytes=16),
+    "monotonic, uint8": PatchRule("monotonic", threshold=0.1, max_patch_bytes=16, storage="uint8"),
     "add": PatchRule("add", threshold=0.5, threshold_add=0.1, max_patch_bytes=16),
     "space": PatchRule("space", max_patch_bytes=16),
     "static": PatchRule("static", stride=4, max_patch_bytes=512),
@@ -84,7 +86,7 @@ def compare(rule: PatchRule, model: BLT, prompts: list[int], steps: int, **entro
 def check_boundaries(rule: PatchRule, ids: np.ndarray, lengths: list[int], **entropy_changes) -> None:
     """The patches are those of the rule on the whole row, unless what decides is at an edge; edges are counted."""
     entropies = scored_alone(model_of(**entropy_changes), ids) if rule.by_entropy else None
-    rounded = None if entropies is None else entropies.astype(np.float16).astype(np.float32)
+    rounded = None if entropies is None else from_storage(to_storage(entropies, rule.storage))
     expected = rule.mark(ids, rounded, include_next=True)
     got = np.zeros(len(ids) + 1, bool)
     got[np.concatenate([[0], np.cumsum(lengths)[:-1]])] = True
@@ -100,7 +102,7 @@ def check_boundaries(rule: PatchRule, ids: np.ndarray, lengths: list[int], **ent
         "monotonic": [rise - (rule.threshold or 0)],
         "add": [entropies[before] - (rule.threshold or 0), rise - (rule.threshold_add or 0)],
     }[rule.rule]
-    assert min(map(abs, decides)) < FLOAT16_STEP + EDGE_NATS, f"patches differ from position {differ[0]} on"
+    assert min(map(abs, decides)) < STEP[rule.storage] + EDGE_NATS, f"patches differ from position {differ[0]} on"
     EDGES_SEEN.append((rule, int(differ[0])))
     assert len(EDGES_SEEN) <= MOST_EDGES, EDGES_SEEN
 

@@ -20,6 +20,7 @@ from blt_titan.interop.export import export_hf, stored_weights
 from blt_titan.interop.to_checkpoint import write_checkpoint
 from blt_titan.interop.verify import TEXT
 from blt_titan.patching import starts_to_lengths
+from blt_titan.patching.rounding import from_storage, to_storage
 from scripts import evaluate as script
 from tests.inference.test_cached import RULES, blt
 from tests.small_entropy_model import model_of, scored_alone
@@ -32,7 +33,7 @@ TEXTS = [TEXT.encode(), b"x", TEXT.encode()[200:260], b"\xff\x00 not text \xfe",
 
 def by_hand(ids: np.ndarray, rule, context: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
     """One window after the other, one row each."""
-    entropies = scored_alone(model_of(), ids).astype(np.float16).astype(np.float32) if rule.by_entropy else None
+    entropies = from_storage(to_storage(scored_alone(model_of(), ids), rule.storage)) if rule.by_entropy else None
     marked = rule.mark(ids[:-1], None if entropies is None else entropies[:-1], include_next=True)
     nats, likeliest = np.full(len(ids) - 1, np.nan), np.zeros(len(ids) - 1, bool)
     begin = scored = 0
@@ -57,7 +58,7 @@ def by_hand(ids: np.ndarray, rule, context: int, stride: int) -> tuple[np.ndarra
 CASES = [(name, *sizes) for name in ("entropy", "monotonic", "space") for sizes in ((8192, 4096), (64, 20), (50, 50))]
 
 
-@pytest.mark.parametrize(("name", "context", "stride"), [*CASES, ("space", 2, 1)])
+@pytest.mark.parametrize(("name", "context", "stride"), [*CASES, ("monotonic, uint8", 64, 20), ("space", 2, 1)])
 def test_every_byte_is_scored_once_with_its_context(name, context, stride):
     rule = RULES[name]
     documents = [document_ids(text).astype(np.int64) for text in TEXTS]

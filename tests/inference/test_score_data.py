@@ -11,7 +11,7 @@ import torch
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from blt_titan.byte_vocab import BYTE_OFFSET, document_ids
-from blt_titan.data.entropies import EntropySidecar, from_storage, sidecar_directory, to_storage
+from blt_titan.data.entropies import EntropySidecar, sidecar_directory
 from blt_titan.data.errors import DataError
 from blt_titan.data.manifest import SPLITS, read_manifest
 from blt_titan.data.prepare import prepare
@@ -20,6 +20,7 @@ from blt_titan.inference import score_data as module
 from blt_titan.inference.entropies import EntropyScorer, OnlineEntropies
 from blt_titan.inference.score_data import score_data, sidecar_settings
 from blt_titan.patching import entropy_patch_starts
+from blt_titan.patching.rounding import from_storage, to_storage
 from scripts.score_entropies import main
 from tests.small_entropy_model import ARGS, ENTROPY_ATOL, model_of, scored_alone
 

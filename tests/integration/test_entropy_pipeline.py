@@ -47,7 +47,9 @@ def two_stages(root: str, small_run: list[str], data: str) -> None:
     """Train an entropy model, score, calibrate; then BLTs by rule: from a sidecar, again, online, and resumed."""
     out = f"{root}/entropy"
     train(out, *small_run, *ENTROPY_RUN)
-    assert score_entropies(["--data", data, "--checkpoint", out, "--no-progress", "--device", "cpu"]) == 0
+    score = ["--data", data, "--checkpoint", out, "--no-progress", "--device", "cpu"]
+    assert score_entropies(score) == 0
+    assert score_entropies([*score, "--quantize", "uint8", "--name", "small"]) == 0
     by_entropy = [*small_run, *BY_ENTROPY]
     train(f"{root}/sidecar", *by_entropy)
     train(f"{root}/workers", *by_entropy, "--training.dataloader.num_workers=2")
@@ -57,6 +59,7 @@ def two_stages(root: str, small_run: list[str], data: str) -> None:
     train(f"{root}/resumed", *by_entropy, *online)
     monotonic = ["--patching.rule=monotonic", "--patching.threshold=0.5"]
     train(f"{root}/monotonic", *by_entropy, *monotonic)
+    train(f"{root}/monotonic_uint8", *by_entropy, *monotonic, "--patching.sidecar=small")
 
 
 def online_on_shared_rows(root: str, by_entropy: list[str], data: str) -> list[str]:
@@ -135,6 +138,8 @@ def test_the_checkpoint_and_the_sidecar_say_what_the_model_is(trained, data):
     assert described["name"] == "blt_entropy"
     assert described["args"]["reset_at_newline"] is True
     assert load_entropy_model(trained / "entropy").args.reset_at_newline
+    for name, storage in (("sidecar", "float16"), ("online", "float16"), ("monotonic_uint8", "uint8")):
+        assert describe_model(find_checkpoint(trained / name))["patching"]["storage"] == storage
     sidecar = json.loads((data / "entropies" / "default" / "sidecar.json").read_text())
     assert sidecar["settings"]["model"]["reset_at_newline"] is True
 

@@ -27,7 +27,8 @@ from blt_titan.interop.tensors import StoredTensors
 from blt_titan.interop.to_checkpoint import write_checkpoint
 from blt_titan.interop.verify import FLOAT64_ATOL, VerificationError, verify_export
 from blt_titan.model.sizes import EntropyModelArgs
-from blt_titan.patching.rule import PatchRule, decision_edge
+from blt_titan.patching.rounding import UINT8_EDGES_NATS, decision_edge, from_storage, to_storage
+from blt_titan.patching.rule import PatchRule
 from scripts import convert_from_hf, convert_to_hf
 from tests.distributed import run_distributed
 from tests.inference.test_cached import ARGS as SMALL
@@ -239,6 +240,24 @@ def test_decision_edges():
     for value in (low - 1e-7, high + 1e-7):
         assert (np.float16(value) > 1.335442066192627) == (value > 1.335442066192627)
     assert 0 < high - low < 2**-10
+    values = np.random.default_rng(0).uniform(0, 7, 10_000)
+    for threshold in (0.0, 1e-4, 0.5, 1.335442066192627, float(UINT8_EDGES_NATS[200]), 6.0, 6.05, 7.0):
+        low, high = decision_edge(threshold, "uint8")
+        near = np.array([low - 1e-5, high + 1e-5])
+        outside = np.concatenate([values[(values < low) | (values > high)], near[(near > 0) & np.isfinite(near)]])
+        decided = from_storage(to_storage(outside, "uint8")) > np.float32(threshold)
+        np.testing.assert_array_equal(decided, outside > threshold, err_msg=f"threshold {threshold}: {low} to {high}")
+        assert high - low < 0.04 * max(threshold, 0.1) or (high == float("inf") and threshold > 6.06)
+    assert decision_edge(float(UINT8_EDGES_NATS[200]), "uint8") == (UINT8_EDGES_NATS[200], UINT8_EDGES_NATS[200])
+
+
+def test_entropies_of_8_bits_go_along(checkpoints, tmp_path):
+    blt, entropy = stored_weights(checkpoints / "blt"), stored_weights(checkpoints / "entropy")
+    rule = PatchRule("global", threshold=float(UINT8_EDGES_NATS[200]), max_patch_bytes=512, storage="uint8")
+    out = export_hf(replace(blt, rule=rule), tmp_path / "hf", entropy=entropy)
+    assert verify_export(out, replace(blt, rule=rule), entropy).own_patches
+    assert BLT.from_pretrained(out).rule == rule
+    assert "rounded to uint8 in training" in (out / "README.md").read_text()
 
 
 def test_what_transformers_cannot_cut_is_refused_and_can_be_forced(checkpoints, tmp_path, capsys):
