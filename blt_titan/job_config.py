@@ -70,6 +70,8 @@ class Patching:
     """The entropy model of source = 'online': a checkpoint, or the folder of a run."""
     max_patch_bytes: int = 512
     """Longer patches are split; at most data.segment_bytes."""
+    allow_change: bool = False
+    """Let a run that resumes cut its text otherwise than before."""
 
 
 @dataclass

@@ -22,7 +22,8 @@ from torchtitan.config import ConfigManager
 from torchtitan.tools.utils import device_type
 
 from blt_titan.data.errors import DataError
-from blt_titan.inference.checkpoint import CheckpointError, load_entropy_model
+from blt_titan.inference.checkpoint import CheckpointError, complete_checkpoints, load_entropy_model
+from blt_titan.interop.export import check_entropy_model, stored_weights
 from blt_titan.interop.hf_config import HFConfigError, hf_config, why_not_by_itself
 from blt_titan.train_spec import (
     TRAIN_SPECS,
@@ -50,9 +51,12 @@ def load_run_config(args: list[str]) -> Any:
 
     Raises:
         RunConfigError: for a file that cannot be read, an unknown section or key, or a value of the wrong type.
-        SystemExit: for an unknown or malformed override; the option parser has then said why.
+        SystemExit: for an override of the wrong type; the option parser has then said why.
     """
     manager = ConfigManager()
+    args = _check_overrides(
+        args, manager._maybe_add_custom_config([f"--job.custom_config_module={CONFIG_MODULE}"], None)
+    )
     if path := _config_file(args):
         merged = manager._maybe_add_custom_config([f"--job.custom_config_module={CONFIG_MODULE}"], None)
         _check_table(_read_toml(path), merged, path, prefix="")
@@ -117,6 +121,13 @@ def _check_bounds(config: Any) -> None:
         raise RunConfigError(
             f"checkpoint.keep_latest_k = {config.checkpoint.keep_latest_k}: must be 0 (keep all) or at least 2, "
             "because the last one may be half written"
+        )
+    begin_from = config.checkpoint.initial_load_path
+    resumes = any(complete_checkpoints(Path(config.job.dump_folder) / config.checkpoint.folder))
+    if begin_from and not resumes and "://" not in begin_from and not (Path(begin_from) / ".metadata").is_file():
+        raise RunConfigError(
+            f"checkpoint.initial_load_path = {begin_from!r}: holds no complete checkpoint (a .metadata file); name a "
+            "step-N folder, or what scripts.convert_from_hf wrote"
         )
     if config.training.global_batch_size == 0:
         raise RunConfigError("training.global_batch_size = 0: must be at least 1, or -1 for no accumulation")
@@ -233,6 +244,12 @@ def _check_export(config: Any, model_args: Any) -> None:
             f"export.hf_every = {export.hf_every}, but transformers cannot cut texts for this model: {alone}. Set "
             "export.entropy_checkpoint if that is missing, or export.force = true to need explicit patch_lengths there"
         )
+    if checkpoint and not alone and config.patching.source == "sidecar":
+        try:
+            sidecars = open_sidecars(config, open_shards(config, "train"))
+            check_entropy_model(sidecars.fingerprint, stored_weights(checkpoint))
+        except CheckpointError as error:
+            raise RunConfigError(f"export.entropy_checkpoint = {export.entropy_checkpoint!r}: {error}") from error
     try:
         hf_config(model_args, None if alone else entropy_args, rule)
     except HFConfigError as error:
@@ -295,6 +312,31 @@ def _config_file(args: list[str]) -> Path | None:
         if key in ("--job.config_file", "--job.config-file"):
             return Path(value or args[i + 1])
     return None
+
+
+def _check_overrides(args: list[str], cls: type) -> list[str]:
+    """Check the names of overrides; write `--a.b=true` and `--a.b=false` as the option parser takes them."""
+    checked = []
+    for arg in args:
+        name, _, value = arg.removeprefix("--").partition("=")
+        if not arg.startswith("--") or "." not in name:
+            checked.append(arg)
+            continue
+        *sections, key = name.replace("-", "_").split(".")
+        hints, prefix = get_type_hints(cls), ""
+        for part in (*sections, key):
+            meant = part if part in hints else part.removeprefix("no_")
+            if meant not in hints or (meant != part and hints[meant] is not bool):
+                close = difflib.get_close_matches(part, hints, n=1)
+                hint = f"; did you mean {prefix}{close[0]}?" if close else ""
+                raise RunConfigError(f"{arg}: unknown key {prefix}{part}{hint}")
+            prefix += f"{part}."
+            hints = get_type_hints(hints[meant]) if dataclasses.is_dataclass(hints[meant]) else hints
+        if hints.get(key) is bool and value in ("true", "false"):
+            off = "" if value == "true" else "no-"
+            arg = f"--{'.'.join(sections)}.{off}{key.replace('_', '-')}"
+        checked.append(arg)
+    return checked
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -236,6 +236,7 @@ def build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: None, job_conf
         pin_memory=settings.pin_memory and device_type != "cpu",
         quarantine=job_config.data.on_damage == "quarantine",
         quarantine_log=Path(job_config.job.dump_folder) / "quarantined.jsonl",
+        patching_may_change=job_config.patching.allow_change,
         merge_positions=_merge_positions if dp_world_size > 1 else None,
     )
     if loader.num_workers != settings.num_workers and not online:

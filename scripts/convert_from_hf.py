@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rule = pretrained.rule
         if args.out:
             model = BLT.from_pretrained(pretrained.directory)
-            print(f"{write_checkpoint(model, 'blt', model.args, args.out, rule=rule)}: the BLT")
+            written = write_checkpoint(model, "blt", model.args, args.out, rule=rule, entropies=pretrained.entropies)
+            print(f"{written}: the BLT")
             if rule is not None:
                 settings = " ".join(
                     f"--patching.{k}={v}" for k, v in rule.as_dict().items() if v is not None and k != "storage"

@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; give its exit code: 0, or 2 after an error."""
     args = parse_args(arguments)
     try:
+        if args.verify:
+            import transformers  # noqa: F401 - before anything is written
         blt = stored_weights(args.checkpoint)
         if args.threshold is not None:
             rule = blt.rule or PatchRule("global", max_patch_bytes=512)
@@ -54,8 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise ValueError(
                     f"--threshold {args.threshold}: the rule of {blt.origin} is {rule.rule!r}, not 'global'"
                 )
-            # Other patches than in training are meant, so any entropy model may make them.
-            blt = replace(blt, rule=replace(rule, threshold=args.threshold), entropies="")
+            # Where other patches than in training are meant, any entropy model may make them.
+            entropies = blt.entropies if rule.threshold == args.threshold else ""
+            blt = replace(blt, rule=replace(rule, threshold=args.threshold), entropies=entropies)
         entropy = stored_weights(args.entropy_checkpoint) if args.entropy_checkpoint else None
         out = export_hf(
             blt,

@@ -10,6 +10,7 @@ before and after. Figures, pictures, a page of patches and checkpoints stay unde
 
 import argparse
 import gzip
+import itertools
 import json
 import os
 import shutil
@@ -62,6 +63,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=None, help="training steps (default: as in the TOML)")
     arguments = parser.parse_args()
+    if arguments.steps is not None and arguments.steps < 1:
+        parser.error(f"--steps {arguments.steps}: must be at least 1")
     try:
         run(arguments.steps)
     except (DemoError, DataError, CheckpointError, OSError) as error:
@@ -147,8 +150,8 @@ def _make_room() -> None:
     if free_gib < FREE_DISK_GIB:
         raise DemoError(f"{FREE_DISK_GIB} GiB of free disk are needed under outputs/, there are {free_gib:.1f}")
     if OUT.exists():
-        previous = OUT.with_name(OUT.name + "-previous")
-        shutil.rmtree(previous, ignore_errors=True)
+        names = (OUT.with_name(f"{OUT.name}-previous{f'-{i}' if i > 1 else ''}") for i in itertools.count(1))
+        previous = next(name for name in names if not name.exists())
         OUT.rename(previous)
         print(f"(an earlier demo was moved to {previous})")
     OUT.mkdir()

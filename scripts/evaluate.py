@@ -47,6 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if args.out is not None and not args.out.absolute().parent.is_dir():
             raise FileNotFoundError(f"--out {args.out}: its folder does not exist")
+        if args.out is not None and args.out.is_dir():
+            raise IsADirectoryError(f"--out {args.out}: is a folder; name a file")
+        if args.max_documents is not None and args.max_documents < 1:
+            raise ValueError(f"--max-documents {args.max_documents}: must be at least 1")
         loaded = load_models(args)
         scorer = LikelihoodScorer(
             loaded.model,
@@ -68,8 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{'bits/byte':>10}  {'95% interval':>16}{'patch':>7}{'documents':>11}{'bytes':>14}  source")
     for source, of_source in figures.items():
         low, high = of_source["bits_per_byte_95"]
+        interval = f"{low:.4f} - {high:.4f}" if of_source["documents"] > 1 else "-"
         print(
-            f"{of_source['bits_per_byte']:>10.4f}  {f'{low:.4f} - {high:.4f}':>16}{of_source['mean_patch_bytes']:>7.2f}"
+            f"{of_source['bits_per_byte']:>10.4f}  {interval:>16}{of_source['mean_patch_bytes']:>7.2f}"
             f"{of_source['documents']:>11,}{of_source['bytes']:>14,}  {source}"
         )
     if args.out is not None:

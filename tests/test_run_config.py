@@ -69,6 +69,26 @@ def test_command_line_wins_over_toml_and_toml_over_default():
     assert config.checkpoint.last_save_model_only is False
 
 
+def test_booleans_are_also_said_as_in_toml():
+    said = ["--validation.enable=false", "--compile.enable=true", "--metrics.enable_tensorboard=false"]
+    for overrides in (said, ["--validation.no-enable", "--compile.enable", "--metrics.no-enable-tensorboard"]):
+        config = load_run_config([f"--job.config_file={DEBUG}", *overrides])
+        assert (config.validation.enable, config.compile.enable, config.metrics.enable_tensorboard) == (0, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--training.stepps=3", r"--training\.stepps=3: unknown key training\.stepps; did you mean training\.steps\?"),
+        ("--trainnig.steps=3", r"unknown key trainnig; did you mean training\?"),
+        ("--training.no-steps", r"unknown key training\.no_steps"),
+    ],
+)
+def test_wrong_overrides_are_named(override, message):
+    with pytest.raises(RunConfigError, match=message):
+        load_run_config([f"--job.config_file={DEBUG}", override])
+
+
 @pytest.mark.parametrize(
     ("override", "world_size", "message"),
     [
@@ -119,6 +139,7 @@ def test_command_line_wins_over_toml_and_toml_over_default():
         ("--model.converters=quantize.linear.mx", 1, r"model\.converters"),
         ("--training.dataset_path=/nowhere", 1, r"training\.dataset_path = '/nowhere': no such directory"),
         ("--checkpoint.async_mode=async_with_pinned_mem", 1, r"checkpoint\.async_mode"),
+        ("--checkpoint.initial_load_path=/nowhere", 1, r"initial_load_path = '/nowhere': holds no complete checkpoint"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(override, world_size, message, stdlib_data):

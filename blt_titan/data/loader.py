@@ -183,6 +183,7 @@ class RowLoader:
         quarantine: pass over record batches that cannot be used, name them in the log and count them in the state;
             else the first one ends the iteration with its error.
         quarantine_log: a file that gets a line for each of them, when it is read (workers read ahead).
+        patching_may_change: go on from a state that was written with other patches.
         merge_positions: makes the table whole: entries that other ranks own are -1 on entry. None where one rank
             owns all streams.
 
@@ -204,6 +205,7 @@ class RowLoader:
         pin_memory: bool = False,
         quarantine: bool = False,
         quarantine_log: Path | None = None,
+        patching_may_change: bool = False,
         merge_positions: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
         assert order.streams % dp_size == 0
@@ -228,6 +230,7 @@ class RowLoader:
         # Of ranks that share rows, one writes.
         self._quarantine_log = quarantine_log if part.index == 0 else None
         self._quarantined_told = 0
+        self._patching_may_change = patching_may_change
         self._merge_positions = merge_positions
         fields = len(POSITION_FIELDS) + (len(order.sizes) if isinstance(order, MixtureOrder) else 0)
         self._positions = np.zeros((order.streams, fields), dtype=np.int64)
@@ -316,7 +319,7 @@ class RowLoader:
         """Continue after the batches of a saved state, made by any number of ranks and workers.
 
         Raises:
-            DataError: if the state belongs to other data or to another order; names what differs.
+            DataError: if the state belongs to other data, to another order or to other patches; names what differs.
         """
         saved, here = json.loads(state_dict["identity"]), self._identity()
         for key, value in here.items():
@@ -326,11 +329,14 @@ class RowLoader:
                     f"this run has {value!r}"
                 )
         for key, value in self.source.patching.items():
-            if (before := saved.get("patching", {}).get(key)) != value:
-                logger.warning(
-                    f"the checkpoint was written with {key} = {before!r}, this run has {value!r}: from here on patches "
-                    "are cut otherwise (no text is lost or repeated)"
+            if (before := saved.get("patching", {}).get(key)) == value:
+                continue
+            said = f"the checkpoint was written with {key} = {before!r}, this run has {value!r}"
+            if not self._patching_may_change and key in saved.get("patching", {}):
+                raise DataError(
+                    f"{said}, so patches would be cut otherwise: set it as it was, or set patching.allow_change = true"
                 )
+            logger.warning(f"{said}: from here on patches are cut otherwise (no text is lost or repeated)")
         rows_served = int(state_dict["rows_served"])
         if rows_served % self.dp_size:
             raise DataError(f"{rows_served} rows were served, which {self.dp_size} data-parallel ranks do not divide")

@@ -69,13 +69,17 @@ def stored_weights(path: str | os.PathLike[str], *, described: Mapping[str, Any]
     return Weights(kind(**values), StoredTensors(checkpoint), str(checkpoint), rule, described.get("entropies", ""))
 
 
-def check_entropy_model(blt: Weights, entropy: Weights) -> None:
-    """Check that an entropy model is the one that a BLT's training text was cut with, if that is known.
+def check_entropy_model(fingerprint: str, entropy: Weights) -> None:
+    """Check that an entropy model is the one that a training text was cut with.
+
+    Args:
+        fingerprint: of the one in training; empty if that is not known.
+        entropy: what is to cut texts now.
 
     Raises:
         CheckpointError: it is another one.
     """
-    if not blt.entropies:
+    if not fingerprint:
         return
     digest = hashlib.sha256()
     for entry in sorted(model_entries(entropy, EntropyModel, str, torch.float32), key=lambda entry: entry.name):
@@ -83,12 +87,12 @@ def check_entropy_model(blt: Weights, entropy: Weights) -> None:
         for block in entry.blocks():
             digest.update(block.float().contiguous().numpy().tobytes())
     args = model_settings(entropy.args)
-    if blt.entropies not in {
+    if fingerprint not in {
         fingerprint_of(SidecarSettings(storage, args, digest.hexdigest(), "float32")) for storage in get_args(Storage)
     }:
         raise CheckpointError(
-            f"{entropy.origin}: is not the entropy model that {blt.origin} was trained with, and would cut texts "
-            "otherwise; name that one, or say with --threshold that other patches are meant"
+            f"{entropy.origin}: is not the entropy model by which the training text was cut, and would cut texts "
+            "otherwise; name that one (another --threshold than in training says that other patches are meant)"
         )
 
 
@@ -138,8 +142,8 @@ def export_hf(
         raise HFConfigError(f"{alone}. --force writes the weights all the same, for use with explicit patch_lengths")
     patcher = None if alone else entropy
     if patcher is not None:
-        check_entropy_model(blt, patcher)
-    config = hf_config(blt.args, patcher.args if patcher else None, rule, dtype=dtype)
+        check_entropy_model(blt.entropies, patcher)
+    config = hf_config(blt.args, patcher.args if patcher else None, rule, dtype=dtype, entropies=blt.entropies)
     entries = model_entries(blt, BLT, blt_name_to_hf, dtype)
     if patcher is not None:
         # In fp32: rounded weights would cut texts elsewhere than in training.

@@ -112,7 +112,7 @@ def why_not_by_itself(entropy_args: EntropyModelArgs | None, rule: PatchRule | N
     Its patcher knows one threshold for the whole text; any other mode means one-byte patches, without a word.
     """
     if rule is None:
-        return "the rule of its patches is not known"
+        return "the rule of its patches is not known (older checkpoints do not say it; --threshold does)"
     if rule.rule != "global":
         return (
             f"patching.rule = {rule.rule!r}: transformers cuts only where the entropy is above one threshold ('global')"
@@ -159,6 +159,7 @@ def hf_config(
     rule: PatchRule | None = None,
     *,
     dtype: torch.dtype = torch.float32,
+    entropies: str = "",
 ) -> dict[str, Any]:
     """Write the shape of a BLT, and of its entropy model if it has one, as `config.json` holds it.
 
@@ -167,6 +168,7 @@ def hf_config(
         entropy_args: of the entropy model that becomes the patcher; None for a model that needs `patch_lengths`.
         rule: where patches begin; None leaves the threshold of the released models.
         dtype: of the weights.
+        entropies: the fingerprint of the entropy model that the training text was cut with, if that is known.
 
     Raises:
         HFConfigError: naming what `transformers` cannot express.
@@ -236,7 +238,7 @@ def hf_config(
     if entropy_args is not None:
         config["patcher_config"] = entropy_config(entropy_args)
     if rule is not None:
-        config[OUR_KEY] = {"patching": rule.as_dict()}
+        config[OUR_KEY] = {"patching": rule.as_dict()} | ({"entropies": entropies} if entropies else {})
     return config
 
 

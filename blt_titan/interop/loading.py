@@ -67,11 +67,11 @@ def load_for_inference(
             raise CheckpointError(f"{weights.origin}: holds an entropy model, not a BLT")
         model = BareBLT(weights.args)
         load_weights(model, weights.origin)
-        rule, inside, origin, trained = weights.rule, None, weights.origin, weights
+        rule, inside, origin, fingerprint = weights.rule, None, weights.origin, weights.entropies
     else:
         pretrained = Pretrained(path)
         model, rule, origin = BLT.from_pretrained(pretrained.directory), pretrained.rule, str(path)
-        trained = None
+        fingerprint = pretrained.entropies
         inside = pretrained.directory if pretrained.has_entropy_model else None
     if rule is None:
         if threshold is None:
@@ -83,12 +83,14 @@ def load_for_inference(
     if threshold is not None:
         if rule.threshold is None:
             raise ValueError(f"--threshold {threshold}: the rule of {origin} is {rule.rule!r}, which has none")
+        if threshold != rule.threshold:
+            fingerprint = ""  # other patches than in training are meant, so any entropy model may make them
         rule = replace(rule, threshold=threshold)
     entropy_model = None
     if rule.by_entropy:
         entropy_model = _entropy_model(entropy or inside, origin, rule)
-        if trained is not None and threshold is None:
-            check_entropy_model(trained, Weights(entropy_model.args, ModuleTensors(entropy_model), str(entropy)))
+        if entropy is not None:
+            check_entropy_model(fingerprint, Weights(entropy_model.args, ModuleTensors(entropy_model), str(entropy)))
         entropy_model = _of_any_shape(entropy_model.to(device).eval())
     return Loaded(_of_any_shape(model.to(device, dtype).eval()), rule, entropy_model, origin)
 

@@ -31,6 +31,7 @@ from blt_titan.byte_vocab import BOS_ID, bytes_to_ids
 from blt_titan.inference.entropies import EntropyScorer, mark_by_model
 from blt_titan.interop.export import Weights, export_hf, install_files
 from blt_titan.interop.hf_config import (
+    OUR_KEY,
     HFConfigError,
     blt_args_from_hf,
     entropy_args_from_hf,
@@ -132,6 +133,11 @@ class Pretrained:
         if self._original:
             return rule_from_original(self._params) if self._params_at else None
         return rule_from_hf(self._config)
+
+    @property
+    def entropies(self) -> str:
+        """The fingerprint of the entropy model that its training text was cut with; empty if it does not say."""
+        return (self._config.get(OUR_KEY) or {}).get("entropies", "")
 
     @property
     def _params(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ def write_checkpoint(
     out: str | os.PathLike[str],
     *,
     rule: PatchRule | None = None,
+    entropies: str = "",
 ) -> Path:
     """Write a checkpoint of one model.
 
@@ -34,6 +35,7 @@ def write_checkpoint(
         args: its arguments.
         out: the folder to write; must not be there.
         rule: where patches begin.
+        entropies: the fingerprint of the entropy model that the training text was cut with, if that is known.
 
     Raises:
         FileExistsError: `out` is there.
@@ -44,6 +46,8 @@ def write_checkpoint(
     described: dict[str, Any] = {"name": name, "args": _plain(asdict(args))}
     if rule is not None:
         described["patching"] = rule.as_dict()
+    if entropies:
+        described["entropies"] = entropies
     state = {name: parameter.detach().float() for name, parameter in model.named_parameters()}
     temporary = out.with_name(f".{out.name}.{os.getpid()}.partial")
     shutil.rmtree(temporary, ignore_errors=True)

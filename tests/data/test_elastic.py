@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from blt_titan.data.errors import DataError
 from blt_titan.data.loader import RowLoader
 from blt_titan.data.shards import ShardSet
 from tests.elastic_rank import STREAMS
@@ -107,7 +108,11 @@ def test_a_run_that_goes_on_with_other_patches_is_told(data, caplog):
     state = patched(threshold=1.5, entropies="abc").state_dict()
     patched(threshold=1.5, entropies="abc").load_state_dict(state)
     assert not caplog.records
-    patched(threshold=2.5, entropies="abd").load_state_dict(state)
+    with pytest.raises(DataError, match=r"threshold = 1\.5, this run has 2\.5.*patching\.allow_change"):
+        patched(threshold=2.5, entropies="abd").load_state_dict(state)
+    allowing = patched(threshold=2.5, entropies="abd")
+    allowing._patching_may_change = True
+    allowing.load_state_dict(state)
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2
     assert "written with threshold = 1.5, this run has 2.5: from here on patches are cut otherwise" in messages[0]

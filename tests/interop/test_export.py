@@ -430,9 +430,21 @@ def test_swapped_and_other_models_are_named(checkpoints, tmp_path):
     own = fingerprint_of(sidecar_settings(entropy_model(), "uint8", "float32"))
     export_hf(replace(blt, entropies=own), tmp_path / "own", entropy=entropy)
     other = fingerprint_of(sidecar_settings(entropy_model(init_seed=5, reset_at_newline=True), "float16", "float32"))
-    with pytest.raises(CheckpointError, match="is not the entropy model that"):
+    with pytest.raises(CheckpointError, match="is not the entropy model by which"):
         export_hf(replace(blt, entropies=other), tmp_path / "x", entropy=entropy)
     assert not (tmp_path / "x").exists()
+    # Directories know it, too; another threshold says that other patches are meant.
+    write_checkpoint(entropy_model(), "blt_entropy", entropy_model().args, tmp_path / "own_entropy")
+    with torch.no_grad():
+        (another := entropy_model()).output.weight.mul_(1.5)
+    write_checkpoint(another, "blt_entropy", another.args, tmp_path / "another")
+    load_for_inference(tmp_path / "own", entropy=tmp_path / "own_entropy")
+    for threshold in (None, RULE.threshold):
+        with pytest.raises(CheckpointError, match="is not the entropy model by which"):
+            load_for_inference(tmp_path / "own", entropy=tmp_path / "another", threshold=threshold)
+    load_for_inference(tmp_path / "own", entropy=tmp_path / "another", threshold=2.0)
+    assert convert_from_hf.main(["--model", str(tmp_path / "own"), "--out", str(tmp_path / "back")]) == 0
+    assert stored_weights(tmp_path / "back").entropies == own
 
 
 def test_checkpoints_that_a_run_removes_are_exported_all_the_same(checkpoints, tmp_path):
