@@ -21,8 +21,11 @@ import blt_titan.titan_device  # noqa: F401
 from torchtitan.config import ConfigManager
 from torchtitan.tools.utils import device_type
 
+from blt_titan.data.entropies import fingerprint_of
 from blt_titan.data.errors import DataError
 from blt_titan.inference.checkpoint import CheckpointError, complete_checkpoints, load_entropy_model
+from blt_titan.inference.entropies import OnlineEntropies
+from blt_titan.inference.score_data import sidecar_settings
 from blt_titan.interop.export import check_entropy_model, stored_weights
 from blt_titan.interop.hf_config import HFConfigError, hf_config, why_not_by_itself
 from blt_titan.train_spec import (
@@ -47,18 +50,16 @@ def load_run_config(args: list[str]) -> Any:
     """Read the TOML that `--job.config_file` names, and overrides, into torchtitan's JobConfig with our sections.
 
     Args:
-        args: command line without the program's name, `--section.key=value` or `--section.key value`.
+        args: command line without the program's name, `--section.key=value` (`--section.key value` but for booleans).
 
     Raises:
         RunConfigError: for a file that cannot be read, an unknown section or key, or a value of the wrong type.
         SystemExit: for an override of the wrong type; the option parser has then said why.
     """
     manager = ConfigManager()
-    args = _check_overrides(
-        args, manager._maybe_add_custom_config([f"--job.custom_config_module={CONFIG_MODULE}"], None)
-    )
+    merged = manager._maybe_add_custom_config([f"--job.custom_config_module={CONFIG_MODULE}"], None)
+    args = _check_overrides(args, merged)
     if path := _config_file(args):
-        merged = manager._maybe_add_custom_config([f"--job.custom_config_module={CONFIG_MODULE}"], None)
         _check_table(_read_toml(path), merged, path, prefix="")
     return manager.parse_args([*args, f"--job.custom_config_module={CONFIG_MODULE}"])
 
@@ -94,8 +95,8 @@ def check_run(config: Any, *, world_size: int, verify_data: bool) -> None:
     if refused := unsupported_settings(config, spec.model_args[config.model.flavor], dp_shard):
         raise RunConfigError("; ".join(refused))
     _check_device(config)
-    _check_export(config, spec.model_args[config.model.flavor])
     _check_data(config, dp, verify_data)
+    _check_export(config, spec.model_args[config.model.flavor])
 
 
 def _check_bounds(config: Any) -> None:
@@ -123,8 +124,14 @@ def _check_bounds(config: Any) -> None:
             "because the last one may be half written"
         )
     begin_from = config.checkpoint.initial_load_path
-    resumes = any(complete_checkpoints(Path(config.job.dump_folder) / config.checkpoint.folder))
-    if begin_from and not resumes and "://" not in begin_from and not (Path(begin_from) / ".metadata").is_file():
+    folder = Path(config.job.dump_folder) / config.checkpoint.folder
+    begins = bool(begin_from) and config.checkpoint.enable and not complete_checkpoints(folder)
+    if begins and folder.exists():
+        raise RunConfigError(
+            f"checkpoint.initial_load_path = {begin_from!r} would be passed over, because {folder} is there, without a "
+            "complete checkpoint: remove it"
+        )
+    if begins and "://" not in begin_from and not (Path(begin_from) / ".metadata").is_file():
         raise RunConfigError(
             f"checkpoint.initial_load_path = {begin_from!r}: holds no complete checkpoint (a .metadata file); name a "
             "step-N folder, or what scripts.convert_from_hf wrote"
@@ -244,10 +251,14 @@ def _check_export(config: Any, model_args: Any) -> None:
             f"export.hf_every = {export.hf_every}, but transformers cannot cut texts for this model: {alone}. Set "
             "export.entropy_checkpoint if that is missing, or export.force = true to need explicit patch_lengths there"
         )
-    if checkpoint and not alone and config.patching.source == "sidecar":
+    if checkpoint and not alone:
+        if config.patching.source == "sidecar":
+            fingerprint = open_sidecars(config, open_shards(config, "train")).fingerprint
+        else:
+            scorer = load_entropy_model(config.patching.entropy_checkpoint)
+            fingerprint = fingerprint_of(sidecar_settings(scorer, OnlineEntropies.storage, "float32"))
         try:
-            sidecars = open_sidecars(config, open_shards(config, "train"))
-            check_entropy_model(sidecars.fingerprint, stored_weights(checkpoint))
+            check_entropy_model(fingerprint, stored_weights(checkpoint))
         except CheckpointError as error:
             raise RunConfigError(f"export.entropy_checkpoint = {export.entropy_checkpoint!r}: {error}") from error
     try:

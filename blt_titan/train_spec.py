@@ -81,9 +81,7 @@ def row_source(job_config: Any, split: str, seq_len: int) -> RowSource:
 
 
 def _patching(job_config: Any, read_entropies: ReadEntropies | None) -> dict[str, Any]:
-    rule = patch_rule(job_config).as_dict()
-    del rule["storage"]  # the fingerprint tells
-    found: dict[str, Any] = {f"patching.{key}": value for key, value in rule.items()}
+    found: dict[str, Any] = {f"patching.{key}": value for key, value in patch_rule(job_config).as_settings().items()}
     if isinstance(read_entropies, EntropySidecars | OnlineEntropies):
         found["entropies (of the model)"] = read_entropies.fingerprint
     return found

@@ -202,6 +202,8 @@ class BLTTrainer(Trainer):
 
     def _is_exported(self, step: int) -> bool:
         config: Any = self.job_config
+        if step == 0:  # a seed checkpoint
+            return False
         checkpoints, beside = divmod(step, config.checkpoint.interval)
         return step == config.training.steps or (not beside and checkpoints % config.export.hf_every == 0)
 

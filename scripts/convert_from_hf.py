@@ -41,9 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             written = write_checkpoint(model, "blt", model.args, args.out, rule=rule, entropies=pretrained.entropies)
             print(f"{written}: the BLT")
             if rule is not None:
-                settings = " ".join(
-                    f"--patching.{k}={v}" for k, v in rule.as_dict().items() if v is not None and k != "storage"
-                )
+                settings = " ".join(f"--patching.{k}={v}" for k, v in rule.as_settings().items() if v is not None)
+                if rule.by_entropy and rule.storage != "float16":
+                    settings += f" (entropies were rounded: score_entropies --quantize {rule.storage})"
                 print(f"train it with its own patches: {settings}")
         if args.entropy_out:
             entropy_model = EntropyModel.from_pretrained(pretrained.directory)

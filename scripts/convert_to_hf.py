@@ -16,9 +16,8 @@ from pathlib import Path
 
 import torch
 
-from blt_titan.interop.export import MAX_SHARD_BYTES, export_hf, stored_weights
+from blt_titan.interop.export import MAX_SHARD_BYTES, export_hf, stored_weights, with_threshold
 from blt_titan.interop.verify import verify_export
-from blt_titan.patching.rule import PatchRule
 from scripts.prepare_data import size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -51,14 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             import transformers  # noqa: F401 - before anything is written
         blt = stored_weights(args.checkpoint)
         if args.threshold is not None:
-            rule = blt.rule or PatchRule("global", max_patch_bytes=512)
-            if rule.rule != "global":
-                raise ValueError(
-                    f"--threshold {args.threshold}: the rule of {blt.origin} is {rule.rule!r}, not 'global'"
-                )
-            # Where other patches than in training are meant, any entropy model may make them.
-            entropies = blt.entropies if rule.threshold == args.threshold else ""
-            blt = replace(blt, rule=replace(rule, threshold=args.threshold), entropies=entropies)
+            rule, entropies = with_threshold(blt.rule, blt.entropies, args.threshold, blt.origin)
+            blt = replace(blt, rule=rule, entropies=entropies)
         entropy = stored_weights(args.entropy_checkpoint) if args.entropy_checkpoint else None
         out = export_hf(
             blt,

@@ -16,11 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from blt_titan.inference.noise import NOISES
+from blt_titan.inference.noise import NOISE_ON, NOISES
 from scripts.model_options import add_model_options
 
 PAPER_TASKS = ("arc_easy", "arc_challenge", "hellaswag", "piqa", "mmlu", "mbpp", "humaneval")
-NOISE_ON = ("prompt", "completion", "both")
 CODE_TASKS = ("mbpp", "humaneval")
 """Beginnings of names of tasks that run what the model wrote."""
 

@@ -149,6 +149,22 @@ def test_settings_that_do_not_fit_are_refused(override, world_size, message, std
         check_run(config, world_size=world_size, verify_data=True)
 
 
+def test_what_would_be_passed_over_is_refused(stdlib_data, tmp_path):
+    begin_from = tmp_path / "weights"
+    begin_from.mkdir()
+    (begin_from / ".metadata").touch()
+    arguments = [f"--job.config_file={DEBUG}", f"--training.dataset_path={stdlib_data}", "--data.streams=12"]
+    arguments += [f"--job.dump_folder={tmp_path}", f"--checkpoint.initial_load_path={begin_from}"]
+    config = load_run_config(arguments)
+    check_run(config, world_size=1, verify_data=False)
+    step = tmp_path / "checkpoint" / "step-0"
+    step.mkdir(parents=True)  # half written
+    with pytest.raises(RunConfigError, match=r"would be passed over, because .*checkpoint is there"):
+        check_run(config, world_size=1, verify_data=False)
+    (step / ".metadata").touch()
+    check_run(config, world_size=1, verify_data=False)
+
+
 def test_the_stream_count_that_is_named_fits(stdlib_data):
     overrides = [f"--training.dataset_path={stdlib_data}", "--training.global_batch_size=8"]
     config = load_run_config([f"--job.config_file={DEBUG}", *overrides, "--data.streams=4096"])

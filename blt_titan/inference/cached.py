@@ -94,9 +94,7 @@ class CachedBLT:
     """
 
     def __init__(self, model: BLT, rule: PatchRule, entropy_model: EntropyModel | None = None):
-        if rule.by_entropy != (entropy_model is not None):
-            needs = "needs an entropy model" if rule.by_entropy else "takes no entropy model"
-            raise ValueError(f"rule={rule.rule!r} {needs}")
+        rule.require(entropy_model=entropy_model is not None)
         self.model = model.eval().requires_grad_(False)
         self.rule = rule
         self.entropies = CachedEntropyModel(entropy_model) if entropy_model is not None else None

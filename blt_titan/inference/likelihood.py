@@ -68,8 +68,7 @@ class LikelihoodScorer:
                 f"context of {context_bytes} bytes, stride of {stride_bytes}: the context must be at least 2, the "
                 "stride from 1 to the context"
             )
-        if rule.by_entropy != (entropy_model is not None):
-            raise ValueError(f"rule={rule.rule!r} {'needs an' if rule.by_entropy else 'takes no'} entropy model")
+        rule.require(entropy_model=entropy_model is not None)
         self.model, self.rule = model.eval(), rule
         self.context_bytes, self._stride = context_bytes, stride_bytes
         self._scorer = None if entropy_model is None else EntropyScorer(entropy_model)

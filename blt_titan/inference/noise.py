@@ -12,6 +12,8 @@ from collections.abc import Callable
 import numpy as np
 
 NOISES = ("antspeak", "drop", "random_case", "repeat", "uppercase")
+NOISE_ON = ("prompt", "completion", "both")
+"""Which texts of a task; the paper averages over its results with each."""
 DROPPED, CAPITALS, REPEATED, MOST_TIMES = 0.1, 0.5, 0.2, 4
 
 

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -52,13 +52,17 @@ def stored_weights(path: str | os.PathLike[str], *, described: Mapping[str, Any]
 
     Args:
         path: of the checkpoint.
-        described: what model it holds, where it does not say so itself.
+        described: what model it holds, for a checkpoint that does not say so itself.
 
     Raises:
         CheckpointError: there is none, it cannot be read, or it is of an older kind that names no model.
     """
     checkpoint = find_checkpoint(path)
-    described = described or describe_model(checkpoint)
+    try:
+        described = describe_model(checkpoint)
+    except CheckpointError:
+        if described is None:
+            raise
     kinds = {"blt": BLTArgs, "blt_entropy": EntropyModelArgs}
     kind = kinds.get(described["name"])
     if kind is None:
@@ -69,12 +73,32 @@ def stored_weights(path: str | os.PathLike[str], *, described: Mapping[str, Any]
     return Weights(kind(**values), StoredTensors(checkpoint), str(checkpoint), rule, described.get("entropies", ""))
 
 
-def check_entropy_model(fingerprint: str, entropy: Weights) -> None:
-    """Check that an entropy model is the one that a training text was cut with.
+def with_threshold(rule: PatchRule | None, entropies: str, threshold: float, origin: str) -> tuple[PatchRule, str]:
+    """Set a threshold; return the rule, and the fingerprint of training, if the patches are still those.
+
+    Args:
+        rule: as the model was trained; None, if it does not say, means `global`.
+        entropies: the fingerprint of the entropy model in training.
+        threshold: nats.
+        origin: of the model, for the error.
+
+    Raises:
+        ValueError: the rule has no threshold.
+    """
+    rule = rule or PatchRule("global", threshold=threshold, max_patch_bytes=512)
+    if rule.threshold is None:
+        raise ValueError(f"--threshold {threshold}: the rule of {origin} is {rule.rule!r}, which has none")
+    # Where other patches than in training are meant, any entropy model may make them.
+    return replace(rule, threshold=threshold), entropies if threshold == rule.threshold else ""
+
+
+def check_entropy_model(fingerprint: str, entropy: Weights, rule: PatchRule | None = None) -> None:
+    """Check that an entropy model is the one that a training text was cut with, and that the rule rounds as it did.
 
     Args:
         fingerprint: of the one in training; empty if that is not known.
         entropy: what is to cut texts now.
+        rule: by which.
 
     Raises:
         CheckpointError: it is another one.
@@ -87,9 +111,16 @@ def check_entropy_model(fingerprint: str, entropy: Weights) -> None:
         for block in entry.blocks():
             digest.update(block.float().contiguous().numpy().tobytes())
     args = model_settings(entropy.args)
-    if fingerprint not in {
-        fingerprint_of(SidecarSettings(storage, args, digest.hexdigest(), "float32")) for storage in get_args(Storage)
-    }:
+    storages = {
+        fingerprint_of(SidecarSettings(storage, args, digest.hexdigest(), "float32")): storage
+        for storage in get_args(Storage)
+    }
+    if rule is not None and storages.get(fingerprint, rule.storage) != rule.storage:
+        raise CheckpointError(
+            f"the training text was cut by entropies rounded to {storages[fingerprint]}, but the rule says "
+            f"{rule.storage}, as checkpoints from before rules had `storage` do; go on from a newer checkpoint"
+        )
+    if fingerprint not in storages:
         raise CheckpointError(
             f"{entropy.origin}: is not the entropy model by which the training text was cut, and would cut texts "
             "otherwise; name that one (another --threshold than in training says that other patches are meant)"
@@ -142,7 +173,7 @@ def export_hf(
         raise HFConfigError(f"{alone}. --force writes the weights all the same, for use with explicit patch_lengths")
     patcher = None if alone else entropy
     if patcher is not None:
-        check_entropy_model(blt.entropies, patcher)
+        check_entropy_model(blt.entropies, patcher, rule)
     config = hf_config(blt.args, patcher.args if patcher else None, rule, dtype=dtype, entropies=blt.entropies)
     entries = model_entries(blt, BLT, blt_name_to_hf, dtype)
     if patcher is not None:

@@ -11,7 +11,7 @@ taken times BYTES_PER_TOKEN; what ends at it is counted and said.
 import logging
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from blt_titan.byte_vocab import BOS_ID, bytes_to_ids
 from blt_titan.inference.cached import CachedBLT
 from blt_titan.inference.generate import Sampling, generate
 from blt_titan.inference.likelihood import CONTEXT_BYTES, LikelihoodScorer
-from blt_titan.inference.noise import NOISES, add_noise
+from blt_titan.inference.noise import NOISE_ON, NOISES, add_noise
 from blt_titan.interop.loading import load_for_inference
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 BYTES_PER_TOKEN = 4
 MOST_TOKENS = 256
 """Generated where a task says no limit; the harness's own default."""
-NoiseOn = Literal["prompt", "completion", "both"]
 
 
 @register_model("blt_titan")
@@ -60,7 +59,7 @@ class BLTHarness(LM):
         max_length: int = CONTEXT_BYTES,
         batch_size: int | str = 8,
         noise: str | None = None,
-        noise_on: NoiseOn = "prompt",
+        noise_on: str = "prompt",
         seed: int = 0,
         device: str | None = None,
         dtype: str = "float32",
@@ -81,8 +80,8 @@ class BLTHarness(LM):
         self._batch_size = 8 if str(batch_size).startswith("auto") else int(batch_size)
         if self._batch_size < 1:
             raise ValueError(f"batch_size = {batch_size}: must be at least 1")
-        if noise_on not in get_args(NoiseOn):
-            raise ValueError(f"noise_on = {noise_on!r}: must be one of {', '.join(get_args(NoiseOn))}")
+        if noise_on not in NOISE_ON:
+            raise ValueError(f"noise_on = {noise_on!r}: must be one of {', '.join(NOISE_ON)}")
         if noise is not None and noise not in NOISES:
             raise ValueError(f"noise = {noise!r}: must be one of {', '.join(NOISES)}")
         self._noise, self._noise_on, self._seed = noise, noise_on, seed

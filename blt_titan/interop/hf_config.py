@@ -132,8 +132,8 @@ def why_not_by_itself(entropy_args: EntropyModelArgs | None, rule: PatchRule | N
 def rule_from_hf(config: dict[str, Any]) -> PatchRule | None:
     """Read where patches begin; None if the model needs explicit lengths and does not say.
 
-    What `transformers` has no field for stands under a key of ours, which it passes over; of a threshold its own field
-    is the one that counts.
+    What `transformers` has no field for stands under a key of ours, which it passes over. Where it cuts texts itself,
+    its own field of the threshold is the one that counts.
 
     Raises:
         HFConfigError: naming the field that means something else here.

@@ -79,10 +79,17 @@ class HFExports:
             resumed_at: the step of the checkpoint that it goes on from; later ones are abandoned.
             is_exported: whether the checkpoint of a step should have a directory.
         """
+        aside = self._out / f"abandoned-{time.strftime('%Y%m%d-%H%M%S')}"
+        for path in self._out.glob("step-*"):
+            if path.name[5:].isdigit() and int(path.name[5:]) > resumed_at:
+                logger.warning(f"{path} is later than the step {resumed_at} that this run resumes at: moved to {aside}")
+                aside.mkdir(exist_ok=True)
+                path.rename(aside / path.name)
+        # What is still linked had not been exported to its end.
         linked, saved = complete_checkpoints(self._out / _LINKS), complete_checkpoints(self._checkpoints)
-        due = linked.keys() | set(filter(is_exported, saved))
-        done = {step for step in due if (self._out / f"step-{step}" / "config.json").is_file()}
-        due = {step for step in due - done if step <= resumed_at}
+        there = {step for step in saved if (self._out / f"step-{step}" / "config.json").is_file()}
+        due = linked.keys() | set(filter(is_exported, saved.keys() - there))
+        due = {step for step in due if step <= resumed_at}
         for path in (self._out / _LINKS).glob("*"):
             if path not in {self._links(step) for step in due & linked.keys()}:
                 self._unlink(path)
@@ -135,6 +142,9 @@ class HFExports:
             self._process.kill()
             self._process.wait()
             self._process = None
+        if left := complete_checkpoints(self._out / _LINKS):
+            steps = ", ".join(map(str, left))
+            logger.warning(f"not exported: steps {steps}; they are kept in {self._out / _LINKS} until the run resumes")
 
     def _links(self, step: int) -> Path:
         return self._out / _LINKS / f"step-{step}"

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 from blt_titan.inference.checkpoint import CheckpointError, find_checkpoint, load_entropy_model, load_weights
-from blt_titan.interop.export import Weights, check_entropy_model, stored_weights
+from blt_titan.interop.export import Weights, check_entropy_model, stored_weights, with_threshold
 from blt_titan.interop.pretrained import BLT, EntropyModel, Pretrained
 from blt_titan.interop.tensors import ModuleTensors
 from blt_titan.model.blt import BLT as BareBLT
@@ -73,24 +73,19 @@ def load_for_inference(
         model, rule, origin = BLT.from_pretrained(pretrained.directory), pretrained.rule, str(path)
         fingerprint = pretrained.entropies
         inside = pretrained.directory if pretrained.has_entropy_model else None
-    if rule is None:
-        if threshold is None:
-            raise CheckpointError(
-                f"{origin}: does not say where its patches begin, as older checkpoints and directories of others may "
-                "not; name --threshold for the rule 'global'"
-            )
-        rule = PatchRule("global", threshold=threshold, max_patch_bytes=512)
     if threshold is not None:
-        if rule.threshold is None:
-            raise ValueError(f"--threshold {threshold}: the rule of {origin} is {rule.rule!r}, which has none")
-        if threshold != rule.threshold:
-            fingerprint = ""  # other patches than in training are meant, so any entropy model may make them
-        rule = replace(rule, threshold=threshold)
+        rule, fingerprint = with_threshold(rule, fingerprint, threshold, origin)
+    if rule is None:
+        raise CheckpointError(
+            f"{origin}: does not say where its patches begin, as older checkpoints and directories of others may not; "
+            "name --threshold for the rule 'global'"
+        )
     entropy_model = None
     if rule.by_entropy:
         entropy_model = _entropy_model(entropy or inside, origin, rule)
         if entropy is not None:
-            check_entropy_model(fingerprint, Weights(entropy_model.args, ModuleTensors(entropy_model), str(entropy)))
+            found = Weights(entropy_model.args, ModuleTensors(entropy_model), str(entropy))
+            check_entropy_model(fingerprint, found, rule)
         entropy_model = _of_any_shape(entropy_model.to(device).eval())
     return Loaded(_of_any_shape(model.to(device, dtype).eval()), rule, entropy_model, origin)
 

@@ -54,9 +54,7 @@ def model_card(
             "as the patcher"
         )
     if rule is not None:
-        settings = ", ".join(
-            f"{key} {value}" for key, value in rule.as_dict().items() if value is not None and key != "storage"
-        )
+        settings = ", ".join(f"{key} {value}" for key, value in rule.as_settings().items() if value is not None)
         lines.append(f"- patches: {settings}")
     lines += ["", "## Use", "", "```python"]
     if alone is None:

@@ -129,7 +129,7 @@ class Pretrained:
 
     @property
     def rule(self) -> PatchRule | None:
-        """Where patches begin; None if the model needs explicit lengths."""
+        """Where patches begin; None if it does not say."""
         if self._original:
             return rule_from_original(self._params) if self._params_at else None
         return rule_from_hf(self._config)
@@ -197,6 +197,8 @@ class BLT(BareBLT):
 
     rule: PatchRule | None = None
     """Where its patches begin, as its directory says."""
+    entropies: str = ""
+    """The fingerprint of the entropy model that its training text was cut with, if its directory says it."""
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], *, revision: str | None = None) -> "BLT":
@@ -214,7 +216,7 @@ class BLT(BareBLT):
         pretrained = Pretrained(path, revision=revision)
         model = _empty(lambda: cls(pretrained.blt_args))
         pretrained.fill_blt(model)
-        model.rule = pretrained.rule
+        model.rule, model.entropies = pretrained.rule, pretrained.entropies
         return model.eval()
 
     def save_pretrained(
@@ -227,7 +229,16 @@ class BLT(BareBLT):
         force: bool = False,
     ) -> None:
         """Write it as a `transformers` directory; see `export_hf` for the rest."""
-        save_pretrained(self, directory, entropy_model=entropy_model, rule=rule or self.rule, dtype=dtype, force=force)
+        entropies = self.entropies if rule in (None, self.rule) else ""
+        save_pretrained(
+            self,
+            directory,
+            entropy_model=entropy_model,
+            rule=rule or self.rule,
+            entropies=entropies,
+            dtype=dtype,
+            force=force,
+        )
 
 
 def save_pretrained(
@@ -236,6 +247,7 @@ def save_pretrained(
     *,
     entropy_model: BareEntropyModel | None = None,
     rule: PatchRule | None = None,
+    entropies: str = "",
     dtype: torch.dtype = torch.float32,
     force: bool = False,
 ) -> None:
@@ -246,15 +258,17 @@ def save_pretrained(
         directory: made if missing.
         entropy_model: becomes the patcher.
         rule: where patches begin.
+        entropies: the fingerprint of the entropy model that its training text was cut with, if that is known.
         dtype: of the weights.
         force: also without a rule that `transformers` knows; it then needs explicit `patch_lengths`.
 
     Raises:
         HFConfigError: naming what `transformers` cannot express.
+        CheckpointError: the entropy model is not that one.
     """
     entropy = Weights(entropy_model.args, ModuleTensors(entropy_model)) if entropy_model is not None else None
     export_hf(
-        Weights(model.args, ModuleTensors(model), rule=rule),
+        Weights(model.args, ModuleTensors(model), rule=rule, entropies=entropies),
         directory,
         entropy=entropy,
         dtype=dtype,
@@ -309,7 +323,7 @@ class EntropyModel(BareEntropyModel):
 
 
 class Patcher:
-    """Cuts texts into patches by the entropies of a model, as training does: rounded to float16.
+    """Cuts texts into patches as training does.
 
     Args:
         entropy_model: is taken over by the patcher; None for a rule that reads bytes only.
@@ -317,8 +331,7 @@ class Patcher:
     """
 
     def __init__(self, entropy_model: BareEntropyModel | None, rule: PatchRule):
-        if rule.by_entropy != (entropy_model is not None):
-            raise ValueError(f"rule={rule.rule!r} {'needs an' if rule.by_entropy else 'takes no'} entropy model")
+        rule.require(entropy_model=entropy_model is not None)
         self.rule = rule
         if entropy_model is None:
             self._mark = partial(rule.mark, include_next=True)
@@ -334,7 +347,7 @@ class Patcher:
         """
         pretrained = Pretrained(path, revision=revision)
         if pretrained.rule is None:
-            raise ValueError(f"{pretrained.directory}: says no rule by which patches begin (patch_in_forward = false)")
+            raise ValueError(f"{pretrained.directory}: says no rule by which patches begin")
         model = EntropyModel.from_pretrained(pretrained.directory) if pretrained.rule.by_entropy else None
         return cls(model, pretrained.rule)
 

@@ -9,8 +9,8 @@ position i starts a patch. Positions 0 (BOS) and 1 always start one. Paper: arXi
     > 1.335            *         *            *    *        *
     global, 1.335    <s>| t    h |  e   ␣    c |  a |  t   ␣ |  s      1,2,3,1,2,1
 
-What decides is float32: entropies and thresholds are rounded to it. Where entropies are stored as float16,
-whoever computes them anew rounds them to float16 first, or training and generation cut differently.
+What decides is float32: entropies and thresholds are rounded to it. Whoever computes entropies anew rounds
+them first as they are stored (`rounding.py`), or training and generation cut differently.
 """
 
 import math

@@ -47,6 +47,19 @@ class PatchRule:
         """Whether entropies decide."""
         return self.rule in get_args(EntropyRule)
 
+    def as_settings(self) -> dict[str, Any]:
+        """Return what `[patching]` of a TOML says, by name."""
+        return {key: value for key, value in asdict(self).items() if key != "storage"}
+
+    def require(self, *, entropy_model: bool) -> None:
+        """Check that there is an entropy model if, and only if, entropies decide.
+
+        Raises:
+            ValueError: it is the other way round.
+        """
+        if self.by_entropy != entropy_model:
+            raise ValueError(f"rule={self.rule!r} {'needs an' if self.by_entropy else 'takes no'} entropy model")
+
     def rounded(self, entropies_nats: np.ndarray) -> np.ndarray:
         """Round entropies as they were in training: fp32, of the same shape."""
         return from_storage(to_storage(entropies_nats, self.storage))

@@ -100,8 +100,8 @@ def test_another_global_batch_keeps_the_order(data):
 
 
 def test_a_run_that_goes_on_with_other_patches_is_told(data, caplog):
-    def patched(**patching) -> RowLoader:
-        loader = loader_of(data, streams=STREAMS, rows_per_batch=1)
+    def patched(may_change: bool = False, **patching) -> RowLoader:
+        loader = loader_of(data, streams=STREAMS, rows_per_batch=1, patching_may_change=may_change)
         loader.source = dataclasses.replace(loader.source, patching=patching)
         return loader
 
@@ -110,9 +110,7 @@ def test_a_run_that_goes_on_with_other_patches_is_told(data, caplog):
     assert not caplog.records
     with pytest.raises(DataError, match=r"threshold = 1\.5, this run has 2\.5.*patching\.allow_change"):
         patched(threshold=2.5, entropies="abd").load_state_dict(state)
-    allowing = patched(threshold=2.5, entropies="abd")
-    allowing._patching_may_change = True
-    allowing.load_state_dict(state)
+    patched(may_change=True, threshold=2.5, entropies="abd").load_state_dict(state)
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2
     assert "written with threshold = 1.5, this run has 2.5: from here on patches are cut otherwise" in messages[0]

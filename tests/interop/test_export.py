@@ -60,6 +60,13 @@ def entropy_model(**changes) -> EntropyModel:
     return model.eval()
 
 
+def another_model() -> EntropyModel:
+    model = entropy_model()
+    with torch.no_grad():
+        model.output.weight.mul_(1.5)
+    return model
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory) -> Path:
     """A BLT and its entropy model as training checkpoints, `blt` and `entropy`."""
@@ -172,10 +179,28 @@ def test_a_run_writes_directories_beside_its_checkpoints(small_run, checkpoints,
     rows = ["--data.segment_bytes=512", "--data.segment_patches=512", "--training.seq_len=512"]
     command = ["./run_train.sh", *small_run, *rule, *rows, *settings, f"--job.dump_folder={tmp_path}"]
     environment = os.environ | {"NGPU": "2"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == ["step-4", "step-6"]
-    for step in (4, 6):
+
+    def run(code: int, *more: str) -> str:
+        done = subprocess.run(
+            [*command, *more], capture_output=True, text=True, timeout=300, check=False, env=environment
+        )
+        assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout + done.stderr
+
+    another = another_model()
+    write_checkpoint(another, "blt_entropy", another.args, tmp_path / "another")
+    assert "is not the entropy model by which" in run(2, f"--export.entropy_checkpoint={tmp_path / 'another'}")
+    run(0)
+    hf = tmp_path / "hf"
+    assert sorted(path.name for path in hf.iterdir()) == ["step-4", "step-6"]
+    # As if it had been killed before an export; the same patches go on, others must be asked for.
+    shutil.rmtree(hf / "step-4")
+    assert "threshold = 2.5, this run has 2.4" in run(1, "--training.steps=8", "--patching.threshold=2.4")
+    run(0, "--training.steps=8", "--patching.threshold=2.4", "--patching.allow_change")
+    assert sorted(path.name for path in hf.iterdir()) == ["step-4", "step-6", "step-8"]
+    thresholds = [BLT.from_pretrained(hf / f"step-{step}").rule.threshold for step in (4, 6, 8)]
+    assert thresholds == [2.5, 2.5, 2.4]
+    for step in (6, 8):
         blt = stored_weights(tmp_path / "checkpoint" / f"step-{step}")
         verify_export(tmp_path / "hf" / f"step-{step}", blt, stored_weights(checkpoints / "entropy"))
 
@@ -427,7 +452,10 @@ def test_swapped_and_other_models_are_named(checkpoints, tmp_path):
     with pytest.raises(HFConfigError, match=r"patching\.threshold = nan"):
         export_hf(blt, tmp_path / "x", entropy=entropy, rule=replace(RULE, threshold=float("nan")))
     # A checkpoint that knows which entropies its text was cut by takes no others.
-    own = fingerprint_of(sidecar_settings(entropy_model(), "uint8", "float32"))
+    own = fingerprint_of(sidecar_settings(entropy_model(), "float16", "float32"))
+    coarse = fingerprint_of(sidecar_settings(entropy_model(), "uint8", "float32"))
+    with pytest.raises(CheckpointError, match="rounded to uint8, but the rule says float16"):
+        export_hf(replace(blt, entropies=coarse), tmp_path / "x", entropy=entropy)
     export_hf(replace(blt, entropies=own), tmp_path / "own", entropy=entropy)
     other = fingerprint_of(sidecar_settings(entropy_model(init_seed=5, reset_at_newline=True), "float16", "float32"))
     with pytest.raises(CheckpointError, match="is not the entropy model by which"):
@@ -435,10 +463,14 @@ def test_swapped_and_other_models_are_named(checkpoints, tmp_path):
     assert not (tmp_path / "x").exists()
     # Directories know it, too; another threshold says that other patches are meant.
     write_checkpoint(entropy_model(), "blt_entropy", entropy_model().args, tmp_path / "own_entropy")
-    with torch.no_grad():
-        (another := entropy_model()).output.weight.mul_(1.5)
+    another = another_model()
     write_checkpoint(another, "blt_entropy", another.args, tmp_path / "another")
     load_for_inference(tmp_path / "own", entropy=tmp_path / "own_entropy")
+    model = BLT.from_pretrained(tmp_path / "own")
+    with pytest.raises(CheckpointError, match="is not the entropy model by which"):
+        model.save_pretrained(tmp_path / "x", entropy_model=another_model())
+    model.save_pretrained(tmp_path / "again", entropy_model=entropy_model())
+    assert BLT.from_pretrained(tmp_path / "again").entropies == own
     for threshold in (None, RULE.threshold):
         with pytest.raises(CheckpointError, match="is not the entropy model by which"):
             load_for_inference(tmp_path / "own", entropy=tmp_path / "another", threshold=threshold)
@@ -494,13 +526,17 @@ def test_a_resumed_run_exports_what_a_killed_one_did_not_come_to(checkpoints, tm
     (out / ".checkpoints" / "step-5").mkdir()  # the kill came while it was linked
     shutil.rmtree(folder / "step-4")  # the run keeps the latest only
     (out / "step-6").mkdir()
-    (out / "step-6" / "config.json").write_text("{}")  # done already
+    (out / "step-6" / "config.json").write_text("{}")
+    shutil.rmtree(out / ".checkpoints" / "step-6")  # done already
+    (out / "step-12").mkdir()  # of the steps that are made again
     for step in (7, 8):
         shutil.copytree(checkpoints / "blt", folder / f"step-{step}")  # complete when the kill came, not linked yet
 
     resumed = begin()
     resumed.take_up(10, lambda step: step % 2 == 0)
     resumed.finish()
-    assert sorted(path.name for path in out.iterdir()) == ["step-2", "step-4", "step-6", "step-8"]
+    [aside] = out.glob("abandoned-*")
+    assert [path.name for path in aside.iterdir()] == ["step-12"]
+    assert sorted(path.name for path in out.glob("step-*")) == ["step-2", "step-4", "step-6", "step-8"]
     verify_export(out / "step-4", stored_weights(checkpoints / "blt"), stored_weights(checkpoints / "entropy"))
     assert [path.name for path in (out / "step-6").iterdir()] == ["config.json"]
