@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -46,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; give its exit code: 0, or 2 after an error."""
     args = parse_args(arguments)
     try:
-        if args.verify:
-            import transformers  # noqa: F401 - before anything is written
+        if args.verify and find_spec("transformers") is None:
+            raise ImportError("--verify needs transformers: pip install transformers")
         blt = stored_weights(args.checkpoint)
         if args.threshold is not None:
             rule, entropies = with_threshold(blt.rule, blt.entropies, args.threshold, blt.origin)

@@ -115,18 +115,16 @@ class BLTHarness(LM):
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Return log p of each text; long ones are read in windows, each byte once.
 
-        Raises:
-            ValueError: there is noise; the harness would divide by the bytes of the texts without it.
+        The harness divides by the bytes of texts without noise. With noise, whatever `noise_on` says, log p is scaled
+        by the bytes without over those with it, so that figures per byte are of the bytes that were read.
         """
-        if self._noise is not None:
-            raise ValueError(
-                f"noise = {self._noise!r}: the harness divides by the bytes and words of texts without noise, so that "
-                "figures per byte would be wrong; python -m scripts.evaluate --noise counts those with it"
-            )
-        ids = [_with_bos(request.args[0].encode()) for request in requests]
+        plain = [request.args[0].encode() for request in requests]
+        texts = [self._noisy(text, text) for text in plain]
+        ids = [_with_bos(text) for text in texts]
         found = [0.0] * len(requests)
         for number, scored in self._scored(ids, disable_tqdm):
-            found[number] = -float(scored.nats.sum(dtype=np.float64))
+            per_byte = float(scored.nats.sum(dtype=np.float64)) / len(texts[number])
+            found[number] = -per_byte * len(plain[number])
             self.cache_hook.add_partial("loglikelihood_rolling", requests[number].args, found[number])
         return found
 
@@ -203,14 +201,16 @@ class BLTHarness(LM):
 
     def _prompt(self, text: str) -> bytes:
         """Return a context's bytes, with the same noise for all continuations."""
-        return self._with_noise(text.encode(), "completion", text.encode())
+        content = text.encode()
+        return content if self._noise_on == "completion" else self._noisy(content, content)
 
     def _completion(self, context: str, text: str) -> bytes:
         """Return a continuation's bytes; after another context, the same text gets other noise."""
-        return self._with_noise(text.encode(), "prompt", context.encode() + text.encode())
+        content = text.encode()
+        return content if self._noise_on == "prompt" else self._noisy(content, context.encode() + content)
 
-    def _with_noise(self, content: bytes, unless: str, drawn_by: bytes) -> bytes:
-        if self._noise is None or self._noise_on == unless:
+    def _noisy(self, content: bytes, drawn_by: bytes) -> bytes:
+        if self._noise is None:
             return content
         # Noise that leaves nothing would make an answer certain.
         return add_noise(content, self._noise, seed=self._seed + zlib.crc32(drawn_by)) or content

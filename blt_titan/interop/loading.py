@@ -4,7 +4,7 @@ import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 
@@ -16,8 +16,6 @@ from blt_titan.model.blt import BLT as BareBLT
 from blt_titan.model.entropy_model import EntropyModel as BareEntropyModel
 from blt_titan.model.sizes import BLTArgs
 from blt_titan.patching.rule import PatchRule
-
-ModelT = TypeVar("ModelT", BareBLT, BareEntropyModel)
 
 
 @dataclass(frozen=True)
@@ -90,9 +88,9 @@ def load_for_inference(
     return Loaded(_of_any_shape(model.to(device, dtype).eval()), rule, entropy_model, origin)
 
 
-def _of_any_shape(model: ModelT) -> ModelT:
+def _of_any_shape(model: Any) -> Any:
     """Have a model attend by SDPA: FlexAttention is compiled for each shape, and rows here have many."""
-    model.args = replace(model.args, attention_backend="sdpa")  # pyright: ignore[reportArgumentType,reportAttributeAccessIssue]
+    model.args = replace(model.args, attention_backend="sdpa")
     return model
 
 
