@@ -9,25 +9,27 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn as nn
-from torch.overrides import TorchFunctionMode
 
 from blt_titan.inference.entropies import EntropyScorer, entropy_nats
 from blt_titan.interop.export import Weights, model_entries
 from blt_titan.interop.hf_names import blt_name_to_hf, entropy_name_to_hf
 from blt_titan.interop.pretrained import BLT, ByteTokenizer, EntropyModel, Pretrained
+from blt_titan.interop.transformers_order import FloatsAre, logits_in_transformers_order
 from blt_titan.model.blt import BLT as BareBLT
 from blt_titan.model.entropy_model import EntropyModel as BareEntropyModel
 from blt_titan.patching import starts_to_lengths
 from blt_titan.patching.rounding import decision_edge
 from blt_titan.patching.rule import PatchRule
 
-FLOAT64_ATOL = 1e-9
-"""Of logits that both compute in fp64, times the largest where that is above 1. One function leaves 1e-13; a single
-step of it in fp32 leaves 1e-8 and more."""
 LOGITS_ATOL = 1e-5
-"""Of logits in fp32, times the largest where that is above 1. What differs here is rounding: of rotary angles, which
-transformers makes in fp32, and of sums, which trained weights amplify. It can leave either side further than 1e-5 from
-its own logits in fp64."""
+"""Of logits in fp32, both computed in the order of operations of transformers. That leaves 0 or a few roundings."""
+FLOAT64_RTOL = 1e-9
+"""Of logits that both compute in fp64, each in its own order, times the largest where that is above 1. One function
+leaves 1e-13; a single step of it in fp32 leaves 1e-8 and more."""
+ROUNDING_RATIO = 10.0
+"""Our logits in fp32, in our own order, lie at most this many times further from those in fp64 than those of
+transformers do. How far either lies is up to the weights, which amplify rounding; over 162 random models the ratio was
+0.3 to 2.3, and one step in bf16 would make it thousands."""
 EDGE_NATS = 1e-4
 """Two fp32 computations of an entropy may fall on two sides of a decision edge that is nearer than this."""
 TEXT = (
@@ -52,9 +54,11 @@ class Verification:
     tensors: int
     largest_logit: float
     logits_error: float
-    """Largest difference to `transformers` in fp32, with our patch lengths."""
+    """Largest difference to `transformers` in fp32, with our patch lengths, in its order of operations."""
     float64_error: float
-    """The same in fp64: whether the two are one function."""
+    """The same in fp64, each in its own order: whether the two are one function."""
+    rounding_error: float
+    """The same in fp32, each in its own order: what people will see."""
     our_rounding: float
     """Largest difference of our logits in fp32 to those in fp64."""
     their_rounding: float
@@ -68,9 +72,10 @@ class Verification:
     def __str__(self) -> str:
         lines = [
             f"{self.tensors} tensors are those of the checkpoint",
-            f"logits (largest {self.largest_logit:.1f}) of transformers and ours differ by {self.float64_error:.1e} in "
-            f"fp64 and {self.logits_error:.1e} in fp32, which rounds theirs by {self.their_rounding:.1e}, ours by "
-            f"{self.our_rounding:.1e}",
+            f"logits (largest {self.largest_logit:.1f}) of transformers and ours differ by {self.logits_error:.1e} in "
+            f"fp32 with the same order of operations, by {self.float64_error:.1e} in fp64, and by "
+            f"{self.rounding_error:.1e} in fp32 with each one's own, which rounds theirs by {self.their_rounding:.1e}, "
+            f"ours by {self.our_rounding:.1e}",
         ]
         if self.boundaries:
             own = "gives the same logits with its own" if self.own_patches else "was not compared with its own"
@@ -90,8 +95,9 @@ def verify_export(
 ) -> Verification:
     """Compare a directory with the weights that it was written from, and its model with ours.
 
-    Logits are compared in fp32, as people will compute them, and in fp64, where rounding hides nothing. One model is in
-    memory at a time, at most 8 bytes per parameter.
+    Logits are compared three times: in fp32 with the operations of both in one order, where they must be the same
+    within 1e-5; in fp64, where rounding hides nothing; and in fp32 as people will compute them. One model is in memory
+    at a time, at most 8 bytes per parameter.
 
     Args:
         directory: written by `export_hf`.
@@ -112,36 +118,47 @@ def verify_export(
     found, their_logits, alone = _read_with_transformers(pretrained, text, ids)
     ours = BLT.from_pretrained(directory)
     ids_1S, lengths_1P = torch.tensor([ids]), torch.from_numpy(found.lengths)[None]
+    with torch.no_grad():
+        same_order = logits_in_transformers_order(ours, ids_1S, lengths_1P)
     our_logits = _both_precisions(ours, lambda: ours.logits(ids_1S, lengths_1P))
 
-    scale = max(1.0, float(our_logits.fp64.abs().max()))
+    largest = float(our_logits.fp64.abs().max())
+    scale = max(1.0, largest)
     exact_error = _largest_difference(our_logits.fp64, their_logits.fp64)
-    if not exact_error <= FLOAT64_ATOL * scale:
+    if not exact_error <= FLOAT64_RTOL * scale:
         raise VerificationError(
-            f"{directory}: logits computed in fp64 differ by {exact_error:.1e}, allowed are {FLOAT64_ATOL * scale:.1e}"
+            f"{directory}: logits computed in fp64 differ by {exact_error:.1e}, allowed are {FLOAT64_RTOL * scale:.1e}"
         )
-    allowed = LOGITS_ATOL * scale
-    error = _largest_difference(our_logits.fp32, their_logits.fp32)
-    if not error <= allowed:
+    error = _largest_difference(same_order, their_logits.fp32)
+    if not error <= LOGITS_ATOL:
         raise VerificationError(
-            f"{directory}: logits in fp32 differ by {error:.1e}, allowed are {allowed:.1e}; those in fp64 agree within "
-            f"{exact_error:.1e}, so this is rounding"
+            f"{directory}: logits in fp32 differ by {error:.1e} though both compute in one order, allowed are "
+            f"{LOGITS_ATOL:.1e}"
+        )
+    our_rounding = _largest_difference(our_logits.fp32, our_logits.fp64)
+    their_rounding = _largest_difference(their_logits.fp32, their_logits.fp64)
+    allowed = ROUNDING_RATIO * max(their_rounding, torch.finfo(torch.float32).eps * scale)
+    if not our_rounding <= allowed:
+        raise VerificationError(
+            f"{directory}: our own logits in fp32 are {our_rounding:.1e} from those in fp64, allowed are "
+            f"{allowed:.1e}; transformers' are {their_rounding:.1e} from theirs"
         )
     if alone is not None:
         # Whether a patch begins after the last byte decides what that byte reads, and transformers never asks.
-        alone_error = _largest_difference(our_logits.fp32[:, :-1], alone[:, :-1])
-        if not alone_error <= allowed:
+        alone_error = _largest_difference(same_order[:, :-1], alone[:, :-1])
+        if not alone_error <= LOGITS_ATOL:
             raise VerificationError(
                 f"{directory}: with its own patches transformers' logits differ by {alone_error:.1e}, allowed are "
-                f"{allowed:.1e}"
+                f"{LOGITS_ATOL:.1e}"
             )
     return Verification(
         tensors=tensors,
-        largest_logit=float(our_logits.fp64.abs().max()),
+        largest_logit=largest,
         logits_error=error,
         float64_error=exact_error,
-        our_rounding=_largest_difference(our_logits.fp32, our_logits.fp64),
-        their_rounding=_largest_difference(their_logits.fp32, their_logits.fp64),
+        rounding_error=_largest_difference(our_logits.fp32, their_logits.fp32),
+        our_rounding=our_rounding,
+        their_rounding=their_rounding,
         boundaries=found.count,
         boundaries_at_edges=found.differ,
         own_patches=found.same,
@@ -180,20 +197,6 @@ def _read_with_transformers(
     return found, logits, alone
 
 
-class _Float64(TorchFunctionMode):
-    """Makes fp64 of every fp32 that code asks for by name: norms, softmax and rotary angles do, in any model."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.float:
-            func = torch.Tensor.double
-        wider = {key: _wider(value) for key, value in (kwargs or {}).items()}
-        return func(*map(_wider, args), **wider)
-
-
-def _wider(argument: Any) -> Any:
-    return torch.float64 if argument is torch.float32 else argument
-
-
 class _Logits(NamedTuple):
     fp32: torch.Tensor
     fp64: torch.Tensor
@@ -204,7 +207,7 @@ def _both_precisions(model: nn.Module, logits: Callable[[], torch.Tensor]) -> _L
     with torch.no_grad():
         fp32 = logits()
         model.double()
-        with _Float64():
+        with FloatsAre(torch.float64):
             for module in model.modules():
                 # transformers keeps the frequencies of its rotary angles, rounded to fp32 when they were made.
                 if hasattr(module, "inv_freq"):

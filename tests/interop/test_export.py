@@ -23,7 +23,7 @@ from blt_titan.interop.loading import load_for_inference
 from blt_titan.interop.pretrained import BLT, ByteTokenizer, Patcher
 from blt_titan.interop.tensors import StoredTensors
 from blt_titan.interop.to_checkpoint import write_checkpoint
-from blt_titan.interop.verify import FLOAT64_ATOL, VerificationError, verify_export
+from blt_titan.interop.verify import FLOAT64_RTOL, LOGITS_ATOL, VerificationError, verify_export
 from blt_titan.patching.rounding import UINT8_EDGES_NATS, decision_edge, from_storage, to_storage
 from blt_titan.patching.rule import PatchRule
 from scripts import convert_from_hf, convert_to_hf
@@ -171,13 +171,50 @@ def test_fp64_finds_what_fp32_rounding_hides(checkpoints, tmp_path, monkeypatch)
 
     blt, entropy = stored_weights(checkpoints / "blt"), stored_weights(checkpoints / "entropy")
     out = export_hf(blt, tmp_path / "hf", entropy=entropy)
-    assert verify_export(out, blt, entropy).float64_error < FLOAT64_ATOL / 100
+    assert verify_export(out, blt, entropy).float64_error < FLOAT64_RTOL / 100
     init = BltRMSNorm.__init__
     monkeypatch.setattr(BltRMSNorm, "__init__", lambda self, width, eps: init(self, width, eps * 1.001))
     with pytest.raises(VerificationError, match="logits computed in fp64 differ by"):
         verify_export(out, blt, entropy)
-    monkeypatch.setattr(verify_module, "FLOAT64_ATOL", 1.0)
+    monkeypatch.setattr(verify_module, "FLOAT64_RTOL", 1.0)
     verify_export(out, blt, entropy)  # Comparing in fp32 alone would have let it through.
+
+
+def test_weights_that_amplify_rounding(tmp_path, monkeypatch):
+    from transformers.models.blt.modeling_blt import BltRMSNorm
+
+    model = random_blt()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "embedding" not in name and "norm" not in name:
+                parameter.mul_(2.0)
+    out = tmp_path / "hf"
+    write_checkpoint(model, "blt", ARGS, tmp_path / "blt", rule=RULE)
+    blt = stored_weights(tmp_path / "blt")
+    export_hf(blt, out, force=True)
+    found = verify_export(out, blt, None)
+    # Of one order of operations no difference is left, of two orders more than a flat tolerance would allow.
+    assert found.logits_error < LOGITS_ATOL / 10
+    assert found.rounding_error > LOGITS_ATOL
+    init = BltRMSNorm.__init__
+    monkeypatch.setattr(BltRMSNorm, "__init__", lambda self, width, eps: init(self, width, eps * 1.1))
+    monkeypatch.setattr(verify_module, "FLOAT64_RTOL", 1.0)
+    with pytest.raises(VerificationError, match="though both compute in one order"):
+        verify_export(out, blt, None)
+
+
+def test_coarse_arithmetic_of_ours_is_found(checkpoints, tmp_path, monkeypatch):
+    blt, entropy = stored_weights(checkpoints / "blt"), stored_weights(checkpoints / "entropy")
+    out = export_hf(blt, tmp_path / "hf", entropy=entropy)
+    bag = torch.nn.functional.embedding_bag
+
+    def coarse(rows: torch.Tensor, weight: torch.Tensor, **how) -> torch.Tensor:
+        summed = bag(rows, weight, **how)
+        return summed.bfloat16().float() if weight.dtype == torch.float32 else summed
+
+    monkeypatch.setattr(torch.nn.functional, "embedding_bag", coarse)
+    with pytest.raises(VerificationError, match="our own logits in fp32"):
+        verify_export(out, blt, entropy)
 
 
 def test_decision_edges():

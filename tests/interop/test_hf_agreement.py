@@ -7,11 +7,14 @@ import torch
 
 from blt_titan.interop.hf_names import blt_name_to_hf, entropy_name_to_hf
 from blt_titan.interop.pretrained import BLT, EntropyModel, save_pretrained
+from blt_titan.interop.transformers_order import logits_in_transformers_order
 
 transformers = pytest.importorskip("transformers", reason="install the dev extra to compare with transformers")
 
 LOGITS_ATOL = 1e-5
 """fp32 sums in another order; measured differences stay below 3e-6 for logits of order 1."""
+SAME_ORDER_ATOL = 2e-7
+"""One rounding of a logit of order 1, for kernels that choose their order by alignment; measured is 0."""
 GRADIENT_RTOL = 1e-4
 """Per parameter, |g - r| <= rtol * |r| + floor; rounding of sums over up to 200 positions."""
 GRADIENT_FLOOR = 1e-7
@@ -116,6 +119,10 @@ def test_logits_and_gradients_agree(shape: Shape, tmp_path):
     our_logits = ours.logits(tokens_BS, lengths_BP)
     their_logits = theirs(tokens_BS, patch_lengths=lengths_BP, use_cache=False).logits
     torch.testing.assert_close(our_logits, their_logits, atol=LOGITS_ATOL, rtol=0)
+
+    with torch.no_grad():
+        same_order = logits_in_transformers_order(ours, tokens_BS, lengths_BP)
+    torch.testing.assert_close(same_order, their_logits, atol=SAME_ORDER_ATOL, rtol=0)
 
     (our_logits * weights_BSV).sum().backward()
     (their_logits * weights_BSV).sum().backward()

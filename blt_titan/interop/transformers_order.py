@@ -1,0 +1,149 @@
+"""Have a BLT compute as `transformers` does, operation by operation, so that the two round alike.
+
+Our layers and those of `transformers` are one function of the weights, but not one sequence of roundings: we cut the
+window into blocks, attend between bytes and patches by index, add up hash embeddings in one bag, and make rotary angles
+in fp64. In fp32 that leaves differences, which trained weights amplify (to 3e-5 in a small model) though nothing is
+wrong. With these four replaced by what `transformers` does, and nothing else, logits agree bit for bit on a CPU.
+
+For comparing alone: the masks made here are dense.
+
+Letters: B rows, S byte slots, P patch slots, d local width, k slots of a patch (written N), H heads, X either slots.
+"""
+
+import copy
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from blt_titan.model.attention import AttentionMask, DenseMask, attend
+from blt_titan.model.blt import BLT
+from blt_titan.model.cross_attention import CrossAttention
+from blt_titan.model.hash_embedding import HashEmbedding, ngram_hashes
+from blt_titan.model.layers import TransformerBlock
+
+
+class FloatsAre(TorchFunctionMode):
+    """Makes one type of every fp32 and fp64 that code asks for by name, as norms, softmax and rotary angles do.
+
+    Args:
+        dtype: torch.float32 or torch.float64.
+    """
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+        self.cast = torch.Tensor.double if dtype == torch.float64 else torch.Tensor.float
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.float, torch.Tensor.double):
+            func = self.cast
+        changed = {key: self._change(value) for key, value in (kwargs or {}).items()}
+        return func(*map(self._change, args), **changed)
+
+    def _change(self, argument: Any) -> Any:
+        return self.dtype if argument is torch.float32 or argument is torch.float64 else argument
+
+
+def logits_in_transformers_order(model: BLT, ids_BS: torch.Tensor, patch_lengths_BP: torch.Tensor) -> torch.Tensor:
+    """Score rows of one document each as `BLT.logits` does, rounding where `transformers` rounds.
+
+    Args:
+        model: in fp32, whole on one device; is left as it is.
+        ids_BS: integer [B, S].
+        patch_lengths_BP: integer [B, P], as for `BLT.logits`.
+
+    Returns:
+        Logits, fp32 [B, S, V].
+    """
+    model = copy.deepcopy(model, memo={id(parameter): parameter for parameter in model.parameters()})
+    assert model.encoder is not None
+    assert model.decoder is not None
+    assert model.hash_embedding is not None
+    for block in (*_blocks(model.encoder.layers), *_blocks(model.decoder.layers)):
+        block.attention.attend = _DenseWindow(model.args.local_window)
+    encoder: Any = model.encoder
+    encoder.cross_attention = nn.ModuleList(_DensePatchesReadBytes(inner) for inner in encoder.cross_attention)
+    decoder: Any = model.decoder
+    decoder.cross_attention = nn.ModuleList(_DenseBytesReadPatches(inner) for inner in decoder.cross_attention)
+    encoder.tok_embeddings = _EmbeddingsInTurn(encoder.tok_embeddings, model.hash_embedding)
+    model.hash_embedding.look_up = lambda ids_BT, doc_BT, skip: torch.zeros((), device=ids_BT.device)
+    with FloatsAre(torch.float32):
+        return model.logits(ids_BS, patch_lengths_BP)
+
+
+def _blocks(stack: nn.ModuleDict) -> Iterable[TransformerBlock]:
+    return cast(Iterable[TransformerBlock], stack.values())
+
+
+class _DenseWindow:
+    """Attention over bytes under one S x S mask, where ours takes blocks."""
+
+    def __init__(self, window: int):
+        self.window = window
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask) -> torch.Tensor:
+        slot_S = torch.arange(q.shape[1], device=q.device)
+        back_SS = slot_S[:, None] - slot_S
+        return attend(q, k, v, DenseMask(((back_SS >= 0) & (back_SS < self.window))[None, None]))
+
+
+class _DenseCrossAttention(nn.Module):
+    def __init__(self, inner: CrossAttention):
+        super().__init__()
+        self.inner = inner
+
+    def read(self, asking_BXd: torch.Tensor, read_BXd: torch.Tensor, visible_BXX: torch.Tensor) -> torch.Tensor:
+        inner = self.inner
+        normed = inner.kv_norm(read_BXd)
+        q, k, v = (
+            x.unflatten(-1, (inner.n_heads, -1)).transpose(1, 2)
+            for x in (inner.wq(inner.q_norm(asking_BXd)), inner.wk(normed), inner.wv(normed))
+        )
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible_BXX[:, None])
+        return asking_BXd + inner.wo(out.transpose(1, 2).flatten(2))
+
+
+class _DensePatchesReadBytes(_DenseCrossAttention):
+    """What `PatchesReadBytes` computes, under a [B, P * k, S] mask."""
+
+    def forward(self, patch_BPNd: torch.Tensor, byte_BSd: torch.Tensor, byte_patch_BS: torch.Tensor) -> torch.Tensor:
+        P, N = patch_BPNd.shape[1:3]
+        patch_P1 = torch.arange(P, device=byte_patch_BS.device)[:, None]
+        visible_BXS = (byte_patch_BS[:, None] == patch_P1).repeat_interleave(N, dim=1)
+        return self.read(patch_BPNd.flatten(1, 2), byte_BSd, visible_BXS).unflatten(1, (P, N))
+
+
+class _DenseBytesReadPatches(_DenseCrossAttention):
+    """What `BytesReadPatches` computes, under a [B, S, P * k] mask."""
+
+    def forward(self, byte_BSd: torch.Tensor, patch_BPNd: torch.Tensor, source_patch_BS: torch.Tensor) -> torch.Tensor:
+        P, N = patch_BPNd.shape[1:3]
+        patch_P = torch.arange(P, device=source_patch_BS.device)
+        visible_BSX = (source_patch_BS[..., None] == patch_P).repeat_interleave(N, dim=2)
+        return self.read(byte_BSd, patch_BPNd.flatten(1, 2), visible_BSX)
+
+
+class _EmbeddingsInTurn(nn.Module):
+    """A byte's embedding, to which the row of each table is added in turn."""
+
+    def __init__(self, of_bytes: nn.Embedding, of_hashes: HashEmbedding):
+        super().__init__()
+        self.of_bytes, self.of_hashes = of_bytes, of_hashes
+
+    def forward(self, ids_BS: torch.Tensor) -> torch.Tensor:
+        hashes = self.of_hashes
+        rows_BST = ngram_hashes(
+            ids_BS,
+            torch.zeros_like(ids_BS),
+            ngrams=hashes.ngrams,
+            n_functions=hashes.n_functions,
+            n_rows=hashes.n_rows,
+        )
+        sum_BSd = self.of_bytes(ids_BS)
+        for table in range(hashes.n_tables):
+            sum_BSd = sum_BSd + F.embedding(rows_BST[..., table] + table * hashes.n_rows, hashes.weight)
+        return sum_BSd
