@@ -1,7 +1,7 @@
 # make setup   .venv with what running needs        make test    the whole CPU test suite
 # make demo    from raw text to a trained BLT       make check   format, lint, types, import contracts
-# make test-full   every layout too, about an hour
-.PHONY: help setup setup-dev demo test test-full check format
+# make test-full   every layout too, about an hour   make test-oldest   interop with the oldest transformers that can
+.PHONY: help setup setup-dev demo test test-full test-oldest check format
 
 VENV_PYTHON := .venv/bin/python
 
@@ -22,6 +22,15 @@ test: setup-dev
 
 test-full: setup-dev
 	$(VENV_PYTHON) -m pytest
+
+# Beside the newest, which is in .venv, and before it on the path.
+test-oldest: setup-dev
+	version=$$($(VENV_PYTHON) -c "from blt_titan.interop.model_card import OLDEST_TRANSFORMERS as v; print(v)") && \
+	$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target .venv/oldest transformers==$$version && \
+	export PYTHONPATH=.venv/oldest && \
+	$(VENV_PYTHON) -c "import transformers; assert transformers.__version__ == '$$version', transformers" && \
+	$(VENV_PYTHON) -m pytest -m "not slow" tests/interop
 
 check: setup-dev
 	.venv/bin/ruff format --check .

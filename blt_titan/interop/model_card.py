@@ -4,8 +4,10 @@ from blt_titan.model.sizes import BLTArgs, EntropyModelArgs
 from blt_titan.patching.rounding import decision_edge
 from blt_titan.patching.rule import PatchRule
 
-TRANSFORMERS_VERSION = "5.23.0"
-"""The oldest release that has the local window, and the newest that was tested: they are the same one."""
+OLDEST_TRANSFORMERS = "5.23.0"
+"""The first release that has the local window; `make test-oldest` tests it."""
+NEWEST_TRANSFORMERS = "5.24.0"
+"""The newest that was tested; scripts/constraints.txt installs it."""
 
 
 def model_card(
@@ -79,9 +81,9 @@ def model_card(
         "",
         "## What to know",
         "",
-        f"- transformers {TRANSFORMERS_VERSION} or later. Older releases attend over the whole text where the model "
+        f"- transformers {OLDEST_TRANSFORMERS} or later. Older releases attend over the whole text where the model "
         f"was trained with a window of {args.local_window} bytes: from there on they compute something else. "
-        f"Tested with {TRANSFORMERS_VERSION}, the newest and the oldest that can express the model.",
+        f"Tested with {OLDEST_TRANSFORMERS}, the oldest that can express the model, and {NEWEST_TRANSFORMERS}.",
         "- `use_cache` must stay false: with a cache, transformers' BLT fails or is silently wrong.",
         "- One document per row, padded on the right; there is no document mask, so nothing may follow `</s>`.",
     ]

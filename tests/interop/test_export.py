@@ -20,6 +20,7 @@ from blt_titan.interop import verify as verify_module
 from blt_titan.interop.export import export_hf, stored_weights
 from blt_titan.interop.hf_config import HFConfigError
 from blt_titan.interop.loading import load_for_inference
+from blt_titan.interop.model_card import NEWEST_TRANSFORMERS, OLDEST_TRANSFORMERS
 from blt_titan.interop.pretrained import BLT, ByteTokenizer, Patcher
 from blt_titan.interop.tensors import StoredTensors
 from blt_titan.interop.to_checkpoint import write_checkpoint
@@ -292,7 +293,9 @@ def test_the_command_verifies(checkpoints, tmp_path, capsys):
     config = json.loads((out / "config.json").read_text())
     assert (config["dtype"], config["patching_threshold"], config["use_cache"]) == ("bfloat16", 2.5, False)
     card = (out / "README.md").read_text()
-    assert "5.23.0" in card
+    assert (
+        f"Tested with {OLDEST_TRANSFORMERS}, the oldest that can express the model, and {NEWEST_TRANSFORMERS}" in card
+    )
     assert "0.025% of the training text's patches" in card
     lengths = Patcher.from_pretrained(out).patch_lengths("some text, and more")
     assert lengths[0] == 1

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from blt_titan.interop.hf_names import blt_name_to_hf, entropy_name_to_hf
+from blt_titan.interop.model_card import NEWEST_TRANSFORMERS, OLDEST_TRANSFORMERS
 from blt_titan.interop.pretrained import BLT, EntropyModel, save_pretrained
 from blt_titan.interop.transformers_order import logits_in_transformers_order
 
@@ -106,6 +107,10 @@ def random_rows(shape: Shape, rows: int = 3) -> tuple[torch.Tensor, torch.Tensor
             left -= row_lengths[-1]
         lengths.append(torch.tensor(row_lengths))
     return tokens_BS, torch.nn.utils.rnn.pad_sequence(lengths, batch_first=True)
+
+
+def test_the_release_is_one_that_model_cards_name():
+    assert transformers.__version__ in (OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
