@@ -1,6 +1,6 @@
 # make setup   .venv with what running needs        make test    the whole CPU test suite
 # make demo    from raw text to a trained BLT       make check   format, lint, types, import contracts
-# make test-full   every layout too, about an hour   make test-oldest   interop with the oldest transformers that can
+# make test-full   every layout too, about an hour      make test-oldest   interop with the oldest transformers
 .PHONY: help setup setup-dev demo test test-full test-oldest check format
 
 VENV_PYTHON := .venv/bin/python
