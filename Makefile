@@ -4,6 +4,7 @@
 .PHONY: help setup setup-dev demo test test-full test-oldest check format
 
 VENV_PYTHON := .venv/bin/python
+OLDEST := from blt_titan.interop.model_card import OLDEST_TRANSFORMERS; print(OLDEST_TRANSFORMERS)
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
@@ -24,13 +25,15 @@ test-full: setup-dev
 	$(VENV_PYTHON) -m pytest
 
 # Beside the newest, which is in .venv, and before it on the path.
-test-oldest: setup-dev
-	version=$$($(VENV_PYTHON) -c "from blt_titan.interop.model_card import OLDEST_TRANSFORMERS as v; print(v)") && \
-	$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
-		--target .venv/oldest transformers==$$version && \
-	export PYTHONPATH=.venv/oldest && \
-	$(VENV_PYTHON) -c "import transformers; assert transformers.__version__ == '$$version', transformers" && \
-	$(VENV_PYTHON) -m pytest -m "not slow" tests/interop
+.venv/.installed-oldest: .venv/.installed-dev blt_titan/interop/model_card.py
+	rm -rf .venv/oldest
+	$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/oldest \
+		transformers==$$($(VENV_PYTHON) -c "$(OLDEST)")
+	touch $@
+
+test-oldest: .venv/.installed-oldest
+	TRANSFORMERS_RELEASE=$$($(VENV_PYTHON) -c "$(OLDEST)") PYTHONPATH=$(CURDIR)/.venv/oldest \
+		$(VENV_PYTHON) -m pytest -m "not slow" tests/interop
 
 check: setup-dev
 	.venv/bin/ruff format --check .

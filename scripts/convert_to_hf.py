@@ -37,7 +37,11 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max-shard-size", type=size, default=MAX_SHARD_BYTES, metavar="SIZE", help="of a file (default 5GB)")
     add("--threshold", type=float, metavar="NATS", help="of the rule 'global' (default: what the checkpoint says)")
     add("--patch-lengths", type=Path, metavar="FILE", help="patch_lengths.json of calibrate_threshold, for the card")
-    add("--verify", action="store_true", help="load and compare; needs transformers, memory of 8 bytes per parameter")
+    add(
+        "--verify",
+        action="store_true",
+        help="load and compare; needs transformers, 8 bytes per parameter and 4 more of the largest tensor",
+    )
     add("--force", action="store_true", help="write a model that needs explicit patch_lengths in transformers")
     add("--overwrite", action="store_true", help="replace the model directory that is there")
     return parser.parse_args(arguments)
@@ -48,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_args(arguments)
     try:
         if args.verify and find_spec("transformers") is None:
-            raise ImportError("--verify needs transformers: pip install transformers")
+            raise ImportError("--verify needs transformers: pip install -c scripts/constraints.txt transformers")
         blt = stored_weights(args.checkpoint)
         if args.threshold is not None:
             rule, entropies = with_threshold(blt.rule, blt.entropies, args.threshold, blt.origin)

@@ -54,7 +54,7 @@ def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
         CheckpointError: it is damaged, or a parameter is missing or of another shape.
     """
     state = model.state_dict()
-    _fill(state, checkpoint)
+    fill_state(state, checkpoint)
     model.load_state_dict(state)
 
 
@@ -91,7 +91,7 @@ def describe_model(checkpoint: Path) -> dict[str, Any]:
             "(checkpoint.last_save_model_only = false)"
         )
     state = {MODEL_KEY: ""}
-    _fill(state, checkpoint)
+    fill_state(state, checkpoint)
     return json.loads(state[MODEL_KEY])
 
 
@@ -110,7 +110,12 @@ def load_entropy_model(path: str | os.PathLike[str], *, device: torch.device | s
     return model.to(device).eval()
 
 
-def _fill(state: dict[str, Any], checkpoint: str | os.PathLike[str]) -> None:
+def fill_state(state: dict[str, Any], checkpoint: str | os.PathLike[str]) -> None:
+    """Fill what a state names, tensors in place, from a DCP checkpoint; needs no process group.
+
+    Raises:
+        CheckpointError: it is damaged, or something is missing or of another shape.
+    """
     with warnings.catch_warnings():
         # That no process group is needed is meant.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")

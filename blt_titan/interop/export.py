@@ -268,6 +268,24 @@ def model_entries(weights: Weights, kind: Any, translate: Any, dtype: torch.dtyp
     Raises:
         CheckpointError: the tensors are not exactly those of the model.
     """
+
+    def rows_of(name: str):
+        return lambda begin, end: weights.tensors.rows(name, begin, end)
+
+    shapes = check_names(weights, kind)
+    return [Entry(translate(name), shape, rows_of(name), dtype) for name, shape in shapes.items()]
+
+
+def check_names(weights: Weights, kind: Any) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of each parameter of a model.
+
+    Args:
+        weights: of the model.
+        kind: its class, built from the arguments.
+
+    Raises:
+        CheckpointError: the tensors are not exactly those of the model.
+    """
     with torch.device("meta"):
         expected = {name: tuple(parameter.shape) for name, parameter in kind(weights.args).named_parameters()}
     # A checkpoint also holds the optimizer's and the data's state.
@@ -278,11 +296,7 @@ def model_entries(weights: Weights, kind: Any, translate: Any, dtype: torch.dtyp
     other = [f"{name} {shapes[name]}, not {expected[name]}" for name in expected if shapes[name] != expected[name]]
     if other:
         raise CheckpointError(f"{weights.origin}: tensors of other shapes than the model's: {', '.join(other)}")
-
-    def rows_of(name: str):
-        return lambda begin, end: weights.tensors.rows(name, begin, end)
-
-    return [Entry(translate(name), shape, rows_of(name), dtype) for name, shape in expected.items()]
+    return expected
 
 
 _NOT_THE_MODEL = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.")

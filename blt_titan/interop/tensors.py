@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from tqdm import tqdm
 
-from blt_titan.inference.checkpoint import CheckpointError
+from blt_titan.inference.checkpoint import CheckpointError, fill_state
 
 _BLOCK_BYTES = 32 * 1024**2
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -44,6 +44,10 @@ class TensorSource(Protocol):
         """Return some rows of a tensor, on the CPU."""
         ...
 
+    def whole(self, name: str) -> torch.Tensor:
+        """Return a tensor, on the CPU."""
+        ...
+
 
 class ModuleTensors:
     """The parameters of a module that is whole on one device."""
@@ -55,6 +59,10 @@ class ModuleTensors:
     def rows(self, name: str, begin: int, end: int) -> torch.Tensor:
         """Return some rows of a parameter, on the CPU."""
         return self._parameters[name][begin:end].cpu()
+
+    def whole(self, name: str) -> torch.Tensor:
+        """Return a parameter, on the CPU."""
+        return self._parameters[name].cpu()
 
 
 class StoredTensors:
@@ -103,6 +111,17 @@ class StoredTensors:
             part = self._chunk_rows(MetadataIndex(name, chunk.offsets), low - first, high - first)
             out[(slice(low - begin, high - begin), *beside)] = part
         return out
+
+    def whole(self, name: str) -> torch.Tensor:
+        """Return a tensor as torch's own reader puts it together, which is another way than that of `rows`.
+
+        Raises:
+            CheckpointError: a file is missing or damaged.
+        """
+        stored = self._tensors[name]
+        state = {name: torch.empty(stored.size, dtype=stored.properties.dtype)}
+        fill_state(state, self._folder)
+        return state[name]
 
     def _chunk_rows(self, index: MetadataIndex, begin: int, end: int) -> torch.Tensor:
         path, offset, layout = self._layout(index)

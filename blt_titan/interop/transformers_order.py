@@ -7,11 +7,13 @@ wrong. With these four replaced by what `transformers` does, and nothing else, l
 
 For comparing alone: the masks made here are dense.
 
-Letters: B rows, S byte slots, P patch slots, d local width, k slots of a patch (written N), H heads, X either slots.
+Letters: B rows, S byte slots, P patch slots, d local width, k slots of a patch (written N), T hash tables, Q those that
+ask and R those that are read, K head size.
 """
 
 import copy
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -19,6 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from blt_titan.byte_vocab import EOS_ID
 from blt_titan.model.attention import AttentionMask, DenseMask, attend
 from blt_titan.model.blt import BLT
 from blt_titan.model.cross_attention import CrossAttention
@@ -28,6 +31,8 @@ from blt_titan.model.layers import TransformerBlock
 
 class FloatsAre(TorchFunctionMode):
     """Makes one type of every fp32 and fp64 that code asks for by name, as norms, softmax and rotary angles do.
+
+    It sees `.float()`, `.double()` and a dtype that is an argument itself, not one inside a list.
 
     Args:
         dtype: torch.float32 or torch.float64.
@@ -48,21 +53,20 @@ class FloatsAre(TorchFunctionMode):
         return self.dtype if argument is torch.float32 or argument is torch.float64 else argument
 
 
-def logits_in_transformers_order(model: BLT, ids_BS: torch.Tensor, patch_lengths_BP: torch.Tensor) -> torch.Tensor:
-    """Score rows of one document each as `BLT.logits` does, rounding where `transformers` rounds.
+def in_transformers_order(model: BLT) -> BLT:
+    """Return a BLT of the same parameters with dense masks and sums in turn, for rows of one document each.
+
+    Under `FloatsAre(torch.float32)`, which makes the angles in fp32 too, it rounds where `transformers` rounds.
 
     Args:
-        model: in fp32, whole on one device; is left as it is.
-        ids_BS: integer [B, S].
-        patch_lengths_BP: integer [B, P], as for `BLT.logits`.
-
-    Returns:
-        Logits, fp32 [B, S, V].
+        model: whole, in fp32; is left as it is.
     """
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     model = copy.deepcopy(model, memo={id(parameter): parameter for parameter in model.parameters()})
     assert model.encoder is not None
     assert model.decoder is not None
     assert model.hash_embedding is not None
+    model.args = replace(model.args, attention_backend="sdpa")
     for block in (*_blocks(model.encoder.layers), *_blocks(model.decoder.layers)):
         block.attention.attend = _DenseWindow(model.args.local_window)
     encoder: Any = model.encoder
@@ -70,9 +74,9 @@ def logits_in_transformers_order(model: BLT, ids_BS: torch.Tensor, patch_lengths
     decoder: Any = model.decoder
     decoder.cross_attention = nn.ModuleList(_DenseBytesReadPatches(inner) for inner in decoder.cross_attention)
     encoder.tok_embeddings = _EmbeddingsInTurn(encoder.tok_embeddings, model.hash_embedding)
-    model.hash_embedding.look_up = lambda ids_BT, doc_BT, skip: torch.zeros((), device=ids_BT.device)
-    with FloatsAre(torch.float32):
-        return model.logits(ids_BS, patch_lengths_BP)
+    # They are in the byte's embedding already.
+    model.hash_embedding.look_up = lambda ids_BS, doc_BS, skip: torch.zeros((), device=ids_BS.device)
+    return model
 
 
 def _blocks(stack: nn.ModuleDict) -> Iterable[TransformerBlock]:
@@ -96,15 +100,15 @@ class _DenseCrossAttention(nn.Module):
         super().__init__()
         self.inner = inner
 
-    def read(self, asking_BXd: torch.Tensor, read_BXd: torch.Tensor, visible_BXX: torch.Tensor) -> torch.Tensor:
+    def read(self, asking_BQd: torch.Tensor, read_BRd: torch.Tensor, visible_BQR: torch.Tensor) -> torch.Tensor:
         inner = self.inner
-        normed = inner.kv_norm(read_BXd)
+        normed = inner.kv_norm(read_BRd)
         q, k, v = (
             x.unflatten(-1, (inner.n_heads, -1)).transpose(1, 2)
-            for x in (inner.wq(inner.q_norm(asking_BXd)), inner.wk(normed), inner.wv(normed))
+            for x in (inner.wq(inner.q_norm(asking_BQd)), inner.wk(normed), inner.wv(normed))
         )
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible_BXX[:, None])
-        return asking_BXd + inner.wo(out.transpose(1, 2).flatten(2))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible_BQR[:, None])
+        return asking_BQd + inner.wo(out.transpose(1, 2).flatten(2))
 
 
 class _DensePatchesReadBytes(_DenseCrossAttention):
@@ -113,8 +117,8 @@ class _DensePatchesReadBytes(_DenseCrossAttention):
     def forward(self, patch_BPNd: torch.Tensor, byte_BSd: torch.Tensor, byte_patch_BS: torch.Tensor) -> torch.Tensor:
         P, N = patch_BPNd.shape[1:3]
         patch_P1 = torch.arange(P, device=byte_patch_BS.device)[:, None]
-        visible_BXS = (byte_patch_BS[:, None] == patch_P1).repeat_interleave(N, dim=1)
-        return self.read(patch_BPNd.flatten(1, 2), byte_BSd, visible_BXS).unflatten(1, (P, N))
+        visible_BQS = (byte_patch_BS[:, None] == patch_P1).repeat_interleave(N, dim=1)
+        return self.read(patch_BPNd.flatten(1, 2), byte_BSd, visible_BQS).unflatten(1, (P, N))
 
 
 class _DenseBytesReadPatches(_DenseCrossAttention):
@@ -123,8 +127,8 @@ class _DenseBytesReadPatches(_DenseCrossAttention):
     def forward(self, byte_BSd: torch.Tensor, patch_BPNd: torch.Tensor, source_patch_BS: torch.Tensor) -> torch.Tensor:
         P, N = patch_BPNd.shape[1:3]
         patch_P = torch.arange(P, device=source_patch_BS.device)
-        visible_BSX = (source_patch_BS[..., None] == patch_P).repeat_interleave(N, dim=2)
-        return self.read(byte_BSd, patch_BPNd.flatten(1, 2), visible_BSX)
+        visible_BSR = (source_patch_BS[..., None] == patch_P).repeat_interleave(N, dim=2)
+        return self.read(byte_BSd, patch_BPNd.flatten(1, 2), visible_BSR)
 
 
 class _EmbeddingsInTurn(nn.Module):
@@ -135,6 +139,8 @@ class _EmbeddingsInTurn(nn.Module):
         self.of_bytes, self.of_hashes = of_bytes, of_hashes
 
     def forward(self, ids_BS: torch.Tensor) -> torch.Tensor:
+        if bool((ids_BS[:, :-1] == EOS_ID).any()):
+            raise ValueError("a row holds a second document, which transformers does not know")
         hashes = self.of_hashes
         rows_BST = ngram_hashes(
             ids_BS,

@@ -35,6 +35,7 @@ def rotary_angles(pos_BS: torch.Tensor, *, head_dim: int, theta: float) -> Rotat
     The angles are made in float64: with fp32 angles, rows that should agree differ by 2e-3 nats at position 32k.
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=pos_BS.device) / head_dim
+    # In fp32, where comparisons take it too, theta**-exponent would round otherwise than transformers does.
     frequency_K = 1.0 / theta**exponent
     angle_BSK = pos_BS[..., None].double() * frequency_K
     return angle_BSK.cos().float()[:, :, None], angle_BSK.sin().float()[:, :, None]
