@@ -98,6 +98,9 @@ def main(arguments: list[str] | None = None) -> int:
         f"{written / 1e9:.2f} GB written in {seconds:.0f} s"
     )
     write_result(args.out, "export_memory", arguments, **figures)
+    if peak > figures["allowed_bytes"]:
+        print(f"more than the {figures['allowed_bytes'] / 1e9:.2f} GB that are allowed", file=sys.stderr)
+        return 1
     return 0
 
 

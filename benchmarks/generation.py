@@ -1,11 +1,11 @@
-"""Measure cached generation: against `transformers`, against what the machine could do, over lengths, and thresholds.
+"""Measure cached generation: against `transformers`, against what the machine could do, and over lengths.
 
-    python -m benchmarks.generation --dial blt-demo --data outputs/demo/data --out benchmarks/results/generation.json
+    python -m benchmarks.generation --out benchmarks/results/generation.json
 
 Random weights, the same on both sides, the 100M entropy model inside; a prompt of 256 bytes and 256 more, batch 1.
 What a step must at least take is the longer of its FLOPs at the measured rate of matrix products and of its bytes of
-weights and caches at the measured bandwidth of memory. All of it in one run, ways alternating, medians. With --dial,
-also what a trained model gains and loses at other thresholds. The exit code is 1 where a goal is missed.
+weights and caches at the measured bandwidth of memory. All of it in one run, ways alternating, medians. The exit
+code is 1 where a goal is missed.
 """
 
 import argparse
@@ -23,13 +23,9 @@ import torch
 
 from benchmarks.result_file import write_result
 from blt_titan.byte_vocab import EOS_ID
-from blt_titan.data.documents import read_documents
 from blt_titan.inference.cached import CachedBLT
 from blt_titan.inference.caches import GROWTH_SLOTS
-from blt_titan.inference.evaluate_documents import evaluate_documents
 from blt_titan.inference.generate import Sampling, generate
-from blt_titan.inference.likelihood import LikelihoodScorer
-from blt_titan.interop.loading import load_for_inference
 from blt_titan.interop.pretrained import BLT, ByteTokenizer, EntropyModel
 from blt_titan.interop.verify import TEXT
 from blt_titan.model.sizes import BLT_FLAVORS, ENTROPY_FLAVORS
@@ -110,30 +106,6 @@ def time_theirs(directory: Path, prompt: bytes, max_bytes: int) -> float:
     return seconds
 
 
-def turn_dial(directory: Path, data: Path, thresholds: list[float], repetitions: int) -> dict[str, Any]:
-    """Evaluate and generate at each threshold; return figures by threshold."""
-    bytes_per_s: dict[float, list[float]] = {threshold: [] for threshold in thresholds}
-    figures: dict[str, Any] = {}
-    for repetition in range(repetitions):
-        for threshold in thresholds:
-            loaded = load_for_inference(directory, threshold=threshold)
-            assert loaded.entropy_model is not None
-            if not repetition:
-                scorer = LikelihoodScorer(loaded.model, loaded.rule, loaded.entropy_model)
-                [scores] = evaluate_documents(scorer, read_documents(data, split="validation")).values()
-                summary = scores.summary()
-                keys = ("bits_per_byte", "bits_per_byte_95", "documents", "bytes", "mean_patch_bytes")
-                figures[str(threshold)] = {key: summary[key] for key in keys}
-            # Scoring takes the entropy model over.
-            loaded = load_for_inference(directory, threshold=threshold)
-            run = time_ours((loaded.model, loaded.entropy_model, loaded.rule), PROMPT[:256], 512)
-            bytes_per_s[threshold].append(run["bytes"] / run["seconds"])
-    for threshold, rates in bytes_per_s.items():
-        figures[str(threshold)]["generated_bytes_per_s"] = statistics.median(rates)
-        print(f"threshold {threshold}: {figures[str(threshold)]}", flush=True)
-    return figures
-
-
 def machine_rates() -> dict[str, float]:
     """Measure FLOPs of matrix products and bytes read by products of a matrix and a vector, each per second."""
     a = torch.randn(1536, 1536)
@@ -174,9 +146,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--flavors", nargs="+", default=["100M", "20M"], help="default %(default)s")
     parser.add_argument("--repetitions", type=int, default=3, help="default %(default)s")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default %(default)s")
-    parser.add_argument("--dial", type=Path, metavar="DIR", help="a model directory whose threshold is varied")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="shards whose held-out documents it is evaluated on")
-    parser.add_argument("--thresholds", type=float, nargs="+", default=[1.8, 2.6220703125, 3.4], help="%(default)s")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the figures as JSON")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
@@ -217,8 +186,6 @@ def main(arguments: list[str] | None = None) -> int:
         str(end): 1000 * float(np.mean(steps[end - 256 : end])) for end in (256, 512, 1024, 2048, 4096)
     }
     print("ms per byte, the last 256 before", figures["ms_per_byte_by_length"])
-    if args.dial is not None:
-        figures["by_threshold"] = turn_dial(args.dial, args.data, args.thresholds, args.repetitions)
     write_result(args.out, "generation", arguments, **figures)
     missed = [
         flavor

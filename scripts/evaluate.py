@@ -71,8 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         figures["all"] = _together(scored.values()).summary()
     print(f"{'bits/byte':>10}  {'95% interval':>16}{'patch':>7}{'documents':>11}{'bytes':>14}  source")
     for source, of_source in figures.items():
-        low, high = of_source["bits_per_byte_95"]
-        interval = f"{low:.4f} - {high:.4f}" if of_source["documents"] > 1 else "-"
+        interval = "-"
+        if of_source["bits_per_byte_95"] is not None:
+            interval = " - ".join(f"{bound:.4f}" for bound in of_source["bits_per_byte_95"])
         print(
             f"{of_source['bits_per_byte']:>10.4f}  {interval:>16}{of_source['mean_patch_bytes']:>7.2f}"
             f"{of_source['documents']:>11,}{of_source['bytes']:>14,}  {source}"

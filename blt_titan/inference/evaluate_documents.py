@@ -33,14 +33,15 @@ class DocumentScores:
         self.patches.append(patches)
 
     def summary(self) -> dict[str, Any]:
-        """Return the figures; the interval is of documents drawn anew, with replacement, a thousand times."""
+        """Return the figures; the interval, None for one document, is of documents drawn anew, a thousand times."""
         nats, sizes = np.array(self.byte_nats), np.array(self.n_bytes)
-        low, high = bootstrap_interval(nats, sizes)
+        # One document says nothing about others.
+        interval = list(bootstrap_interval(nats, sizes)) if len(sizes) > 1 else None
         return {
             "documents": len(sizes),
             "bytes": int(sizes.sum()),
             "bits_per_byte": bits_per_byte(float(nats.sum()), int(sizes.sum())),
-            "bits_per_byte_95": [low, high],
+            "bits_per_byte_95": interval,
             "eos_nats_per_document": float(np.mean(self.eos_nats)),
             # BOS is a patch of its own, EOS and the bytes lie in the others.
             "mean_patch_bytes": (int(sizes.sum()) + 2 * len(sizes)) / sum(self.patches),

@@ -37,6 +37,17 @@ _PREFIXES = {
 _CROSS_NORMS = {".q_norm.": ".cross_attn_norm_q.", ".kv_norm.": ".cross_attn_norm_kv."}
 
 
+_ONE_WAY_ONLY = {
+    "use_rope": True,
+    "cross_attn_encoder": True,
+    "cross_attn_decoder": True,
+    "cross_attn_init_by_pooling": True,
+    "downsampling_by_pooling": "max",
+    "tie_local_encoder_decoder": False,
+}
+"""Fields that say what our model computes in this way alone; absent or null is that way too."""
+
+
 def blt_name_to_original(name: str) -> str:
     """Translate a BLT parameter's name, but for the hash tables, which are several there.
 
@@ -86,6 +97,9 @@ def blt_args_from_original(config: Mapping[str, Any], shapes: Mapping[str, tuple
 
     _must_be(fields, "vocab_size", VOCAB_SIZE)
     _must_be(fields, "norm_eps", NORM_EPS)
+    for name, value in _ONE_WAY_ONLY.items():
+        if fields.get(name) is not None:
+            _must_be(fields, name, value)
     for name in ("n_kv_heads", "n_kv_heads_global"):
         if fields.get(name) not in (None, fields.get("n_heads_global"), fields.get("n_heads")):
             raise HFConfigError(f"config.json: args.{name} = {fields[name]}: grouped-query attention is not supported")

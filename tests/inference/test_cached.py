@@ -153,6 +153,10 @@ def test_more_patches_than_a_cache_grows_by():
     assert cached._global_cache.capacity == 768
 
 
+def test_positions_beyond_what_angles_are_made_for_at_once():
+    compare(RULES["entropy"], blt(), [1, 1010], steps=40)
+
+
 def test_a_rule_and_its_model_go_together():
     with pytest.raises(ValueError, match="needs an entropy model"):
         CachedBLT(blt(), RULES["entropy"])

@@ -138,6 +138,46 @@ def test_the_command_says_the_same_from_a_checkpoint_and_from_a_directory(saved,
     assert capsys.readouterr().out == expected.decode(errors="replace") + "\n"
 
 
+@pytest.mark.parametrize(
+    ("options", "sampling"),
+    [
+        (["--temperature", "0"], GREEDY),
+        (["--temperature", "1.3", "--top-k", "3", "--seed", "8"], Sampling(1.3, 3, seed=8)),
+        (["--temperature", "1.3", "--top-p", "0.4", "--seed", "8"], Sampling(1.3, top_p=0.4, seed=8)),
+    ],
+    ids=str,
+)
+def test_the_command_s_options_of_sampling(saved, capsys, options, sampling):
+    rule, prompt = RULES["entropy"], b"or not to be, that is"
+    assert script.main(["--model", str(saved / "hf"), "--prompt", prompt.decode(), "--max-bytes", "24", *options]) == 0
+    expected = complete(blt(), prompt, rule, entropy_model=model_of(), max_bytes=24, sampling=sampling)
+    assert capsys.readouterr().out == expected.decode(errors="replace") + "\n"
+    # Of a long prompt the last bytes are read.
+    command = ["--model", str(saved / "hf"), "--prompt", prompt.decode(), "--max-bytes", "24", *options]
+    assert script.main([*command, "--context-bytes", "9"]) == 0
+    expected = complete(blt(), prompt[-9:], rule, entropy_model=model_of(), max_bytes=24, sampling=sampling)
+    captured = capsys.readouterr()
+    assert captured.out == expected.decode(errors="replace") + "\n"
+    assert "read are the last 9" in captured.err
+
+
+def test_the_command_prints_bytes_as_they_come(saved, monkeypatch):
+    printed, printed_at_step = [], []
+    steps = script.generate
+
+    def watched(*args, **kwargs):
+        for step in steps(*args, **kwargs):
+            printed_at_step.append(len(printed))
+            yield step
+
+    monkeypatch.setattr(script, "_put", printed.append)
+    monkeypatch.setattr(script, "generate", watched)
+    assert script.main(["--model", str(saved / "hf"), "--prompt", "to be", "--max-bytes", "20"]) == 0
+    # One piece for each byte, before the next is made.
+    assert printed_at_step == list(range(len(printed_at_step)))
+    assert len(printed_at_step) > 10
+
+
 def test_the_command_takes_many_prompts_and_other_thresholds(saved, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("to be\nor not\n")
     command = ["--model", str(saved / "hf"), "--batch", str(tmp_path / "prompts.txt"), "--max-bytes", "9"]
@@ -145,6 +185,8 @@ def test_the_command_takes_many_prompts_and_other_thresholds(saved, tmp_path, ca
     captured = capsys.readouterr()
     lines = [json.loads(line) for line in captured.out.splitlines()]
     assert [line["prompt"] for line in lines] == ["to be", "or not"]
+    assert script.main([*command, "--batch-size", "1"]) == 0
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == lines
     assert script.main([*command, "--show-patches", "--threshold", "0"]) == 0
     err = capsys.readouterr().err
     assert err.splitlines()[0].count("|") > captured.err.splitlines()[0].count("|")

@@ -100,13 +100,15 @@ def save_layouts(out: str, overrides: list[str]) -> list[dict[str, torch.Tensor]
 
 
 def begin_from(out: str, overrides: list[str], checkpoint: str) -> list[dict[str, torch.Tensor]]:
-    """Load a checkpoint of weights into each layout; return this rank's parameters, whole."""
+    """Load a checkpoint of weights into each layout, and train a step; return this rank's loaded parameters, whole."""
     parameters = []
     for name, layout in LAYOUTS.items():
         settings = [*overrides, *layout.overrides, f"--checkpoint.initial_load_path={checkpoint}", "--debug.seed=77"]
+        settings += ["--training.steps=1"]
         trainer = make_trainer(f"{out}/{name}", "--data.streams=8", "--training.global_batch_size=8", *settings)
         trainer.checkpointer.load()
         parameters.append(gather_parameters(trainer))
+        trainer.train()
         trainer.close()
         torch.distributed.barrier()
     return parameters
@@ -136,6 +138,15 @@ def test_any_layout_out_and_back_in(small_run, tmp_path, monkeypatch):
         assert loaded.keys() == whole.keys()
         for key, parameter in loaded.items():
             assert torch.equal(parameter, whole[key]), f"{name}: {key}"
+    losses = [first_loss(tmp_path / "in" / name) for name in LAYOUTS]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+    # The rows of the first step, by the model that was saved after it: seed 77 would give more than it began with.
+    assert losses[0] < first_loss(tmp_path / "out" / "cp2tp2")
+
+
+def first_loss(folder: Path) -> float:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return next(line["loss_nats"] for line in lines if "loss_nats" in line)
 
 
 def test_what_differs_is_found(checkpoints, tmp_path):
@@ -363,6 +374,22 @@ def test_checkpoints_that_do_not_fit_are_named(checkpoints, tmp_path):
     data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
     with pytest.raises(CheckpointError, match=r"cannot be read|cut short"):
         export_hf(stored_weights(tmp_path / "short"), tmp_path / "x", force=True)
+
+
+def test_an_export_reads_in_blocks(checkpoints, tmp_path, monkeypatch):
+    most, rows, read = 5_000, StoredTensors.rows, []
+
+    def watched(self, name: str, begin: int, end: int) -> torch.Tensor:
+        read.append(rows(self, name, begin, end))
+        assert read[-1].nbytes <= most or len(read[-1]) == 1, f"{name}: {read[-1].nbytes} bytes at once"
+        return read[-1]
+
+    monkeypatch.setattr(tensors_module, "_BLOCK_BYTES", most)
+    monkeypatch.setattr(StoredTensors, "rows", watched)
+    monkeypatch.setattr(StoredTensors, "whole", None)
+    entropy = stored_weights(checkpoints / "entropy")
+    export_hf(stored_weights(checkpoints / "blt"), tmp_path / "hf", entropy=entropy)
+    assert len(read) > 50
 
 
 def test_rows_of_a_stored_tensor(checkpoints):

@@ -96,6 +96,24 @@ def _greedy_bytes(prompt: bytes, max_bytes: int):
     yield complete(blt(), prompt, RULE, entropy_model=model_of(), max_bytes=max_bytes, sampling=GREEDY)
 
 
+def test_the_harness_knows_it_by_name(directory):
+    from lm_eval.api.registry import get_model
+
+    assert get_model("blt_titan") is BLTHarness
+    harness = BLTHarness.create_from_arg_string(f"pretrained={directory / 'hf'},max_length=120")
+    [(got, _)] = harness.loglikelihood(requests(("The answer is", " yes")), disable_tqdm=True)
+    assert got == pytest.approx(log_p(b"The answer is yes", 4), abs=LOG_P_ATOL)
+
+
+def test_of_a_long_prompt_the_last_bytes_are_continued(directory):
+    harness = BLTHarness(str(directory / "hf"), max_length=120)
+    [found] = harness.generate_until(requests((TEXT, {"max_gen_toks": 3})), disable_tqdm=True)
+    room = 120 - 1 - 3 * BYTES_PER_TOKEN
+    expected = recomputed_greedy(TEXT.encode()[-room:], 3 * BYTES_PER_TOKEN)
+    assert found == expected.decode(errors="replace")
+    assert expected != recomputed_greedy(TEXT.encode()[:room], 3 * BYTES_PER_TOKEN)
+
+
 def test_it_continues_until_a_stop(directory, caplog):
     harness = BLTHarness(str(directory / "hf"), batch_size=2)
     prompts = ["to be", "or not to be, that is", "x"]
@@ -140,6 +158,13 @@ TASKS = {
         "doc_to_target": "{{question}}",
         "metric_list": [{"metric": "bits_per_byte"}],
     },
+    "continuation": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{continuation}}",
+        "generation_kwargs": {"until": ["zzzz"], "max_gen_toks": 2},
+        "metric_list": [{"metric": "exact_match"}],
+    },
 }
 
 
@@ -148,6 +173,9 @@ def test_a_task_of_our_own(directory, tmp_path, capsys):
         {"question": f"Number {i}: the sky is", "choices": [" blue", " green and large", " 3"], "answer": i % 3}
         for i in range(6)
     ]
+    for example in examples:
+        made = recomputed_greedy(example["question"].encode(), 2 * BYTES_PER_TOKEN).decode(errors="replace")
+        example["continuation"] = made if example["answer"] else "something else"
     (tmp_path / "examples.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
     for name, task in TASKS.items():
         task = {
@@ -159,7 +187,7 @@ def test_a_task_of_our_own(directory, tmp_path, capsys):
         }
         (tmp_path / f"{name}.yaml").write_text(json.dumps(task))
     command = ["--model", str(directory / "hf"), "--include-path", str(tmp_path), "--out", str(tmp_path / "out.json")]
-    assert script.main([*command, "--tasks", "own_choices", "own_perplexity"]) == 0
+    assert script.main([*command, "--tasks", "own_choices", "own_perplexity", "own_continuation"]) == 0
     assert "own_choices" in capsys.readouterr().out
     results = json.loads((tmp_path / "out.json").read_text())
     right = 0
@@ -171,6 +199,8 @@ def test_a_task_of_our_own(directory, tmp_path, capsys):
     n_bytes = sum(len(e["question"]) for e in examples)
     expected = -total / n_bytes / math.log(2)
     assert results["own_perplexity"]["bits_per_byte,none"] == pytest.approx(expected, rel=1e-4)
+
+    assert results["own_continuation"]["exact_match,none"] == pytest.approx(4 / 6)
 
     assert script.main([*command, "--tasks", "own_nothing"]) == 2
     assert "the harness has no task own_nothing" in capsys.readouterr().err

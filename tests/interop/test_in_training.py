@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from blt_titan.inference.checkpoint import describe_model
+from blt_titan.interop import in_training
 from blt_titan.interop.export import stored_weights
 from blt_titan.interop.in_training import ExportFailedError, HFExports
 from blt_titan.interop.pretrained import BLT
@@ -90,6 +91,28 @@ def test_checkpoints_that_a_run_removes_are_exported_all_the_same(checkpoints, t
             out / f"step-{step}", stored_weights(checkpoints / "blt"), stored_weights(checkpoints / "entropy")
         )
         assert f"; from step-{step}\n" in (out / f"step-{step}" / "README.md").read_text()
+
+
+def test_an_export_holds_up_nobody(checkpoints, tmp_path, monkeypatch):
+    """The run goes on while a directory is written, however long that takes."""
+    folder, out, go_on = tmp_path / "checkpoint", tmp_path / "hf", tmp_path / "go on"
+    start = subprocess.Popen
+    wait = f"while [ ! -e '{go_on}' ]; do sleep 0.05; done; exec \"$@\""
+    monkeypatch.setattr(
+        in_training.subprocess, "Popen", lambda command, **how: start(["bash", "-c", wait, "bash", *command], **how)
+    )
+    described = describe_model(checkpoints / "blt")
+    exports = HFExports(folder, out, described=described, entropy_checkpoint=None, dtype="float32", force=True)
+    try:
+        for step in (2, 4):
+            shutil.copytree(checkpoints / "blt", folder / f"step-{step}")
+            exports.add(step)
+            exports.poll()  # would not return if it waited
+        assert not list(out.glob("step-*/config.json"))
+    finally:
+        go_on.touch()
+    exports.finish()
+    assert sorted(path.name for path in out.iterdir()) == ["step-2", "step-4"]
 
 
 def test_a_resumed_run_exports_what_a_killed_one_did_not_come_to(checkpoints, tmp_path):

@@ -8,10 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from blt_titan.interop import pretrained as pretrained_module
+from blt_titan.interop.export import stored_weights
 from blt_titan.interop.hf_config import HFConfigError
 from blt_titan.interop.original import blt_name_to_original
 from blt_titan.interop.pretrained import BLT, EntropyModel, Patcher, Pretrained
+from blt_titan.interop.tensors import StoredTensors
 from blt_titan.patching.rule import PatchRule
+from scripts import convert_from_hf
 from tests.interop.test_export import ARGS, RULE, entropy_model, random_blt
 
 
@@ -75,6 +78,58 @@ def assert_same(found: torch.nn.Module, expected: torch.nn.Module) -> None:
     assert parameters.keys() == dict(found.named_parameters()).keys()
     for name, parameter in found.named_parameters():
         assert torch.equal(parameter, parameters[name]), name
+
+
+BLOCK = [f"attention.w{x}" for x in "qkvo"] + [f"feed_forward.w{i}" for i in (1, 2, 3)] + ["attention_norm", "ffn_norm"]
+CROSS = ["cross_attn_norm_q", "cross_attn_norm_kv", "wq", "wk", "wv", "wo"]
+BLOCKS = [
+    "local_encoder.layers.0",
+    *(f"{stack}.layers.{i}" for stack in ("global_transformer", "local_decoder") for i in (0, 1)),
+]
+CROSSES = [
+    "local_encoder.cross_attn_layers.0",
+    "local_decoder.cross_attn_layers.0",
+    "local_decoder.cross_attn_layers.1",
+]
+ORIGINAL_NAMES = {
+    *(f"{block}.{part}.weight" for block in BLOCKS for part in BLOCK),
+    *(f"{cross}.{part}.weight" for cross in CROSSES for part in CROSS),
+    *(f"encoder_hash_tok_embedding.{table}.weight" for table in range(6)),
+    "local_encoder.tok_embeddings.weight",
+    "local_encoder.patch_embedding_projection.weight",
+    "global_transformer.token_embedding_projection.weight",
+    "local_decoder.patch_embedding_projection.weight",
+    "local_decoder.norm.weight",
+    "local_decoder.output.weight",
+}
+"""Written down apart from the code that translates."""
+
+
+def test_names_of_the_original_layout(tmp_path):
+    model, entropy = write_original(tmp_path / "released")
+    tensors = load_file(tmp_path / "released" / "model.safetensors")
+    assert tensors.keys() == ORIGINAL_NAMES
+    for name, parameter in (
+        ("local_encoder.cross_attn_layers.0.cross_attn_norm_q", model.encoder.cross_attention[0].q_norm),
+        ("local_decoder.cross_attn_layers.1.cross_attn_norm_kv", model.decoder.cross_attention[1].kv_norm),
+        ("local_decoder.layers.1.feed_forward.w3", model.decoder.layers["1"].feed_forward.w3),
+        ("global_transformer.layers.1.attention_norm", model.layers["1"].attention_norm),
+        ("local_encoder.layers.0.ffn_norm", model.encoder.layers["0"].ffn_norm),
+    ):
+        assert torch.equal(tensors[f"{name}.weight"], parameter.weight), name
+    names = {f"layers.{i}.{part}.weight" for i in range(3) for part in BLOCK}
+    assert dict(entropy.named_parameters()).keys() == names | {"tok_embeddings.weight", "norm.weight", "output.weight"}
+
+
+def test_the_command_converts_the_original_layout(tmp_path):
+    model, entropy = write_original(tmp_path / "released")
+    command = ["--model", str(tmp_path / "released"), "--out", str(tmp_path / "blt")]
+    assert convert_from_hf.main([*command, "--entropy-out", str(tmp_path / "entropy")]) == 0
+    for name, of in (("blt", model), ("entropy", entropy)):
+        stored = StoredTensors(tmp_path / name)
+        for key, parameter in of.named_parameters():
+            assert torch.equal(stored.whole(key), parameter), key
+    assert stored_weights(tmp_path / "blt").rule == RULE
 
 
 def test_the_original_layout(tmp_path):
@@ -152,6 +207,10 @@ def test_an_original_that_does_not_fit_is_refused(tmp_path):
         ({"dim_local_decoder": 64}, "dim_local_encoder and dim_local_decoder differ"),
         ({"cross_attn_k": None}, "args.cross_attn_k is missing"),
         ({"norm_eps": 1e-6}, "args.norm_eps = 1e-06"),
+        ({"downsampling_by_pooling": "mean"}, "args.downsampling_by_pooling = 'mean', must be 'max'"),
+        ({"cross_attn_init_by_pooling": False}, "args.cross_attn_init_by_pooling = False"),
+        ({"use_rope": False}, "args.use_rope = False"),
+        ({"tie_local_encoder_decoder": True}, "args.tie_local_encoder_decoder = True"),
         ({"n_layers_global": 3}, "missing tensors"),
         ({"n_layers_global": 1}, "left over"),
     ):
