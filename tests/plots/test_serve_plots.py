@@ -1,6 +1,7 @@
 """The server of plots: what it shows, what it refuses, and that a browser draws it."""
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -31,7 +32,8 @@ def outputs(tmp_path) -> Path:
         run = folder / name
         run.mkdir(parents=True)
         lines = [
-            {"step": step, "bits_per_byte": 8 / step**0.3, "training_flops": 1e12 * step * (1 + 9 * number)}
+            # The small one read more, so that points of the scaling figure come in another order than curves.
+            {"step": step, "bits_per_byte": 8 / step**0.3, "training_flops": 1e12 * step * (10 - 9 * number)}
             for step in range(1, 40)
         ]
         lines.insert(20, {"step": 20, "heldout_bits_per_byte": 4.0 - number, "heldout_loss_nats": 2.0})
@@ -90,8 +92,8 @@ def test_figures_are_those_of_the_runs(client):
     assert len(curves["small"]["training"]) == 39
     assert curves["small"]["heldout"] == [[20, 4.0], [39, 3.0]]
     assert client.get("/data/scaling").json() == [
-        {"run": "small", "flops": 39e12, "bits_per_byte": 3.0, "step": 39},
-        {"run": "large </script><b>", "flops": 390e12, "bits_per_byte": 2.0, "step": 39},
+        {"run": "large </script><b>", "flops": 39e12, "bits_per_byte": 2.0, "step": 39},
+        {"run": "small", "flops": 390e12, "bits_per_byte": 3.0, "step": 39},
     ]
 
 
@@ -211,6 +213,10 @@ def test_a_browser_draws_it(outputs, tmp_path):
     assert "<b>" not in drawn.partition("<script>")[0]
     assert "large &lt;/script&gt;&lt;b&gt;: held-out 2.000" in drawn
     assert 'src="/visualizations/small/patches.html"' in drawn
+    # A run has one color, in the curves and in the scaling figure, which order them otherwise.
+    colored = re.findall(r'<span style="--color: ([^"]+)">([^:]+):', drawn)
+    assert len(colored) == 4
+    assert len(set(colored)) == 2
 
 
 def test_a_folder_that_is_not_there(tmp_path, capsys):
