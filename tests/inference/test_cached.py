@@ -141,11 +141,13 @@ def test_prompts_of_other_lengths_side_by_side(rule):
     ids=str,
 )
 def test_other_shapes(changes):
-    compare(RULES["entropy"], blt(**changes), [3, 40], steps=60)
+    cached = compare(RULES["entropy"], blt(**changes), [3, 40], steps=60)
+    assert [sum(cached.patch_lengths(row)) for row in range(2)] == [64, 101]
 
 
 def test_an_entropy_model_that_forgets_at_newlines():
-    compare(RULES["entropy"], blt(), [1, 250, 310], steps=120, reset_at_newline=True)
+    cached = compare(RULES["entropy"], blt(), [1, 250, 310], steps=120, reset_at_newline=True)
+    assert [sum(cached.patch_lengths(row)) for row in range(3)] == [122, 371, 431]
 
 
 def test_more_patches_than_a_cache_grows_by():
@@ -154,7 +156,8 @@ def test_more_patches_than_a_cache_grows_by():
 
 
 def test_positions_beyond_what_angles_are_made_for_at_once():
-    compare(RULES["entropy"], blt(), [1, 1010], steps=40)
+    cached = compare(RULES["entropy"], blt(), [1, 1010], steps=40)
+    assert [sum(cached.patch_lengths(row)) for row in range(2)] == [42, 1051]
 
 
 def test_a_rule_and_its_model_go_together():
