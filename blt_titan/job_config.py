@@ -99,11 +99,14 @@ class Validation:
     """Defaults that differ from torchtitan's. Held-out data is the `validation` split of training.dataset_path."""
 
     local_batch_size: int = -1
-    """Rows of a validation batch; -1 takes training.local_batch_size."""
+    """Rows of a validation batch; -1 takes training.local_batch_size, and so does a run with a pipeline."""
     seq_len: int = -1
     """Bytes of a validation row; -1 takes training.seq_len."""
     steps: int = -1
-    """Batches of a validation pass; -1 scores the whole split."""
+    """
+    Rows of the split that a validation pass scores, the first ones, the same in every layout; -1 scores the whole
+    split.
+    """
     freq: int = 500
     """Steps between validation passes; the last step is always validated."""
 

@@ -23,6 +23,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
+from blt_titan.data.atomic_file import write_atomically
 from blt_titan.data.collate import Batch
 from blt_titan.data.mixture import dataset_names
 from blt_titan.loss import count_targets
@@ -51,12 +52,16 @@ def count_batch(batch: Batch, n_slices: int = 1, quarantined: int = 0) -> torch.
 
 
 class JsonLines:
-    """A file of JSON objects, one per line; a resumed run replaces the lines after its checkpoint."""
+    """A file of JSON objects, one per line; a resumed run replaces the lines after its checkpoint.
+
+    A disk that is full, or a file that cannot be opened, is said once in the log: metrics are no reason to stop a run.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         self._keep_to_step = 0
         self._opened = False
+        self._lost = 0
 
     def resume_at(self, step: int) -> None:
         """Keep the lines up to `step`; later ones belong to steps that will be made again."""
@@ -64,23 +69,48 @@ class JsonLines:
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one object; floats keep their full precision."""
-        if not self._opened:
-            self._open()
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            if not self._opened:
+                self._open()
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            if not self._lost:
+                logger.warning(f"{self.path}: metrics cannot be written ({error.strerror}); the run goes on without")
+            self._lost += 1
+            return
+        if self._lost:
+            logger.warning(f"{self.path}: {self._lost} lines of metrics could not be written before this one")
+            self._lost = 0
 
     def _open(self) -> None:
-        self._opened = True
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.exists():
+            self._opened = True
             return
-        text = self.path.read_text()
-        # What follows the last newline was torn by a crash.
-        kept = [line for line in text.split("\n")[:-1] if json.loads(line)["step"] <= self._keep_to_step]
-        if "".join(line + "\n" for line in kept) != text:
+        written = self.path.read_bytes()
+        # What follows the last newline was torn by a crash; a machine that stopped may have left zeros, too.
+        steps = [(line, _step_of(line)) for line in written.split(b"\n")[:-1]]
+        kept = b"".join(line + b"\n" for line, step in steps if step is not None and step <= self._keep_to_step)
+        if kept != written:
             # A new run over an old one, or steps that a crash took back: the old lines stay beside the new file.
-            os.replace(self.path, self.path.with_name(f"{self.path.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
-            self.path.write_text("".join(line + "\n" for line in kept))
+            aside = self.path.with_name(f"{self.path.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+            damaged = sum(step is None for _, step in steps) + bool(written and not written.endswith(b"\n"))
+            if damaged:
+                logger.warning(f"{self.path}: {damaged} lines are damaged and were left out; the file is now {aside}")
+            os.replace(self.path, aside)
+            write_atomically(self.path, kept)
+        self._opened = True
+
+
+def _step_of(line: bytes) -> int | None:
+    """Return the step of a line of metrics; None if it is none."""
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    step = content.get("step") if isinstance(content, dict) else None
+    return step if type(step) is int else None
 
 
 class BLTMetrics(MetricsProcessor):
@@ -202,7 +232,10 @@ class BLTMetrics(MetricsProcessor):
         self.device_memory_monitor.reset_peak_stats()
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
-        self.logger.log(metrics, step)
+        try:
+            self.logger.log(metrics, step)
+        except OSError as error:
+            logger.warning(f"step {step}: TensorBoard's file cannot be written ({error.strerror}); the run goes on")
         if self.json_lines is not None:
             # JSON has no NaN; a figure that does not exist is null.
             finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}

@@ -6,28 +6,32 @@ says what is wrong in one sentence, with exit code 2, or nothing. `run_train.sh`
 world size is NGPU times NNODES. Precedence: command line > TOML > default.
 """
 
-import dataclasses
-import difflib
+import importlib
+import importlib.util
 import os
 import sys
-import tomllib
-import types
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import blt_titan.titan_device  # noqa: F401
 
 # isort: split
-from torchtitan.config import ConfigManager
 from torchtitan.tools.utils import device_type
 
+from blt_titan.config.keys import refused_values
+from blt_titan.config.read import RunConfigError, load_run_config
 from blt_titan.data.entropies import fingerprint_of
 from blt_titan.data.errors import DataError
-from blt_titan.inference.checkpoint import CheckpointError, complete_checkpoints, load_entropy_model
+from blt_titan.data.loader import check_continues
+from blt_titan.inference.checkpoint import CheckpointError, load_entropy_model
 from blt_titan.inference.entropies import OnlineEntropies
 from blt_titan.inference.score_data import sidecar_settings
 from blt_titan.interop.export import check_entropy_model, stored_weights
 from blt_titan.interop.hf_config import HFConfigError, hf_config, why_not_by_itself
+from blt_titan.model.entropy_model import EntropyModel
+from blt_titan.resume import check_model, checkpoint_to_load, saved_identity
+from blt_titan.run_folder import RunFolderError, RunLock
 from blt_titan.train_spec import (
     TRAIN_SPECS,
     dataset_paths,
@@ -35,33 +39,15 @@ from blt_titan.train_spec import (
     open_shards,
     open_sidecars,
     patch_rule,
+    row_source,
     stream_order,
 )
+from parallelisms.float8 import CONVERTER, uses_float8
 from parallelisms.support import unsupported_settings
 
-CONFIG_MODULE = "blt_titan.job_config"
+__all__ = ["RunConfigError", "check_run", "load_run_config"]
 
-
-class RunConfigError(ValueError):
-    """Settings that cannot be run; the message names the key, what it got and what it may be."""
-
-
-def load_run_config(args: list[str]) -> Any:
-    """Read the TOML that `--job.config_file` names, and overrides, into torchtitan's JobConfig with our sections.
-
-    Args:
-        args: command line without the program's name, `--section.key=value` (`--section.key value` but for booleans).
-
-    Raises:
-        RunConfigError: for a file that cannot be read, an unknown section or key, or a value of the wrong type.
-        SystemExit: for an override of the wrong type; the option parser has then said why.
-    """
-    manager = ConfigManager()
-    merged = manager._maybe_add_custom_config([f"--job.custom_config_module={CONFIG_MODULE}"], None)
-    args = _check_overrides(args, merged)
-    if path := _config_file(args):
-        _check_table(_read_toml(path), merged, path, prefix="")
-    return manager.parse_args([*args, f"--job.custom_config_module={CONFIG_MODULE}"])
+_MOST_RANKS_NAMED = 4096
 
 
 def check_run(config: Any, *, world_size: int, verify_data: bool) -> None:
@@ -76,14 +62,13 @@ def check_run(config: Any, *, world_size: int, verify_data: bool) -> None:
         RunConfigError: naming the keys, their values and what is allowed.
         DataError: naming the file.
     """
-    spec = TRAIN_SPECS.get(config.model.name)
-    if spec is None:
-        raise RunConfigError(f"model.name = {config.model.name!r}: must be one of {', '.join(TRAIN_SPECS)}")
+    if refused := [*refused_values(config), *_settings_without_effect(config)]:
+        raise RunConfigError("; ".join(refused))
+    spec = TRAIN_SPECS[config.model.name]
     if config.model.flavor not in spec.model_args:
         raise RunConfigError(
             f"model.flavor = {config.model.flavor!r}: {config.model.name} has {', '.join(spec.model_args)}"
         )
-    _check_bounds(config)
     if config.checkpoint.create_seed_checkpoint and (world_size > 1 or not config.checkpoint.enable):
         raise RunConfigError(
             "checkpoint.create_seed_checkpoint = true needs one rank (NGPU=1) and checkpoint.enable = true"
@@ -94,50 +79,92 @@ def check_run(config: Any, *, world_size: int, verify_data: bool) -> None:
     _check_rows(config)
     if refused := unsupported_settings(config, spec.model_args[config.model.flavor], dp_shard):
         raise RunConfigError("; ".join(refused))
+    _check_schedule(config)
     _check_device(config)
+    _check_imports(config)
+    checkpoint = checkpoint_to_load(config)
+    if checkpoint is not None:
+        check_model(checkpoint, config, spec)
     _check_data(config, dp, verify_data)
+    if checkpoint is not None:
+        _check_position(config, checkpoint)
     _check_export(config, spec.model_args[config.model.flavor])
 
 
-def _check_bounds(config: Any) -> None:
-    at_least = {
-        "training.steps": 1,
-        "training.local_batch_size": 1,
-        "metrics.log_freq": 1,
-        "checkpoint.interval": 1,
-        "validation.freq": 1,
-        "data.streams": 1,
-        "data.segment_bytes": 2,
-        "data.segment_patches": 2,
-        "export.hf_every": 0,
-    }
-    for key, bound in at_least.items():
-        section, name = key.split(".")
-        if (value := getattr(getattr(config, section), name)) < bound:
-            raise RunConfigError(f"{key} = {value}: must be at least {bound}")
-    for name in ("local_batch_size", "seq_len"):
-        if (value := getattr(config.validation, name)) < 1 and value != -1:
-            raise RunConfigError(f"validation.{name} = {value}: must be at least 1, or -1 for the training value")
-    if config.checkpoint.keep_latest_k == 1 or config.checkpoint.keep_latest_k < 0:
-        raise RunConfigError(
-            f"checkpoint.keep_latest_k = {config.checkpoint.keep_latest_k}: must be 0 (keep all) or at least 2, "
-            "because the last one may be half written"
+def _settings_without_effect(config: Any) -> Iterator[str]:
+    """Yield a sentence for each key that another one makes useless."""
+    loader, checkpoint, float8 = config.training.dataloader, config.checkpoint, config.quantize.linear.float8
+    if loader.prefetch_factor is not None and loader.num_workers == 0:
+        yield (
+            f"training.dataloader.prefetch_factor = {loader.prefetch_factor} with training.dataloader.num_workers = 0: "
+            "only workers make batches ahead; leave it out, or raise num_workers"
         )
-    begin_from = config.checkpoint.initial_load_path
-    folder = Path(config.job.dump_folder) / config.checkpoint.folder
-    begins = bool(begin_from) and config.checkpoint.enable and not complete_checkpoints(folder)
-    if begins and folder.exists():
-        raise RunConfigError(
-            f"checkpoint.initial_load_path = {begin_from!r} would be passed over, because {folder} is there, without a "
-            "complete checkpoint: remove it"
+    if checkpoint.export_dtype != "float32" and not checkpoint.last_save_model_only:
+        yield (
+            f"checkpoint.export_dtype = {checkpoint.export_dtype!r} needs checkpoint.last_save_model_only = true: a "
+            "checkpoint that can be continued keeps its weights as they are"
         )
-    if begins and "://" not in begin_from and not (Path(begin_from) / ".metadata").is_file():
-        raise RunConfigError(
-            f"checkpoint.initial_load_path = {begin_from!r}: holds no complete checkpoint (a .metadata file); name a "
-            "step-N folder, or what scripts.convert_from_hf wrote"
+    if not uses_float8(config):
+        for name, default in (
+            ("recipe_name", None),
+            ("enable_fsdp_float8_all_gather", False),
+            ("precompute_float8_dynamic_scale_for_fsdp", False),
+            ("emulate", False),
+        ):
+            if (value := getattr(float8, name)) != default:
+                yield f"quantize.linear.float8.{name} = {value!r} needs model.converters = ['{CONVERTER}']"
+    if config.model.name != "blt_entropy" and config.entropy_model.reset_at_newline:
+        yield f"entropy_model.reset_at_newline = true with model.name = {config.model.name!r}: only blt_entropy has it"
+    if config.model.name != "blt" and config.hash_embedding.sharding != "columns":
+        yield (
+            f"hash_embedding.sharding = {config.hash_embedding.sharding!r} with model.name = {config.model.name!r}: "
+            "only blt has hash tables"
         )
-    if config.training.global_batch_size == 0:
-        raise RunConfigError("training.global_batch_size = 0: must be at least 1, or -1 for no accumulation")
+
+
+def _check_schedule(config: Any) -> None:
+    total, steps = config.lr_scheduler.total_steps, config.training.steps
+    if total is not None and total < steps:
+        raise RunConfigError(
+            f"lr_scheduler.total_steps = {total}: must be at least training.steps = {steps}, because the learning rate "
+            "falls below zero after it"
+        )
+    profiling = config.profiling
+    together = profiling.profiler_warmup + profiling.profiler_active
+    if profiling.enable_profiling and profiling.profile_freq < together:
+        raise RunConfigError(
+            f"profiling.profile_freq = {profiling.profile_freq}: must be at least profiling.profiler_warmup + "
+            f"profiling.profiler_active = {together}"
+        )
+
+
+def _check_imports(config: Any) -> None:
+    """Import what the settings name, as the run will."""
+    if config.metrics.enable_wandb and importlib.util.find_spec("wandb") is None:
+        raise RunConfigError("metrics.enable_wandb = true needs the package wandb: pip install wandb")
+    if (name := config.experimental.custom_import) == "":
+        return
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # whatever a module of the user's raises
+        raise RunConfigError(
+            f"experimental.custom_import = {name!r}: cannot be imported ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _check_position(config: Any, checkpoint: Path) -> None:
+    """Check that the run's data can be read on from where a checkpoint is."""
+    settings = config.checkpoint
+    begins_anew = settings.initial_load_path is not None and checkpoint == Path(settings.initial_load_path)
+    seed = checkpoint.name == "step-0" and not begins_anew
+    if seed or (begins_anew and settings.initial_load_model_only) or "dataloader" in settings.exclude_from_loading:
+        return
+    source = row_source(config, "train", config.training.seq_len)
+    order = stream_order(config, open_shards(config, "train"))
+    try:
+        check_continues(saved_identity(checkpoint), source, order, patching_may_change=config.patching.allow_change)
+    except DataError as error:
+        raise RunConfigError(f"{checkpoint}: {error}") from error
 
 
 def _check_degrees(config: Any, world_size: int) -> tuple[int, int]:
@@ -154,9 +181,6 @@ def _check_degrees(config: Any, world_size: int) -> tuple[int, int]:
         )
     }
     said = " x ".join(f"{key} {degree}" for key, degree in degrees.items())
-    for key, degree in degrees.items():
-        if degree < 1 and not (key == "data_parallel_shard_degree" and degree == -1):
-            raise RunConfigError(f"parallelism.{key} = {degree}: must be at least 1")
     product = 1
     for degree in degrees.values():
         product *= degree
@@ -179,7 +203,8 @@ def _check_batch(config: Any, dp: int) -> None:
         )
     if config.data.streams % dp:
         streams = config.data.streams
-        fitting = ", ".join(str(ranks) for ranks in range(1, streams + 1) if streams % ranks == 0)
+        most = min(streams, _MOST_RANKS_NAMED)
+        fitting = ", ".join(str(ranks) for ranks in range(1, most + 1) if streams % ranks == 0)
         raise RunConfigError(
             f"data.streams = {streams}: must be a multiple of {dp} data-parallel ranks; with as many streams there may "
             f"be {fitting} ranks, and a run keeps its streams"
@@ -189,20 +214,20 @@ def _check_batch(config: Any, dp: int) -> None:
 def _check_rows(config: Any) -> None:
     data, patching = config.data, config.patching
     lengths = {"training.seq_len": config.training.seq_len}
-    if config.validation.seq_len >= 0:
+    if config.validation.seq_len > 0:
         lengths["validation.seq_len"] = config.validation.seq_len
     for key, seq_len in lengths.items():
-        if seq_len < 1 or seq_len % data.segment_bytes:
+        if seq_len % data.segment_bytes:
             raise RunConfigError(
                 f"{key} = {seq_len}: a row is a whole number of segments, so it must be a multiple of "
                 f"data.segment_bytes = {data.segment_bytes}"
             )
-    if not 1 <= patching.max_patch_bytes <= data.segment_bytes:
+    if patching.max_patch_bytes > data.segment_bytes:
         raise RunConfigError(
             f"patching.max_patch_bytes = {patching.max_patch_bytes}: must be 1 to data.segment_bytes = "
             f"{data.segment_bytes}, because a patch lies in one segment"
         )
-    if (patching.rule == "static") != (patching.stride is not None) or (patching.stride or 1) < 1:
+    if (patching.rule == "static") != (patching.stride is not None):
         raise RunConfigError(
             f"patching.rule = {patching.rule!r} with patching.stride = {patching.stride}: 'static' needs a stride of "
             "at least 1 byte, the other rules take none"
@@ -242,8 +267,9 @@ def _check_export(config: Any, model_args: Any) -> None:
         raise RunConfigError(
             f"export.hf_every = {export.hf_every} needs checkpoint.enable = true: checkpoints it reads"
         )
+    key = "export" if export.entropy_checkpoint else "patching"
     checkpoint = export.entropy_checkpoint or config.patching.entropy_checkpoint
-    entropy_args = load_entropy_model(checkpoint).args if checkpoint else None
+    entropy_args = _entropy_model(f"{key}.entropy_checkpoint", checkpoint).args if checkpoint else None
     rule = patch_rule(config)
     alone = why_not_by_itself(entropy_args, rule)
     if alone and not export.force:
@@ -267,6 +293,13 @@ def _check_export(config: Any, model_args: Any) -> None:
         raise RunConfigError(
             f"export.hf_every = {export.hf_every}, which transformers cannot express: {error}"
         ) from error
+
+
+def _entropy_model(key: str, checkpoint: str) -> EntropyModel:
+    try:
+        return load_entropy_model(checkpoint)
+    except CheckpointError as error:
+        raise RunConfigError(f"{key} = {checkpoint!r}: {error}") from error
 
 
 def _check_device(config: Any) -> None:
@@ -308,7 +341,7 @@ def _check_data(config: Any, dp: int, verify_data: bool) -> None:
         for shards in [train, *held_out]:
             open_sidecars(config, shards)
     elif goes_by_entropy(config):
-        load_entropy_model(config.patching.entropy_checkpoint)
+        _entropy_model("patching.entropy_checkpoint", config.patching.entropy_checkpoint)
     if verify_data:
         for shards in [s for sets in [train, *held_out] for s in sets.sets]:
             if shards.text_bytes <= config.data.verify_bytes_at_start and config.data.on_damage == "stop":
@@ -317,108 +350,29 @@ def _check_data(config: Any, dp: int, verify_data: bool) -> None:
                 shards.verify_structure()
 
 
-def _config_file(args: list[str]) -> Path | None:
-    for i, arg in enumerate(args):
-        key, _, value = arg.partition("=")
-        if key in ("--job.config_file", "--job.config-file"):
-            return Path(value or args[i + 1])
-    return None
-
-
-def _check_overrides(args: list[str], cls: type) -> list[str]:
-    """Check the names of overrides; write `--a.b=true` and `--a.b=false` as the option parser takes them."""
-    checked = []
-    for arg in args:
-        name, _, value = arg.removeprefix("--").partition("=")
-        if not arg.startswith("--") or "." not in name:
-            checked.append(arg)
-            continue
-        *sections, key = name.replace("-", "_").split(".")
-        hints, prefix = get_type_hints(cls), ""
-        for part in (*sections, key):
-            meant = part if part in hints else part.removeprefix("no_")
-            if meant not in hints or (meant != part and hints[meant] is not bool):
-                close = difflib.get_close_matches(part, hints, n=1)
-                hint = f"; did you mean {prefix}{close[0]}?" if close else ""
-                raise RunConfigError(f"{arg}: unknown key {prefix}{part}{hint}")
-            prefix += f"{part}."
-            hints = get_type_hints(hints[meant]) if dataclasses.is_dataclass(hints[meant]) else hints
-        if hints.get(key) is bool and value in ("true", "false"):
-            off = "" if value == "true" else "no-"
-            arg = f"--{'.'.join(sections)}.{off}{key.replace('_', '-')}"
-        checked.append(arg)
-    return checked
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text())
-    except OSError as error:
-        raise RunConfigError(f"{path}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise RunConfigError(f"{path} is not valid TOML: {error}") from error
-
-
-def _check_table(table: dict[str, Any], cls: type, path: Path, prefix: str) -> None:
-    hints = get_type_hints(cls)
-    known = [field.name for field in dataclasses.fields(cls)]
-    for key, value in table.items():
-        name = prefix + key
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            meant = f"did you mean {prefix}{close[0]}? " if close else ""
-            raise RunConfigError(f"{path}: unknown key {name}; {meant}Known here: {', '.join(known)}")
-        hint = hints[key]
-        if dataclasses.is_dataclass(hint):
-            if not isinstance(value, dict):
-                raise RunConfigError(f"{path}: {name} = {value!r} must be a table, [{name}]")
-            _check_table(value, hint, path, prefix=f"{name}.")  # pyright: ignore[reportArgumentType]
-        elif not _fits(value, hint):
-            raise RunConfigError(f"{path}: {name} = {value!r} is of the wrong type, must be {_describe(hint)}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, options = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return True
-    if origin is Literal:
-        return any(value == option and type(value) is type(option) for option in options)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, option) for option in options)
-    if origin is list:
-        return isinstance(value, list) and all(_fits(item, options[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(item, options[1]) for item in value.values())
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _describe(hint: Any) -> str:
-    origin, options = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return "one of " + ", ".join(map(repr, options))
-    if origin in (Union, types.UnionType):
-        return " or ".join(_describe(option) for option in options if option is not type(None))
-    if origin is list:
-        return f"a list of {_describe(options[0])}"
-    if origin is dict:
-        return f"a table of {_describe(options[1])}"
-    names = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
-    return names.get(hint) or str(hint)
-
-
 def main() -> None:
     """Check a run's settings and say what is wrong."""
-    # Not WORLD_SIZE: some clusters set it to something else before torchrun does.
-    world_size = int(os.environ.get("NGPU", "1")) * int(os.environ.get("NNODES", "1"))
     try:
-        check_run(load_run_config(sys.argv[1:]), world_size=world_size, verify_data=True)
-    except (RunConfigError, DataError, CheckpointError) as error:
+        # Not WORLD_SIZE: some clusters set it to something else before torchrun does.
+        world_size = _count_of("NGPU") * _count_of("NNODES")
+        config = load_run_config(sys.argv[1:])
+        check_run(config, world_size=world_size, verify_data=True)
+        # On the node of rank 0, before ranks start: whether the folder can be had.
+        if os.environ.get("NODE_RANK", "0") == "0":
+            RunLock(config.job.dump_folder).release()
+    except (RunConfigError, RunFolderError, DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def _count_of(variable: str) -> int:
+    value = os.environ.get(variable, "1")
+    if not (value.isascii() and value.isdigit() and 1 <= int(value[:10]) <= 10**6):
+        raise RunConfigError(f"{variable} = {value!r}: must be a whole number from 1 to 1000000")
+    return int(value)
 
 
 if __name__ == "__main__":

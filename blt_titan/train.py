@@ -13,6 +13,7 @@ from blt_titan.data.errors import DataError
 from blt_titan.inference.checkpoint import CheckpointError
 from blt_titan.interop.in_training import ExportFailedError
 from blt_titan.run_config import RunConfigError, check_run, load_run_config
+from blt_titan.run_folder import RunFolderError
 from blt_titan.train_spec import RowsDifferError
 from blt_titan.trainer import BLTTrainer, NonFiniteLossError, RunStateError
 
@@ -37,6 +38,7 @@ def main() -> None:
             trainer.train()
     except (
         RunConfigError,
+        RunFolderError,
         DataError,
         CheckpointError,
         NonFiniteLossError,

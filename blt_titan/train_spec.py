@@ -250,11 +250,19 @@ def build_validator(
 ) -> BLTValidator:
     """Build the held-out validation of one rank (torchtitan's `build_validator_fn`)."""
     validation, training = job_config.validation, job_config.training
+    rows_per_batch = training.local_batch_size if validation.local_batch_size < 0 else validation.local_batch_size
+    if parallel_dims.pp_enabled and rows_per_batch != training.local_batch_size:
+        logger.info(
+            f"validation.local_batch_size = {rows_per_batch} follows training.local_batch_size = "
+            f"{training.local_batch_size}, which the pipeline is built for; the held-out figure does not depend on it"
+        )
+        rows_per_batch = training.local_batch_size
     rows = HeldOutRows(
         row_source(job_config, "validation", training.seq_len if validation.seq_len < 0 else validation.seq_len),
         dp_rank=dp_rank,
         dp_size=dp_world_size,
-        rows_per_batch=training.local_batch_size if validation.local_batch_size < 0 else validation.local_batch_size,
+        rows_per_batch=rows_per_batch,
+        max_rows=None if validation.steps < 0 else validation.steps,
         part=context_slice(job_config),
     )
     return BLTValidator(

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import time
 import warnings
@@ -16,11 +17,14 @@ import torch
 import torch.distributed as dist
 
 # isort: split
+import torchtitan.train
 from torchtitan.components.dataloader import DataloaderExhaustedError
+from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 
 from blt_titan.batch import IGNORE_LABEL
+from blt_titan.checkpointer import RunCheckpoints
 from blt_titan.data.collate import Batch
 from blt_titan.data.entropies import EntropySidecars
 from blt_titan.data.loader import RowLoader
@@ -28,6 +32,8 @@ from blt_titan.inference.entropies import OnlineEntropies
 from blt_titan.interop.in_training import HFExports
 from blt_titan.loss import ByteCrossEntropy, bits_per_byte, count_targets
 from blt_titan.metrics import COUNTS, BLTMetrics
+from blt_titan.resume import changed_settings, other_model, recorded_settings
+from blt_titan.run_folder import RunLock, record_settings
 from blt_titan.train_spec import RowsDifferError, patch_rule, row_ranks  # registers the models, too
 from parallelisms.clipping import clip_grad_norm
 from parallelisms.hash_tables import reduce_partial_gradients
@@ -41,8 +47,6 @@ class RunStateError(RuntimeError):
     """A checkpoint that this run cannot continue from."""
 
 
-_NOT_OF_THE_MODEL = ("init_seed", "attention_backend", "nominal_patch_bytes")
-"""Arguments that change neither weights nor what is computed with them."""
 _LONGEST_EXPORT = timedelta(hours=12)
 
 
@@ -62,6 +66,8 @@ class _NotTrueHere(logging.Filter):
 
 
 logger.addFilter(_NotTrueHere())
+# Its Trainer makes one by this name, and offers no other way to hand it another.
+torchtitan.train.CheckpointManager = RunCheckpoints
 
 
 class BLTTrainer(Trainer):
@@ -70,8 +76,14 @@ class BLTTrainer(Trainer):
     metrics_processor: BLTMetrics
     loss_fn: ByteCrossEntropy
     dataloader: RowLoader  # pyright: ignore[reportIncompatibleVariableOverride]
+    checkpointer: RunCheckpoints
 
     def __init__(self, job_config: Any):
+        self._run_lock: RunLock | None = None
+        self._saved_settings: dict[str, Any] = {}
+        if os.environ.get("RANK", "0") == "0":
+            self._run_lock = RunLock(job_config.job.dump_folder)
+            record_settings(job_config)
         with warnings.catch_warnings():
             # torchtitan makes an autocast to fp32 on the CPU, which torch turns off with a warning; see below.
             warnings.filterwarnings("ignore", message="In CPU autocast")
@@ -90,6 +102,8 @@ class BLTTrainer(Trainer):
         self._first_bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
         quarantines = job_config.data.on_damage == "quarantine"
         self._row_ranks = row_ranks(job_config) if quarantines else None
+        self._first_step = 1
+        self.checkpointer.on_loaded = self._begin_after_load
         self._exports: HFExports | None = None
         if job_config.export.hf_every:
             # All wait for the last export, which may take longer than a collective of training ever should.
@@ -151,7 +165,8 @@ class BLTTrainer(Trainer):
         self.optimizers.step()
         self.lr_schedulers.step()
 
-        log_due = self.metrics_processor.should_log(self.step)
+        # The last step too: what is wrong with it must not pass for a completed run.
+        log_due = self.metrics_processor.should_log(self.step) or self.step == self.job_config.training.steps
         if log_due:
             self._log(loss, grad_norm, lr, global_targets)
         if log_due or self._save_due():
@@ -164,6 +179,9 @@ class BLTTrainer(Trainer):
             if self._save_due() and self._is_exported(self.step):
                 self._exports.add(self.step)
             self._exports.poll()
+        if self.step == self._first_step != 1:  # after step 1 torchtitan does it
+            seconds = self.job_config.comm.train_timeout_seconds
+            dist_utils.set_pg_timeouts(timedelta(seconds=seconds), self.parallel_dims)
 
     def train(self) -> None:
         """Train to the last step, then wait for exports.
@@ -186,6 +204,8 @@ class BLTTrainer(Trainer):
         if self._exports is not None:
             self._exports.stop()
         super().close()
+        if self._run_lock is not None:
+            self._run_lock.release()
 
     def _hf_exports(self) -> HFExports:
         config: Any = self.job_config
@@ -224,7 +244,10 @@ class BLTTrainer(Trainer):
 
         The rule of its patches too: whoever generates with it must cut as it was trained.
         """
-        described = self._describe_model() | {"bytes_seen": int(self._targets_seen)}
+        described = self._describe_model() | {
+            "bytes_seen": int(self._targets_seen),
+            "settings": recorded_settings(self.job_config),
+        }
         return super().state_dict() | {"model": json.dumps(described)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -234,18 +257,25 @@ class BLTTrainer(Trainer):
             RunStateError: the checkpoint is of a model that computes something else with weights of the same shapes.
         """
         super().load_state_dict(state_dict)
-        # Older checkpoints do not say; what is below zero is not known.
-        self._targets_seen.fill_(json.loads(state_dict["model"]).get("bytes_seen", -(2**62) if self.step else 0))
-        saved, here = (json.loads(state["model"]) for state in (state_dict, self.state_dict()))
-        for key, value in (saved["args"] | {"model": saved["name"]}).items():
-            mine = (here["args"] | {"model": here["name"]}).get(key)
-            if key not in _NOT_OF_THE_MODEL and mine != value:
-                raise RunStateError(
-                    f"the checkpoint is of a model with {key} = {value!r}, this run has {mine!r}: set it as it was, or "
-                    "begin in another job.dump_folder"
-                )
+        saved = json.loads(state_dict["model"])
+        if fault := other_model(saved, self._describe_model()):
+            raise RunStateError(f"the checkpoint {fault}: set it as it was, or begin in another job.dump_folder")
+        # What is below zero is not known.
+        self._targets_seen.fill_(saved.get("bytes_seen", -(2**62) if self.step else 0))
+        self._saved_settings = saved.get("settings", {})
+
+    def _begin_after_load(self) -> None:
+        """Settle what the step that was loaded means for the run's folder; collective."""
+        for sentence in changed_settings(self._saved_settings, self.job_config):
+            logger.info(sentence)
         self.metrics_processor.resume_at(self.step)
         self._set_later_checkpoints_aside()
+        self._first_step = self.step + 1
+        if not self.step:
+            return
+        logger.info(
+            f"The learning rate of step {self._first_step} is {self.lr_schedulers.schedulers[0].get_last_lr()[0]:g}"
+        )
         if self._exports is not None:
             self._exports.take_up(self.step, self._is_exported)
         if not self.should_continue_training():

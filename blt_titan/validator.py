@@ -1,6 +1,5 @@
 """Validation during training: the held-out split, each byte once, the same figure in every layout."""
 
-import itertools
 import time
 from contextlib import AbstractContextManager
 from typing import Any
@@ -55,13 +54,12 @@ class BLTValidator(BaseValidator):
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
         """Score the held-out rows and log the figure; collective over ranks."""
         began = time.perf_counter()
-        steps = self.job_config.validation.steps
         for model in model_parts:
             model.eval()
         with self.autocast:
             score = score_batches(
                 self._score_by_schedule if self.pp_schedule is not None else batch_scorer(model_parts[0]),
-                itertools.islice(self.rows, None if steps < 0 else steps),
+                self.rows,
                 device=device_type,
                 reduce=self._sum_over_ranks if self.n_ranks > 1 else None,
             )

@@ -41,29 +41,10 @@ def _degrees(job_config: Any) -> tuple[int, int, int]:
 
 
 def _check_features(job_config: Any, model_args: Any, dp_shard: int) -> Iterator[str]:
-    parallelism = job_config.parallelism
-    if parallelism.expert_parallel_degree != 1:
-        yield f"parallelism.expert_parallel_degree = {parallelism.expert_parallel_degree}: a BLT has no experts; set 1"
     if job_config.activation_checkpoint.mode == "memory_budget" and not compiles_model(job_config):
         yield "activation_checkpoint.mode = 'memory_budget' needs compile.enable = true"
     if job_config.compile.enable and job_config.compile.components != ["model"]:
         yield f"compile.components = {job_config.compile.components}: only ['model'] is compiled; leave it out"
-    if job_config.fault_tolerance.enable:
-        yield "fault_tolerance.enable = true is not supported"
-    if job_config.comm.mode != "default":
-        yield f"comm.mode = {job_config.comm.mode!r}: only 'default' is supported"
-    if parallelism.enable_async_tensor_parallel:
-        yield "parallelism.enable_async_tensor_parallel = true is not supported: it needs compiled tensor parallelism"
-    if parallelism.context_parallel_rotate_method != "allgather":
-        yield (
-            f"parallelism.context_parallel_rotate_method = {parallelism.context_parallel_rotate_method!r}: keys and "
-            "values are gathered, so only 'allgather' is supported"
-        )
-    if parallelism.context_parallel_load_balancer is not None:
-        yield (
-            f"parallelism.context_parallel_load_balancer = {parallelism.context_parallel_load_balancer!r}: slices of a "
-            "row are contiguous; leave it out"
-        )
 
 
 def _check_model(job_config: Any, model_args: Any, dp_shard: int) -> Iterator[str]:
@@ -117,20 +98,10 @@ def _check_pipeline(job_config: Any, model_args: Any, dp_shard: int) -> Iterator
             f"parallelism.fsdp_reshard_after_forward = 'always' with {PIPELINE} = {pp}: split-backward schedules lose "
             "gradients then; use 'default' or 'never'"
         )
-    for key, wanted in (
-        ("pipeline_parallel_schedule_csv", ("", None)),
-        ("module_fqns_per_model_part", (None,)),
-        ("pipeline_parallel_first_stage_less_layers", (1,)),
-        ("pipeline_parallel_last_stage_less_layers", (1,)),
-    ):
-        if (value := getattr(parallelism, key)) not in wanted:
-            yield f"parallelism.{key} = {value!r} is not supported: stages are cut by their FLOPs; leave it out"
     name = parallelism.pipeline_parallel_schedule
     if name not in SCHEDULES:
         yield f"parallelism.pipeline_parallel_schedule = {name!r}: must be one of {', '.join(SCHEDULES)}"
         return
-    if parallelism.pipeline_parallel_expert_parallel_overlap:
-        yield "parallelism.pipeline_parallel_expert_parallel_overlap = true: a BLT has no experts; leave it out"
     if name in V_SCHEDULES and device_type == "cpu":
         yield f"parallelism.pipeline_parallel_schedule = {name!r} needs an accelerator: on gloo it sends to itself"
     stages, n_layers = n_stages(job_config, model_args.global_layers), model_args.global_layers
@@ -161,11 +132,11 @@ def _check_pipeline(job_config: Any, model_args: Any, dp_shard: int) -> Iterator
             f"parallelism.pipeline_parallel_microbatch_size = {micro} makes {training.local_batch_size // micro} "
             f"micro-batches, {wanted}"
         )
-    if validation.enable:
-        for key in ("local_batch_size", "seq_len"):
-            value, wanted = getattr(validation, key), getattr(training, key)
-            if value not in (-1, wanted):
-                yield f"validation.{key} = {value} with {PIPELINE} = {pp}: must be training.{key} = {wanted}"
+    if validation.enable and validation.seq_len not in (-1, training.seq_len):
+        yield (
+            f"validation.seq_len = {validation.seq_len} with {PIPELINE} = {pp}: must be training.seq_len = "
+            f"{training.seq_len}"
+        )
 
 
 def _wanted_micro_batches(schedule: str, micro_batches: int, pp: int) -> str | None:
@@ -180,8 +151,6 @@ def _wanted_micro_batches(schedule: str, micro_batches: int, pp: int) -> str | N
 
 
 def _check_float8(job_config: Any, model_args: Any, dp_shard: int) -> Iterator[str]:
-    if others := [name for name in job_config.model.converters if name != CONVERTER]:
-        yield f"model.converters = {others}: only {CONVERTER!r} is supported"
     if not uses_float8(job_config):
         return
     if job_config.model.name != "blt":
@@ -189,11 +158,6 @@ def _check_float8(job_config: Any, model_args: Any, dp_shard: int) -> Iterator[s
     if importlib.util.find_spec("torchao") is None:
         yield f"model.converters = ['{CONVERTER}'] needs the package torchao: pip install 'blt_titan[float8]'"
     settings = job_config.quantize.linear.float8
-    if settings.filter_fqns:
-        yield (
-            f"quantize.linear.float8.filter_fqns = {settings.filter_fqns}: exactly the linears of the global "
-            "transformer are converted; leave it out"
-        )
     if settings.recipe_name is not None and settings.enable_fsdp_float8_all_gather:
         yield (
             f"quantize.linear.float8.recipe_name = {settings.recipe_name!r} with "

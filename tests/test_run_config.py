@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from blt_titan.data.errors import DataError
+from blt_titan.interop.to_checkpoint import write_checkpoint
+from blt_titan.model.blt import BLT
+from blt_titan.model.sizes import BLT_FLAVORS
 from blt_titan.run_config import RunConfigError, check_run, load_run_config
 
 CONFIGS = sorted(Path("train_configs").glob("*.toml"))
@@ -125,18 +128,17 @@ def test_wrong_overrides_are_named(override, message):
         ),
         ("--parallelism.data_parallel_replicate_degree=2", 3, "does not divide 3 ranks"),
         ("--parallelism.data_parallel_shard_degree=0", 1, r"data_parallel_shard_degree = 0: must be at least 1"),
-        ("--parallelism.pipeline_parallel_degree=2", 2, r"parallelism\.pipeline_parallel_degree = 2"),
         ("--training.global_batch_size=3", 2, r"training\.global_batch_size = 3: must be a multiple"),
         ("--training.local_batch_size=0", 1, r"training\.local_batch_size = 0"),
         ("--training.steps=0", 1, r"training\.steps = 0: must be at least 1"),
         ("--metrics.log_freq=0", 1, r"metrics\.log_freq = 0: must be at least 1"),
-        ("--checkpoint.keep_latest_k=1", 1, r"checkpoint\.keep_latest_k = 1: must be 0 \(keep all\) or at least 2"),
+        ("--checkpoint.keep_latest_k=1", 1, r"checkpoint\.keep_latest_k = 1: must be at least 2 .* or 0 to keep all"),
         ("--validation.local_batch_size=0", 1, r"validation\.local_batch_size = 0"),
         ("--checkpoint.create_seed_checkpoint", 2, r"create_seed_checkpoint = true needs one rank"),
         ("--data.streams=7", 2, r"data\.streams = 7: must be a multiple of 2 data-parallel ranks"),
         ("--data.streams=100000", 1, r"data\.streams = 100000: .* record batches.*set data\.streams = \d+"),
         ("--model.flavor=9B", 1, r"model\.flavor = '9B': blt has debug, 20M"),
-        ("--model.converters=quantize.linear.mx", 1, r"model\.converters"),
+        ("--model.converters=quantize.linear.mx", 1, r"model\.converters = \['quantize\.linear\.mx'\]: must be"),
         ("--training.dataset_path=/nowhere", 1, r"training\.dataset_path = '/nowhere': no such directory"),
         ("--checkpoint.async_mode=async_with_pinned_mem", 1, r"checkpoint\.async_mode"),
         ("--checkpoint.initial_load_path=/nowhere", 1, r"initial_load_path = '/nowhere': holds no complete checkpoint"),
@@ -150,9 +152,8 @@ def test_settings_that_do_not_fit_are_refused(override, world_size, message, std
 
 
 def test_what_would_be_passed_over_is_refused(stdlib_data, tmp_path):
-    begin_from = tmp_path / "weights"
-    begin_from.mkdir()
-    (begin_from / ".metadata").touch()
+    model = BLT(BLT_FLAVORS["debug"])
+    begin_from = write_checkpoint(model, "blt", model.args, tmp_path / "weights")
     arguments = [f"--job.config_file={DEBUG}", f"--training.dataset_path={stdlib_data}", "--data.streams=12"]
     arguments += [f"--job.dump_folder={tmp_path}", f"--checkpoint.initial_load_path={begin_from}"]
     config = load_run_config(arguments)
@@ -161,8 +162,15 @@ def test_what_would_be_passed_over_is_refused(stdlib_data, tmp_path):
     step.mkdir(parents=True)  # half written
     with pytest.raises(RunConfigError, match=r"would be passed over, because .*checkpoint is there"):
         check_run(config, world_size=1, verify_data=False)
-    (step / ".metadata").touch()
+    step.rmdir()
+    begin_from.rename(step)
     check_run(config, world_size=1, verify_data=False)
+
+
+def test_a_pipeline_needs_no_validation_batch_of_its_own(stdlib_data):
+    overrides = [f"--training.dataset_path={stdlib_data}", "--data.streams=12", "--validation.local_batch_size=8"]
+    config = load_run_config([f"--job.config_file={DEBUG}", *overrides, "--parallelism.pipeline_parallel_degree=2"])
+    check_run(config, world_size=2, verify_data=False)
 
 
 def test_the_stream_count_that_is_named_fits(stdlib_data):
@@ -235,7 +243,7 @@ def test_a_mixture_is_set_instead_of_a_path(toml, stdlib_data):
     with pytest.raises(RunConfigError, match=r"data\.mixture: '/nowhere': no such directory"):
         check_run(config, world_size=1, verify_data=False)
     config.data.mixture = {str(stdlib_data): -1.0}
-    with pytest.raises(DataError, match="weights must be positive numbers"):
+    with pytest.raises(RunConfigError, match=r"data\.mixture = .*-1\.0\}: must be weights above 0"):
         check_run(config, world_size=1, verify_data=False)
     with pytest.raises(RunConfigError, match="must be a table of a number"):
         load_run_config([toml("[data]", "[data]\nmixture = { web = true }")])

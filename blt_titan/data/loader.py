@@ -49,6 +49,8 @@ logger = logging.getLogger(__name__)
 Block = list[tuple[Row, np.ndarray]]
 """Rows, each with its stream's position after it."""
 
+IDENTITY_KEY = "dataloader.identity"
+"""Where a checkpoint says what data its run reads: JSON, the keys that cannot change and `patching`."""
 _NO_SNAPSHOTS = 1 << 62
 """torchdata's own state is not used: it refuses another number of workers."""
 _QUARANTINED_FIELD = POSITION_FIELDS.index("quarantined")
@@ -312,7 +314,7 @@ class RowLoader:
             # An array, not a tensor: DCP refuses a tensor of another size before the identity below can say why.
             "positions": whole.numpy(),
             "rows_served": self._rows_served,
-            "identity": json.dumps(self._identity() | {"patching": dict(self.source.patching)}),
+            "identity": json.dumps(_identity(self.source, self.order) | {"patching": dict(self.source.patching)}),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -321,22 +323,9 @@ class RowLoader:
         Raises:
             DataError: if the state belongs to other data, to another order or to other patches; names what differs.
         """
-        saved, here = json.loads(state_dict["identity"]), self._identity()
-        for key, value in here.items():
-            if saved.get(key) != value:
-                raise DataError(
-                    f"the checkpoint's data order cannot be continued: it was written with {key} = {saved.get(key)!r}, "
-                    f"this run has {value!r}"
-                )
-        for key, value in self.source.patching.items():
-            if (before := saved.get("patching", {}).get(key)) == value:
-                continue
-            said = f"the checkpoint was written with {key} = {before!r}, this run has {value!r}"
-            if not self._patching_may_change and key in saved.get("patching", {}):
-                raise DataError(
-                    f"{said}, so patches would be cut otherwise: set it as it was, or set patching.allow_change = true"
-                )
-            logger.warning(f"{said}: from here on patches are cut otherwise (no text is lost or repeated)")
+        saved = json.loads(state_dict["identity"])
+        for changed in check_continues(saved, self.source, self.order, patching_may_change=self._patching_may_change):
+            logger.warning(changed)
         rows_served = int(state_dict["rows_served"])
         if rows_served % self.dp_size:
             raise DataError(f"{rows_served} rows were served, which {self.dp_size} data-parallel ranks do not divide")
@@ -352,13 +341,50 @@ class RowLoader:
         self.take_quarantined()
         self._rows_served = rows_served
 
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "data.streams": self.order.streams,
-            "data.seed": self.order.seed,
-            "training.dataset_path (fingerprint)": self.source.shards.fingerprint,
-            **({"data.mixture (shares)": list(self.order.shares)} if isinstance(self.order, MixtureOrder) else {}),
-        }
+
+def _identity(source: RowSource, order: StreamOrder | MixtureOrder) -> dict[str, Any]:
+    return {
+        "data.streams": order.streams,
+        "data.seed": order.seed,
+        "training.dataset_path (fingerprint)": source.shards.fingerprint,
+        **({"data.mixture (shares)": list(order.shares)} if isinstance(order, MixtureOrder) else {}),
+    }
+
+
+def check_continues(
+    saved: Mapping[str, Any], source: RowSource, order: StreamOrder | MixtureOrder, *, patching_may_change: bool
+) -> list[str]:
+    """Check that a run can go on in the data of a saved state.
+
+    Args:
+        saved: what the state says of its data.
+        source: the run's data and patches.
+        order: the run's streams.
+        patching_may_change: go on with other patches.
+
+    Returns:
+        A sentence for each thing that is otherwise from here on.
+
+    Raises:
+        DataError: if the state belongs to other data, to another order or to other patches; names what differs.
+    """
+    for key, value in _identity(source, order).items():
+        if saved.get(key) != value:
+            raise DataError(
+                f"the checkpoint's data order cannot be continued: it was written with {key} = {saved.get(key)!r}, "
+                f"this run has {value!r}; set it as it was, or begin in another job.dump_folder"
+            )
+    changed, before = [], saved.get("patching", {})
+    for key, value in source.patching.items():
+        if before.get(key) == value:
+            continue
+        said = f"the checkpoint was written with {key} = {before.get(key)!r}, this run has {value!r}"
+        if not patching_may_change and key in before:
+            raise DataError(
+                f"{said}, so patches would be cut otherwise: set it as it was, or set patching.allow_change = true"
+            )
+        changed.append(f"{said}: from here on patches are cut otherwise (no text is lost or repeated)")
+    return changed
 
 
 class HeldOutRows:
@@ -366,6 +392,14 @@ class HeldOutRows:
 
     Iterating yields this rank's batches; all ranks yield equally many. Rows that the data does not fill are padding
     without targets.
+
+    Args:
+        source: the data and the row shape.
+        dp_rank: this rank among the data-parallel ranks.
+        dp_size: data-parallel ranks.
+        rows_per_batch: B.
+        max_rows: rows of the split, counted over all ranks, that are yielded; None for all.
+        part: the context slice of each row that this rank takes.
     """
 
     def __init__(
@@ -375,10 +409,12 @@ class HeldOutRows:
         dp_rank: int = 0,
         dp_size: int = 1,
         rows_per_batch: int,
+        max_rows: int | None = None,
         part: ContextSlice = WHOLE_ROW,
     ):
         self.source = source
         self.part = part
+        self.max_rows = max_rows
         self.dp_rank = dp_rank
         self.dp_size = dp_size
         self.rows_per_batch = rows_per_batch
@@ -386,7 +422,7 @@ class HeldOutRows:
     def __iter__(self) -> Iterator[Batch]:
         n_record_batches = len(self.source.shards)
         stream = RowStream(lambda pick: self.source.read(pick) if pick < n_record_batches else None, self.source.shape)
-        rows = iter(stream.next_row, None)
+        rows = itertools.islice(iter(stream.next_row, None), self.max_rows)
         while together := list(itertools.islice(rows, self.dp_size * self.rows_per_batch)):
             own = together[self.dp_rank :: self.dp_size]
             own += [empty_row(self.source.shape)] * (self.rows_per_batch - len(own))

@@ -35,7 +35,6 @@ OVERRIDES = [
     "--validation.enable",
     "--validation.freq=100",
     "--validation.steps=-1",  # to the end: the last row is partly padding, so that slices are empty
-    "--validation.local_batch_size=-1",
     "--validation.seq_len=-1",
     "--checkpoint.no-enable",
 ]

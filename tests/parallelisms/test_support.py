@@ -10,13 +10,12 @@ from parallelisms.support import unsupported_settings
 from tests.parallelisms.layouts import LAYOUTS, SHORT_LAYOUTS
 
 CONFIG_FILE = "train_configs/debug.toml"
-PP2 = ["parallelism.pipeline_parallel_degree=2", "validation.local_batch_size=-1"]
+PP2 = ["parallelism.pipeline_parallel_degree=2"]
 FLOAT8 = ["model.converters=quantize.linear.float8"]
 
 
 def check(settings: list[str], small_run: list[str], ranks: int) -> None:
-    # Words without a dot are further values of the setting before them.
-    overrides = [f"--{setting}" if "." in setting else setting for setting in settings]
+    overrides = [f"--{setting}" for setting in settings]
     config = load_run_config([f"--job.config_file={CONFIG_FILE}", *small_run, *overrides])
     check_run(config, world_size=ranks, verify_data=False)
 
@@ -54,7 +53,7 @@ def check(settings: list[str], small_run: list[str], ranks: int) -> None:
         ([*PP2, "training.local_batch_size=4", "compile.enable",
           "parallelism.pipeline_parallel_schedule=InterleavedZeroBubble"], 2,
          ["compile.enable = true", "pipeline_parallel_schedule = 'InterleavedZeroBubble'"]),
-        (["compile.enable", "compile.components", "model", "loss"], 1, ["compile.components", "only ['model']"]),
+        (["compile.enable", "compile.components=model,loss"], 1, ["compile.components", "only ['model']"]),
         (["model.name=blt_entropy", "local_blocks.activation_checkpoint=full"], 1,
          ["local_blocks.activation_checkpoint = 'full'", "model.name = 'blt_entropy'"]),
         ([*FLOAT8, "quantize.linear.float8.emulate", "quantize.linear.float8.enable_fsdp_float8_all_gather"], 1,
@@ -65,9 +64,9 @@ def check(settings: list[str], small_run: list[str], ranks: int) -> None:
          ["pipeline_parallel_first_stage_less_layers = 2", "FLOPs"]),
         (["parallelism.pipeline_parallel_degree=4", "parallelism.pipeline_parallel_schedule=Interleaved1F1B",
           "training.local_batch_size=4"], 4, ["makes 8 stages", "3 global layers"]),
-        ([*PP2, "training.local_batch_size=4", "validation.enable", "validation.local_batch_size=2"], 2,
-         ["validation.local_batch_size = 2", "pipeline_parallel_degree = 2"]),
-        (["model.converters=quantize.linear.mx"], 1, ["quantize.linear.mx", "only 'quantize.linear.float8'"]),
+        ([*PP2, "training.local_batch_size=4", "validation.enable", "validation.seq_len=512"], 2,
+         ["validation.seq_len = 512", "pipeline_parallel_degree = 2"]),
+        (["model.converters=quantize.linear.mx"], 1, ["quantize.linear.mx", "'quantize.linear.float8'"]),
         ([*FLOAT8], 1, ["quantize.linear.float8.emulate = false", "8.9"]),
         ([*FLOAT8, "quantize.linear.float8.emulate", "compile.enable"], 1, ["emulate = true", "compile.enable"]),
         ([*FLOAT8, "quantize.linear.float8.emulate", "quantize.linear.float8.filter_fqns=wq"], 1, ["filter_fqns"]),

@@ -1,0 +1,117 @@
+"""Checkpoints of a run: torchtitan's manager, with what it lacks.
+
+- What is read may come from strangers, and cannot run (`inference/safe_checkpoint.py`).
+- A step that a killed machine left damaged is named and passed over; the newest sound one is taken.
+- Settings of optimizer and schedule are those that the run says, not those of the checkpoint.
+- What cannot be read or written is one sentence.
+"""
+
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
+
+import blt_titan.titan_device  # noqa: F401
+
+# isort: split
+from torchtitan.components.checkpoint import (
+    LR_SCHEDULER,
+    MODEL,
+    OPTIMIZER,
+    CheckpointManager,
+)
+
+from blt_titan.inference.checkpoint import CheckpointError
+from blt_titan.inference.safe_checkpoint import SafeLoadPlanner, SafeReader
+from blt_titan.resume import newest_sound
+
+# torch's own derives from BaseException.
+_DCP_ERRORS = (CheckpointException, OSError, EOFError, RuntimeError, pickle.PickleError)
+
+
+class RunCheckpoints(CheckpointManager):
+    """Loads and saves a run's checkpoints; collective over all ranks.
+
+    Attributes:
+        on_loaded: called after `load`, whether there was a checkpoint or not.
+    """
+
+    on_loaded: Callable[[], None] | None = None
+
+    def load(self, step: int = -1) -> bool:
+        """Load step `step`, or the newest sound one; tell whether there was one.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        if not self.enable:
+            return False
+        with self._own_settings():
+            loaded = super().load(step)
+        if self.on_loaded is not None:
+            self.on_loaded()
+        return loaded
+
+    def save(self, curr_step: int, last_step: bool = False) -> None:
+        """Save if it is due.
+
+        Raises:
+            CheckpointError: it could not be written, this one or the one before it.
+        """
+        try:
+            super().save(curr_step, last_step)
+        except _DCP_ERRORS as error:
+            raise CheckpointError(
+                f"{self.folder}: a checkpoint could not be written at step {curr_step} ({_brief(error)}); the steps "
+                "before it are sound: make room there, or see that it can be written, and start again"
+            ) from error
+
+    def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
+        """Read what `state_dict` names."""
+        assert not from_hf, "refused with the settings"
+        try:
+            load(state_dict, storage_reader=SafeReader(checkpoint_id), planner=SafeLoadPlanner())
+        except _DCP_ERRORS as error:
+            raise CheckpointError(
+                f"{checkpoint_id}: cannot be read, or is of another model: ... {_brief(error)}"
+            ) from error
+        self.states[MODEL].load_state_dict(state_dict)
+
+    def _find_load_step(self, folder: str = "") -> int:
+        """Return the newest sound step; rank 0 looks, so that all take the same."""
+        found: list[Any] = [None]
+        if dist.get_rank() == 0:
+            try:
+                path = newest_sound(folder or self.folder)
+                found = [-1 if path is None else int(path.name[5:])]
+            except CheckpointError as error:
+                found = [error]
+        dist.broadcast_object_list(found)
+        if isinstance(found[0], CheckpointError):
+            raise found[0]
+        return found[0]
+
+    @contextmanager
+    def _own_settings(self) -> Iterator[None]:
+        """Put back the settings of the optimizers, and the learning rate that the schedule gives for its step."""
+        groups = [group for optimizer in self.states[OPTIMIZER] for group in optimizer.param_groups]
+        said = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        yield
+        # Loading may have replaced the groups.
+        groups = [group for optimizer in self.states[OPTIMIZER] for group in optimizer.param_groups]
+        for group, settings in zip(groups, said, strict=True):
+            group.update(settings)
+        for scheduler in self.states[LR_SCHEDULER]:
+            groups = scheduler.optimizer.param_groups
+            scheduler.base_lrs = [group["initial_lr"] for group in groups]
+            for group, base_lr, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+                group["lr"] = base_lr * factor(scheduler.last_epoch)
+            scheduler._last_lr = [group["lr"] for group in groups]
+
+
+def _brief(error: BaseException) -> str:
+    return " ".join(str(error).split())[-300:]

@@ -1,0 +1,356 @@
+"""What every key of a run's settings may be: honoured within bounds, or refused with the reason.
+
+In: the settings. Out: a sentence for each key whose value is not allowed. A key that no table here names is an
+assertion, so that a section which gains a key cannot be ignored in silence. What two keys must be to each other, and
+what refers to data or to the number of ranks, is checked elsewhere (`run_config.py`, `parallelisms/support.py`).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from blt_titan.config.read import CONFIG_MODULE, run_config_class, settings_of
+
+MAX_SEED = 2**63 - 1
+_MAX_COUNT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What one key may be.
+
+    Attributes:
+        allows: tells whether a value of the right type is allowed.
+        allowed: the same in words, after "must be" or, where the key is refused, the reason.
+        is_refused: nothing but the default is allowed.
+    """
+
+    allows: Callable[[Any], bool]
+    allowed: str
+    is_refused: bool = False
+
+
+ANY = Rule(lambda value: True, "anything of its type")
+"""Booleans, choices that the type already bounds, free text."""
+TEXT = Rule(lambda value: "\0" not in value, "text without NUL characters")
+
+
+def whole(low: int, high: int = _MAX_COUNT, *, or_value: int | None = None, why: str = "") -> Rule:
+    """Return the rule of a whole number from `low` to `high`; None passes, where the type allows it."""
+    also = f", or {or_value}{why}" if or_value is not None else why
+    return Rule(lambda v: v is None or low <= v <= high or v == or_value, f"at least {low} and at most {high}{also}")
+
+
+def number(low: float, high: float = math.inf, *, above: bool = False, below: bool = False, inf: bool = False) -> Rule:
+    """Return the rule of a number from `low` to `high`, `above` and `below` leaving out the ends; never NaN."""
+
+    def allows(value: float | None) -> bool:
+        if value is None:
+            return True
+        try:
+            value = float(value)
+        except OverflowError:
+            return False
+        fits = (value > low if above else value >= low) and (value < high if below else value <= high)
+        return fits and (inf or math.isfinite(value))
+
+    what = "a number" if inf else "a finite number"
+    said = [f"above {low:g}" if above else f"at least {low:g}"] if low > -math.inf else []
+    said += [f"below {high:g}" if below else f"at most {high:g}"] if high < math.inf else []
+    return Rule(allows, f"{what} {' and '.join(said)}".strip())
+
+
+def one_of(*values: Any) -> Rule:
+    """Return the rule of a choice."""
+    return Rule(lambda value: value in values, f"one of {', '.join(map(repr, values))}")
+
+
+def some_of(*values: str) -> Rule:
+    """Return the rule of a list whose items are a choice."""
+    return Rule(lambda value: set(value) <= set(values), f"a list of some of {', '.join(map(repr, values))}")
+
+
+def unused(why: str) -> Rule:
+    """Return the rule of a key that has no effect here: any value but the default is refused."""
+    return Rule(lambda value: False, why, is_refused=True)
+
+
+def _is_inside(value: str) -> bool:
+    path = PurePosixPath(value)
+    return "\0" not in value and bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+
+
+FOLDER = Rule(_is_inside, "a path inside job.dump_folder, without '..'")
+FILE = Rule(lambda v: v is None or _is_inside(v), FOLDER.allowed)
+PLAIN_NAME = Rule(
+    lambda v: v not in ("", ".", "..") and not {"/", "\\", "\0"} & set(v),
+    "a plain name, without '/' and not '.' or '..'",
+)
+PATH = Rule(lambda v: v is None or (v != "" and "\0" not in v), "a path, not empty")
+
+
+def _is_ac_option(value: str) -> bool:
+    return value == "op" or (value.isascii() and value.isdigit() and int(value[:10]) >= 1)
+
+
+def _is_backend(value: str) -> bool:
+    from torch._dynamo import list_backends
+
+    return value in list_backends(exclude_tags=())
+
+
+_NO_EXPERTS = "a BLT has no experts"
+_NO_FAULT_TOLERANCE = "fault tolerance by torchft is not supported"
+_NO_MX = "of quantized training only model.converters = ['quantize.linear.float8'] is supported"
+_HELD_OUT = "held-out text is the 'validation' split of the training data"
+_HF_WEIGHTS = "use scripts.convert_from_hf and checkpoint.initial_load_path"
+
+KEYS: dict[str, dict[str, Rule]] = {
+    "job": {
+        "config_file": PATH,
+        "dump_folder": PATH,
+        "description": TEXT,
+        "print_config": ANY,
+        "save_config_file": FILE,
+        "custom_config_module": one_of("", CONFIG_MODULE),
+    },
+    "profiling": {
+        "enable_profiling": ANY,
+        "save_traces_folder": FOLDER,
+        "profile_freq": whole(1),
+        "profiler_active": whole(1),
+        "profiler_warmup": whole(0),
+        "enable_memory_snapshot": ANY,
+        "save_memory_snapshot_folder": FOLDER,
+    },
+    "metrics": {
+        "log_freq": whole(1),
+        "enable_tensorboard": ANY,
+        "disable_color_printing": ANY,
+        "save_tb_folder": FOLDER,
+        "save_for_all_ranks": ANY,
+        "enable_wandb": ANY,
+    },
+    "model": {
+        "name": ANY,
+        "flavor": TEXT,
+        "hf_assets_path": unused("bytes need no tokenizer"),
+        "tokenizer_path": unused("bytes need no tokenizer"),
+        "converters": some_of("quantize.linear.float8"),
+        "print_after_conversion": ANY,
+    },
+    "optimizer": {
+        "name": one_of("Adam", "AdamW"),
+        "lr": number(0, above=True),
+        "beta1": number(0, 1, below=True),
+        "beta2": number(0, 1, below=True),
+        "eps": number(0, above=True),
+        "weight_decay": number(0),
+        "implementation": ANY,
+        "early_step_in_backward": unused("gradients are clipped together before the optimizer steps"),
+    },
+    "lr_scheduler": {
+        "warmup_steps": whole(0),
+        "total_steps": whole(1),
+        "decay_ratio": number(0, 1),
+        "decay_type": ANY,
+        "min_lr_factor": number(0, 1),
+    },
+    "training": {
+        "dataset": unused("training text is training.dataset_path, or data.mixture"),
+        "dataset_path": PATH,
+        "local_batch_size": whole(1, 2**20),
+        "global_batch_size": whole(1, or_value=-1, why=" for no accumulation"),
+        "seq_len": whole(1),
+        "max_norm": number(0, above=True, inf=True),
+        "steps": whole(1, 10**12),
+        "enable_cpu_offload": ANY,
+        "dtype": ANY,
+        "mixed_precision_param": ANY,
+        "mixed_precision_reduce": ANY,
+        "gc_freq": whole(1),
+        "gc_debug": ANY,
+        "dataloader.num_workers": whole(0, 1024),
+        "dataloader.persistent_workers": unused("workers live as long as the run"),
+        "dataloader.pin_memory": ANY,
+        "dataloader.prefetch_factor": whole(1, 2**20),
+    },
+    "parallelism": {
+        "data_parallel_replicate_degree": whole(1),
+        "data_parallel_shard_degree": whole(1, or_value=-1, why=" for the ranks that are left"),
+        "fsdp_reshard_after_forward": ANY,
+        "tensor_parallel_degree": whole(1),
+        "disable_loss_parallel": unused("logits of bytes are few and never split over ranks"),
+        "enable_async_tensor_parallel": unused("asynchronous tensor parallelism is not supported"),
+        "pipeline_parallel_degree": whole(1),
+        "module_fqns_per_model_part": unused("stages are cut by their FLOPs"),
+        "pipeline_parallel_first_stage_less_layers": unused("stages are cut by their FLOPs"),
+        "pipeline_parallel_last_stage_less_layers": unused("stages are cut by their FLOPs"),
+        "pipeline_parallel_layers_per_stage": whole(1),
+        "pipeline_parallel_schedule": TEXT,
+        "pipeline_parallel_schedule_csv": unused("schedules are chosen by parallelism.pipeline_parallel_schedule"),
+        "pipeline_parallel_microbatch_size": whole(1),
+        "pipeline_parallel_expert_parallel_overlap": unused(_NO_EXPERTS),
+        "context_parallel_degree": whole(1),
+        "context_parallel_load_balancer": unused("slices of a row are contiguous"),
+        "context_parallel_rotate_method": unused("keys and values are gathered"),
+        "expert_parallel_degree": unused(_NO_EXPERTS),
+        "expert_tensor_parallel_degree": unused(_NO_EXPERTS),
+        "expert_parallel_comm_backend": unused(_NO_EXPERTS),
+    },
+    "checkpoint": {
+        "enable": ANY,
+        "enable_ft_dataloader_checkpoints": unused(_NO_FAULT_TOLERANCE),
+        "folder": FOLDER,
+        "interval": whole(1, 10**12),
+        "initial_load_path": PATH,
+        "initial_load_model_only": ANY,
+        "initial_load_in_hf": unused(_HF_WEIGHTS),
+        "initial_load_in_hf_quantized": unused(_HF_WEIGHTS),
+        "last_save_model_only": ANY,
+        "last_save_in_hf": unused("use [export] hf_every, or scripts.convert_to_hf"),
+        "export_dtype": ANY,
+        "async_mode": ANY,
+        "keep_latest_k": whole(2, or_value=0, why=" to keep all: of one alone, the last may be half written"),
+        "load_step": whole(0, 10**12, or_value=-1, why=" for the newest"),
+        "exclude_from_loading": some_of("optimizer", "lr_scheduler", "dataloader", "train_state"),
+        "enable_first_step_checkpoint": ANY,
+        "create_seed_checkpoint": ANY,
+        "load_only": ANY,
+    },
+    "activation_checkpoint": {
+        "mode": ANY,
+        "selective_ac_option": Rule(_is_ac_option, "'op', or a whole number of at least 1 as text: every nth block"),
+        "per_op_sac_force_recompute_mm_shapes_by_fqns": unused("a BLT has no router"),
+        "early_stop": ANY,
+        "memory_budget": number(0, 1),
+        "visualize_memory_budget_pareto": ANY,
+        "preserve_rng_state": ANY,
+        "determinism_check": one_of("default", "none"),
+        "debug": ANY,
+    },
+    "compile": {
+        "enable": ANY,
+        "components": ANY,
+        "backend": Rule(
+            _is_backend, "a backend of torch.compile, as torch._dynamo.list_backends(exclude_tags=()) names"
+        ),
+    },
+    "quantize": {
+        "linear.float8.enable_fsdp_float8_all_gather": ANY,
+        "linear.float8.precompute_float8_dynamic_scale_for_fsdp": ANY,
+        "linear.float8.recipe_name": ANY,
+        "linear.float8.filter_fqns": unused("exactly the linears of the global transformer are converted"),
+        "linear.float8.emulate": ANY,
+        "linear.mx.mxfp8_dim1_cast_kernel_choice": unused(_NO_MX),
+        "linear.mx.recipe_name": unused(_NO_MX),
+        "linear.mx.filter_fqns": unused(_NO_MX),
+        "grouped_mm.float8.fqns": unused(_NO_MX),
+        "grouped_mm.mx.recipe_name": unused(_NO_MX),
+        "grouped_mm.mx.fqns": unused(_NO_MX),
+    },
+    "comm": {
+        "init_timeout_seconds": whole(1, 10**7),
+        "train_timeout_seconds": whole(1, 10**7),
+        "trace_buf_size": whole(0),
+        "save_traces_folder": FOLDER,
+        "save_traces_file_prefix": PLAIN_NAME,
+        "mode": unused("only communication between real ranks is supported"),
+    },
+    "memory_estimation": {
+        "enable": unused("torchtitan's estimate does not know this model"),
+        "disable_fake_mode": unused("torchtitan's estimate does not know this model"),
+    },
+    "fault_tolerance": {
+        "enable": unused(_NO_FAULT_TOLERANCE),
+        "process_group": unused(_NO_FAULT_TOLERANCE),
+        "process_group_timeout_ms": unused(_NO_FAULT_TOLERANCE),
+        "replica_id": unused(_NO_FAULT_TOLERANCE),
+        "group_size": unused(_NO_FAULT_TOLERANCE),
+        "min_replica_size": unused(_NO_FAULT_TOLERANCE),
+        "semi_sync_method": unused(_NO_FAULT_TOLERANCE),
+    },
+    "experimental": {
+        "custom_import": TEXT,
+        "custom_args_module": unused("torchtitan deprecates it"),
+    },
+    "validation": {
+        "enable": ANY,
+        "dataset": unused(_HELD_OUT),
+        "dataset_path": unused(_HELD_OUT),
+        "local_batch_size": whole(1, 2**20, or_value=-1, why=" for the training value"),
+        "seq_len": whole(1, or_value=-1, why=" for the training value"),
+        "freq": whole(1, 10**12),
+        "steps": whole(1, or_value=-1, why=" for the whole split"),
+        "dataloader.num_workers": unused("held-out rows are made in the training process"),
+        "dataloader.persistent_workers": unused("held-out rows are made in the training process"),
+        "dataloader.pin_memory": unused("held-out rows are made in the training process"),
+        "dataloader.prefetch_factor": unused("held-out rows are made in the training process"),
+    },
+    "debug": {
+        "seed": whole(0, MAX_SEED),
+        "deterministic": ANY,
+        "deterministic_warn_only": ANY,
+        "moe_force_load_balance": unused(_NO_EXPERTS),
+    },
+    "data": {
+        "streams": whole(1),
+        "segment_bytes": whole(2),
+        "segment_patches": whole(2),
+        "mixture": Rule(lambda table: all(number(0, above=True).allows(w) for w in table.values()), "weights above 0"),
+        "seed": whole(0, MAX_SEED),
+        "on_damage": ANY,
+        "verify_bytes_at_start": whole(0, MAX_SEED),
+    },
+    "patching": {
+        "rule": ANY,
+        "stride": whole(1),
+        "threshold": number(-math.inf),
+        "threshold_add": number(-math.inf),
+        "source": ANY,
+        "sidecar": PLAIN_NAME,
+        "entropy_checkpoint": PATH,
+        "max_patch_bytes": whole(1),
+        "allow_change": ANY,
+    },
+    "hash_embedding": {"sharding": ANY},
+    "entropy_model": {"reset_at_newline": ANY},
+    "local_blocks": {"activation_checkpoint": ANY},
+    "export": {
+        "hf_every": whole(0),
+        "dtype": ANY,
+        "entropy_checkpoint": PATH,
+        "force": ANY,
+    },
+}
+
+
+def rules() -> dict[str, Rule]:
+    """Return the rule of every key by its dotted name."""
+    return {f"{section}.{name}": rule for section, keys in KEYS.items() for name, rule in keys.items()}
+
+
+def refused_values(config: Any) -> Iterator[str]:
+    """Yield a sentence for each key whose value is not allowed: the key, what was given, what is allowed."""
+    known, defaults = rules(), settings_of(run_config_class()())
+    values = settings_of(config)
+    assert values.keys() == known.keys(), f"keys without a rule: {values.keys() ^ known.keys()}"
+    for key, value in values.items():
+        rule = known[key]
+        if rule.is_refused:
+            if value != defaults[key]:
+                yield f"{key} = {_shortened(value)} is refused: {rule.allowed}; leave it out"
+        elif not rule.allows(value):
+            yield f"{key} = {_shortened(value)}: must be {rule.allowed}"
+
+
+def _shortened(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    try:
+        said = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return "a number of thousands of digits"
+    return said if len(said) <= 80 else f"{said[:77]}..."

@@ -1,0 +1,245 @@
+"""Read checkpoints (DCP) that may come from strangers: nothing in them can run.
+
+torch's own reader unpickles `.metadata`, and its planner unpickles whatever is no tensor: both run what they are told.
+Here the former gives nothing but the few classes that metadata is made of, checked before anything is read by it, and
+the latter nothing but plain data and arrays of numbers.
+
+    load(state, checkpoint_id=path, storage_reader=SafeReader(path), planner=SafeLoadPlanner())
+"""
+
+import io
+import os
+import pickle
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.checkpoint._nested_dict import set_element
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.serialization import _get_layout, safe_globals
+
+_METADATA_CLASSES: dict[tuple[str, str], Any] = {
+    (kind.__module__, kind.__name__): kind
+    for kind in (
+        _MEM_FORMAT_ENCODING,
+        _StorageInfo,
+        BytesStorageMetadata,
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        StorageMeta,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+} | {
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): _get_layout,
+    # Where it was saved; Python 3.13 calls the module otherwise.
+    ("pathlib", "PosixPath"): PurePosixPath,
+    ("pathlib._local", "PosixPath"): PurePosixPath,
+}
+_RECONSTRUCT = np.zeros(0).__reduce__()[0]
+_ENTRY_CLASSES: list[Any] = [
+    # What the loader's positions, an array, are made of; before numpy 2 the module had another name.
+    np.ndarray,
+    np.dtype,
+    type(np.dtype(np.int64)),
+    (_RECONSTRUCT, "numpy._core.multiarray._reconstruct"),
+    (_RECONSTRUCT, "numpy.core.multiarray._reconstruct"),
+]
+_ENTRY_BEGINS, _ENTRY_ENDS, _END_BYTES = b"PK\x03\x04", b"PK\x05\x06", 22
+"""Of each entry of a file, an archive of `torch.save`."""
+_MOST_LOOKS = 10_000
+"""Entries that are looked at to find damage: opening thousands of files takes long enough."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not what was asked for; the message names it and says what it is."""
+
+
+class SafeReader(FileSystemReader):
+    """Reads a checkpoint whose metadata need not be trusted."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return the metadata.
+
+        Raises:
+            CheckpointError: naming the file, if it is missing or damaged, or holds what no metadata does.
+        """
+        rank = kwargs.get("rank")
+        path = Path(self.path) / (".metadata" if rank is None else f"__{rank}.metadata")
+        metadata = _unpickle(path)
+        _check(path, metadata)
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class SafeLoadPlanner(DefaultLoadPlanner):
+    """Loads what is no tensor as plain data: numbers, texts, lists, dictionaries, arrays of numbers."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Set one entry of the state.
+
+        Raises:
+            CheckpointError: it is damaged, or holds anything else.
+        """
+        name = read_item.dest_index.fqn
+        try:
+            with safe_globals(_ENTRY_CLASSES):
+                content = torch.load(value, map_location="cpu", weights_only=True)
+        # What damaged bytes raise is not documented, and is of many kinds.
+        except Exception as error:
+            raise CheckpointError(
+                f"entry {name!r} is damaged, or holds other objects than plain data ({_brief(error)}), "
+                "which are not loaded"
+            ) from error
+        if self.flatten_state_dict:
+            set_element(self.original_state_dict, self.mappings[name], content)
+        else:
+            self.state_dict[name] = content
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Return what is wrong with a checkpoint `step-N`, as one sentence that names the file; None if it looks sound.
+
+    Reads the metadata and the ends of entries, no tensor: finds what a killed machine leaves, files that are missing,
+    cut short or filled with zeros, but not a changed number.
+    """
+    path = Path(checkpoint) / ".metadata"
+    try:
+        metadata = SafeReader(checkpoint).read_metadata()
+    except CheckpointError as error:
+        return str(error)
+    entries: dict[str, list[_StorageInfo]] = {}
+    for info in metadata.storage_data.values():
+        entries.setdefault(info.relative_path, []).append(info)
+    every = max(1, len(metadata.storage_data) // _MOST_LOOKS)
+    for name, of_file in entries.items():
+        of_file.sort(key=lambda info: info.offset)
+        try:
+            with open(path.with_name(name), "rb") as file:
+                size, end = os.fstat(file.fileno()).st_size, max(info.offset + info.length for info in of_file)
+                if size < end:
+                    return f"{path.with_name(name)}: is cut short, {size} bytes of at least {end}"
+                for info in {id(info): info for info in (*of_file[::every], of_file[-1])}.values():
+                    if not info.transform_descriptors and not _is_archive(file, info):
+                        return f"{path.with_name(name)}: is damaged at byte {info.offset} (zeros, or other bytes)"
+        except OSError as error:
+            return f"{path.with_name(name)}: cannot be read ({error.strerror or error})"
+    return None
+
+
+def _is_archive(file: io.BufferedReader, info: _StorageInfo) -> bool:
+    begin = os.pread(file.fileno(), len(_ENTRY_BEGINS), info.offset)
+    end = os.pread(file.fileno(), len(_ENTRY_ENDS), max(0, info.offset + info.length - _END_BYTES))
+    return (begin, end) == (_ENTRY_BEGINS, _ENTRY_ENDS)
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        if (kind := _METADATA_CLASSES.get((module_name, global_name))) is not None:
+            return kind
+        if module_name == "torch" and isinstance(dtype := getattr(torch, global_name, None), torch.dtype):
+            return dtype
+        raise pickle.UnpicklingError(f"it names {module_name}.{global_name}, which no checkpoint's metadata needs")
+
+
+def _unpickle(path: Path) -> Any:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}); take another checkpoint") from error
+    if not content:
+        raise CheckpointError(f"{path}: is empty, the checkpoint is half written; take another checkpoint")
+    # A pickle cannot call what it is not given, but it could set attributes of the classes that it is given.
+    before = {kind: dict(vars(kind)) for kind in _METADATA_CLASSES.values() if isinstance(kind, type)}
+    try:
+        return _MetadataUnpickler(io.BytesIO(content)).load()
+    # What damaged bytes raise is not documented, and is of many kinds.
+    except Exception as error:
+        raise CheckpointError(f"{path}: cannot be read ({_brief(error)}); take another checkpoint") from error
+    finally:
+        for kind, attributes in before.items():
+            for name in vars(kind).keys() - attributes.keys():
+                delattr(kind, name)
+            for name, value in attributes.items():
+                if vars(kind).get(name) is not value:
+                    setattr(kind, name, value)
+
+
+def _check(path: Path, metadata: Any) -> None:
+    """Check every type and number that reading goes by.
+
+    Raises:
+        CheckpointError: naming the entry.
+    """
+
+    def need(holds: bool, what: str) -> None:
+        if not holds:
+            raise CheckpointError(f"{path}: {what[:200]}; take another checkpoint")
+
+    need(isinstance(metadata, Metadata), "is no checkpoint's metadata")
+    fields: Mapping[str, Any] = vars(metadata)
+    stored, places = fields.get("state_dict_metadata"), fields.get("storage_data")
+    need(isinstance(stored, dict) and isinstance(places, dict), "does not say what is stored, and where")
+    need(isinstance(fields.get("storage_meta"), StorageMeta | None), "has a storage_meta of another kind")
+    for name, entry in stored.items():
+        need(isinstance(name, str), "names an entry by something else than a text")
+        if isinstance(entry, BytesStorageMetadata):
+            continue
+        need(_is_tensor(entry), f"entry {name!r} is no tensor of a shape in chunks, nor bytes")
+    for index, info in places.items():
+        need(isinstance(index, MetadataIndex) and vars(index).get("fqn") in stored, "places an entry that it lacks")
+        need(isinstance(info, _StorageInfo), f"entry {index.fqn!r} has no place in a file")
+        place = vars(info)
+        file = place.get("relative_path")
+        need(
+            isinstance(file, str) and file == PurePath(file).name != "..",
+            f"entry {index.fqn!r} lies in {file!r}, which is not a file of this folder",
+        )
+        need(_are_sizes((place.get("offset"), place.get("length"))), f"entry {index.fqn!r} lies nowhere in {file}")
+
+
+def _is_tensor(entry: Any) -> bool:
+    if not isinstance(entry, TensorStorageMetadata):
+        return False
+    fields = vars(entry)
+    size, chunks, properties = fields.get("size"), fields.get("chunks"), fields.get("properties")
+    if not (isinstance(size, torch.Size) and isinstance(chunks, list) and isinstance(properties, TensorProperties)):
+        return False
+    if not isinstance(vars(properties).get("dtype"), torch.dtype):
+        return False
+    for chunk in chunks:
+        if not isinstance(chunk, ChunkStorageMetadata):
+            return False
+        offsets, sizes = vars(chunk).get("offsets"), vars(chunk).get("sizes")
+        if not (isinstance(offsets, torch.Size) and isinstance(sizes, torch.Size)):
+            return False
+        if not len(offsets) == len(sizes) == len(size) or not _are_sizes((*offsets, *sizes)):
+            return False
+        if any(offset + n > whole for offset, n, whole in zip(offsets, sizes, size, strict=True)):
+            return False
+    return True
+
+
+def _are_sizes(numbers: Iterable[Any]) -> bool:
+    return all(type(number) is int and 0 <= number < 2**62 for number in numbers)
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

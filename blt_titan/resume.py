@@ -1,0 +1,215 @@
+"""What a run begins from, and whether it can go on from there: looked at before any device work.
+
+In: the settings. Out: the checkpoint that will be loaded, and for each thing that cannot change on resume a sentence
+that names the key, what the checkpoint has and what the run says.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
+
+from blt_titan.config.keys import KEYS
+from blt_titan.config.read import RunConfigError, settings_of
+from blt_titan.data.loader import IDENTITY_KEY
+from blt_titan.inference.checkpoint import MODEL_KEY, CheckpointError, fill_state
+from blt_titan.inference.safe_checkpoint import SafeReader, damage
+
+logger = logging.getLogger(__name__)
+
+NOT_OF_THE_MODEL = ("init_seed", "attention_backend", "nominal_patch_bytes")
+"""Arguments that change neither weights nor what is computed with them."""
+_RECORDED = (
+    *(f"optimizer.{name}" for name in KEYS["optimizer"]),
+    *(f"lr_scheduler.{name}" for name in KEYS["lr_scheduler"]),
+    *(f"training.{name}" for name in ("steps", "max_norm", "global_batch_size", "seq_len", "dtype")),
+)
+"""Settings that may change when a run resumes, and are logged when they do."""
+
+
+def newest_sound(folder: str | Path) -> Path | None:
+    """Return the newest checkpoint `step-N` that is whole; those that are not are named in the log and passed over.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is whole.
+    """
+    faults: list[str] = []
+    for step in sorted(saved_steps(folder), reverse=True):
+        path = Path(folder) / f"step-{step}"
+        fault = damage(path)
+        if fault is None:
+            for passed_over in faults:
+                logger.warning(f"passed over: {passed_over}")
+            return path
+        # Without metadata a save did not end; that is no fault, and the step is made again.
+        if (path / ".metadata").exists():
+            faults.append(fault)
+    if faults:
+        raise CheckpointError(
+            f"{folder}: no sound checkpoint: {'; '.join(faults)}. Restore it, remove {folder} to begin anew, or choose "
+            "another job.dump_folder"
+        )
+    return None
+
+
+def saved_steps(folder: str | Path) -> list[int]:
+    """Return the steps that have a folder `step-N`, whole or not."""
+    names = [path.name[5:] for path in Path(folder).glob("step-*")]
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit() and name == str(int(name)))
+
+
+def checkpoint_to_load(config: Any) -> Path | None:
+    """Return the checkpoint that a run begins from; None if it begins from nothing.
+
+    Raises:
+        RunConfigError: the one that is asked for is not there, is damaged, or would be passed over.
+        CheckpointError: there are checkpoints, but none is whole.
+    """
+    settings, folder = config.checkpoint, run_checkpoints(config)
+    if not settings.enable:
+        for key, default in (("load_step", -1), ("initial_load_path", None)):
+            if (value := getattr(settings, key)) != default:
+                raise RunConfigError(f"checkpoint.{key} = {value!r} needs checkpoint.enable = true")
+        return None
+    if settings.load_step >= 0:
+        path = folder / f"step-{settings.load_step}"
+        there = ", ".join(map(str, saved_steps(folder))) or "none"
+        if not path.is_dir():
+            raise RunConfigError(
+                f"checkpoint.load_step = {settings.load_step}: {folder} has no such step; it has {there}"
+            )
+        if fault := damage(path):
+            raise RunConfigError(f"checkpoint.load_step = {settings.load_step}: {fault}; the steps there are {there}")
+        return path
+    newest = newest_sound(folder)
+    if newest is not None or settings.initial_load_path is None:
+        return newest
+    begin_from = settings.initial_load_path
+    if folder.exists():
+        raise RunConfigError(
+            f"checkpoint.initial_load_path = {begin_from!r} would be passed over, because {folder} is there, without a "
+            "complete checkpoint: remove it"
+        )
+    path = Path(begin_from)
+    if "://" in begin_from or not (path / ".metadata").is_file():
+        raise RunConfigError(
+            f"checkpoint.initial_load_path = {begin_from!r}: holds no complete checkpoint (a .metadata file); name a "
+            "step-N folder here, or what scripts.convert_from_hf wrote"
+        )
+    if fault := damage(path):
+        raise RunConfigError(f"checkpoint.initial_load_path = {begin_from!r}: {fault}")
+    return path
+
+
+def run_checkpoints(config: Any) -> Path:
+    """Return the folder of a run's checkpoints."""
+    return Path(config.job.dump_folder) / config.checkpoint.folder
+
+
+def check_model(checkpoint: Path, config: Any, spec: Any) -> None:
+    """Check that a checkpoint is of the model that the run says.
+
+    Args:
+        checkpoint: `step-N`.
+        config: the run's settings.
+        spec: the model's registration, with its class and its flavors.
+
+    Raises:
+        RunConfigError: naming the key, what the checkpoint has and what the run says.
+        CheckpointError: it cannot be read.
+    """
+    metadata = SafeReader(checkpoint).read_metadata().state_dict_metadata
+    args = spec.model_args[config.model.flavor]
+    if isinstance(metadata.get(MODEL_KEY), BytesStorageMetadata):
+        saved = saved_description(checkpoint)
+        if fault := other_model(saved, {"name": config.model.name, "args": plain_args(args, config)}):
+            like = [
+                flavor
+                for flavor, its in spec.model_args.items()
+                if saved["name"] == config.model.name
+                and other_model(saved, {"name": saved["name"], "args": plain_args(its, config)}) is None
+            ]
+            key = "model.name" if saved["name"] != config.model.name else "model.flavor"
+            meant = f" (it is model.flavor = {like[0]!r})" if like else ""
+            raise RunConfigError(
+                f"{key} = {getattr(config.model, key[6:])!r}: {checkpoint} {fault}{meant}; set it as it was, or begin "
+                "in another job.dump_folder"
+            )
+    with torch.device("meta"):
+        wanted = {name: tuple(p.shape) for name, p in spec.model_cls(args).named_parameters()}
+    for name, shape in wanted.items():
+        found = metadata.get(name)
+        size = tuple(found.size) if isinstance(found, TensorStorageMetadata) else None
+        if size != shape:
+            has = "has no" if size is None else f"has {list(size)} for"
+            raise RunConfigError(
+                f"model.flavor = {config.model.flavor!r} of model.name = {config.model.name!r}: {checkpoint} {has} "
+                f"{name}, this run {list(shape)}: it is of another model"
+            )
+
+
+def plain_args(args: Any, config: Any) -> dict[str, Any]:
+    """Return a model's arguments as a checkpoint says them, with what the settings add."""
+    changed = type(args)(**{key: getattr(args, key) for key in asdict(args)})
+    changed.update_from_config(config)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(changed).items()}
+
+
+def other_model(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
+    """Say what a checkpoint's model has otherwise, if weights or what is computed with them differ."""
+    if saved["name"] != here["name"]:
+        return f"is of a model {saved['name']!r}"
+    for key, value in saved["args"].items():
+        if key not in NOT_OF_THE_MODEL and here["args"].get(key) != value:
+            return f"is of a model with {key} = {value!r}, this run has {here['args'].get(key)!r}"
+    return None
+
+
+def saved_description(checkpoint: Path) -> dict[str, Any]:
+    """Return what a checkpoint says of its model and its run.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    state = {MODEL_KEY: ""}
+    fill_state(state, checkpoint)
+    return _object(state[MODEL_KEY], checkpoint)
+
+
+def saved_identity(checkpoint: Path) -> dict[str, Any]:
+    """Return what a checkpoint says of the data that its run reads.
+
+    Raises:
+        CheckpointError: it cannot be read, or has no position in the data.
+    """
+    state = {IDENTITY_KEY: ""}
+    fill_state(state, checkpoint)
+    return _object(state[IDENTITY_KEY], checkpoint)
+
+
+def _object(written: Any, checkpoint: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(written)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{checkpoint}: what it says of its run is no JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{checkpoint}: what it says of its run is no JSON object")
+    return content
+
+
+def recorded_settings(config: Any) -> dict[str, Any]:
+    """Return the settings that a checkpoint keeps, to tell what changed when its run resumes."""
+    settings = settings_of(config)
+    return {key: settings[key] for key in _RECORDED}
+
+
+def changed_settings(saved: Mapping[str, Any], config: Any) -> Iterator[str]:
+    """Yield a sentence for each recorded setting that is another than in the checkpoint."""
+    for key, value in recorded_settings(config).items():
+        if key in saved and saved[key] != value:
+            yield f"resumed with {key.removeprefix('optimizer.')} {value!r} (was {saved[key]!r})"

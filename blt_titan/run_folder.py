@@ -1,0 +1,137 @@
+"""What a run holds of its folder: an exclusive lock, and the settings it runs with.
+
+<dump_folder>/run.lock      who holds the folder, as JSON; the lock itself is the kernel's and ends with the process
+<dump_folder>/config.toml   every setting in effect, and the command; `CONFIG_FILE=<dump_folder>/config.toml
+                            ./run_train.sh` is that run again
+"""
+
+import fcntl
+import json
+import os
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from blt_titan.config.read import CONFIG_FILE_KEY, settings_of
+from blt_titan.data.atomic_file import write_atomically
+
+CONFIG_NAME = "config.toml"
+LOCK_NAME = "run.lock"
+
+
+class RunFolderError(ValueError):
+    """The folder of a run cannot be used; the message says why."""
+
+
+class RunLock:
+    """An exclusive lock on the folder of a run, held until `release` or until the process ends, however it ends.
+
+    It is a record lock (`fcntl.lockf`): other hosts see it on file systems that share locks, and processes that this
+    one forks do not keep it alive.
+
+    Raises:
+        RunFolderError: another run holds it, named by host and process; or the folder cannot be written.
+    """
+
+    def __init__(self, dump_folder: str | os.PathLike[str]):
+        folder = Path(dump_folder)
+        path = folder / LOCK_NAME
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file: TextIOWrapper = open(path, "a+")  # noqa: SIM115
+        except OSError as error:
+            raise RunFolderError(_cannot_write(folder, error)) from error
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            self._file.seek(0)
+            holder = _holder(self._file.read())
+            self._file.close()
+            raise RunFolderError(
+                f"job.dump_folder = {str(folder)!r}: another run writes there ({holder}); wait for it, stop it, or "
+                "choose another job.dump_folder"
+            ) from None
+        except OSError as error:  # the file system has no locks
+            self._file.close()
+            raise RunFolderError(
+                f"job.dump_folder = {str(folder)!r}: {path} cannot be locked ({error.strerror}), so two runs could "
+                "write there; choose a folder on a file system with locks"
+            ) from error
+        try:
+            self._file.truncate(0)
+            started = time.strftime("%Y-%m-%d %H:%M:%S")
+            self._file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": started}) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._file.close()
+            raise RunFolderError(_cannot_write(folder, error)) from error
+
+    def release(self) -> None:
+        """Let others have the folder."""
+        self._file.close()
+
+
+def _holder(written: str) -> str:
+    try:
+        holder = json.loads(written)
+        return f"process {holder['pid']} on host {holder['host']}, since {holder['since']}"
+    except (ValueError, KeyError, TypeError):
+        return f"{LOCK_NAME} does not say which"
+
+
+def _cannot_write(folder: Path, error: OSError) -> str:
+    return f"job.dump_folder = {str(folder)!r}: cannot be written ({error.strerror}); choose another, or make room"
+
+
+def record_settings(
+    config: Any, *, command: list[str] | None = None, environment: Mapping[str, str] = os.environ
+) -> Path:
+    """Write the settings of a run into its folder; those of an earlier start, if they differ, stay beside them.
+
+    Args:
+        config: the run's settings.
+        command: overrides and options that it was started with; default those of this process.
+        environment: says how many ranks there are.
+
+    Raises:
+        RunFolderError: the file cannot be written.
+    """
+    path = Path(config.job.dump_folder) / CONFIG_NAME
+    settings = tomli_w.dumps(effective_table(config))
+    arguments = sys.argv[1:] if command is None else command
+    ranks = " ".join(f"{key}={environment[key]}" for key in ("NGPU", "NNODES") if key in environment)
+    header = (
+        f"# The settings of a run, started {time.strftime('%Y-%m-%d %H:%M:%S')} by\n"
+        f"#   {ranks + ' ' if ranks else ''}./run_train.sh {shlex.join(arguments)}\n"
+        f"# in {os.getcwd()} on {socket.gethostname()}, {environment.get('WORLD_SIZE', '1')} ranks. To resume it:\n"
+        f"#   {ranks + ' ' if ranks else ''}CONFIG_FILE={shlex.quote(str(path))} ./run_train.sh\n\n"
+    )
+    try:
+        if path.exists() and not path.read_text(errors="replace").endswith("\n\n" + settings):
+            path.rename(path.with_name(f"config-{time.strftime('%Y%m%d-%H%M%S')}.toml"))
+        write_atomically(path, (header + settings).encode())
+    except OSError as error:
+        raise RunFolderError(_cannot_write(path.parent, error)) from error
+    return path
+
+
+def effective_table(config: Any) -> dict[str, Any]:
+    """Return all settings as nested tables; those that are not set are left out, as TOML has no null."""
+    table: dict[str, Any] = {}
+    for key, value in settings_of(config).items():
+        if value is None or key == CONFIG_FILE_KEY:
+            continue
+        *sections, name = key.split(".")
+        section = table
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[name] = value
+    return table
