@@ -5,6 +5,7 @@
                             ./run_train.sh` is that run again
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -13,7 +14,6 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -45,41 +45,39 @@ class RunLock:
         path = folder / LOCK_NAME
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file: TextIOWrapper = open(path, "a+")  # noqa: SIM115
-        except OSError as error:
+            self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except (OSError, ValueError) as error:
             raise RunFolderError(_cannot_write(folder, error)) from error
         try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, (json.dumps(held) + "\n").encode(), 0)
+            os.fsync(self._descriptor)
         except (BlockingIOError, PermissionError):
-            self._file.seek(0)
-            holder = _holder(self._file.read())
-            self._file.close()
+            holder = _holder(os.pread(self._descriptor, 4096, 0))
+            self.release()
             raise RunFolderError(
                 f"job.dump_folder = {str(folder)!r}: another run writes there ({holder}); wait for it, stop it, or "
                 "choose another job.dump_folder"
             ) from None
-        except OSError as error:  # the file system has no locks
-            self._file.close()
-            raise RunFolderError(
-                f"job.dump_folder = {str(folder)!r}: {path} cannot be locked ({error.strerror}), so two runs could "
-                "write there; choose a folder on a file system with locks"
-            ) from error
-        try:
-            self._file.truncate(0)
-            started = time.strftime("%Y-%m-%d %H:%M:%S")
-            self._file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": started}) + "\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
         except OSError as error:
-            self._file.close()
+            self.release()
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise RunFolderError(
+                    f"job.dump_folder = {str(folder)!r}: {path} cannot be locked ({error.strerror}), so two runs could "
+                    "write there; choose a folder on a file system with locks"
+                ) from error
             raise RunFolderError(_cannot_write(folder, error)) from error
 
     def release(self) -> None:
         """Let others have the folder."""
-        self._file.close()
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
-def _holder(written: str) -> str:
+def _holder(written: bytes) -> str:
     try:
         holder = json.loads(written)
         return f"process {holder['pid']} on host {holder['host']}, since {holder['since']}"
@@ -87,8 +85,9 @@ def _holder(written: str) -> str:
         return f"{LOCK_NAME} does not say which"
 
 
-def _cannot_write(folder: Path, error: OSError) -> str:
-    return f"job.dump_folder = {str(folder)!r}: cannot be written ({error.strerror}); choose another, or make room"
+def _cannot_write(folder: Path, error: Exception) -> str:
+    why = getattr(error, "strerror", None) or error
+    return f"job.dump_folder = {str(folder)!r}: cannot be written ({why}); choose another, or make room"
 
 
 def record_settings(

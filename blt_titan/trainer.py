@@ -294,7 +294,7 @@ class BLTTrainer(Trainer):
         if dist.get_rank() == 0 and not config.checkpoint.load_only:
             folder = Path(config.job.dump_folder) / config.checkpoint.folder
             for path in folder.glob("step-*"):
-                if not path.name[5:].isdigit() or int(path.name[5:]) <= self.step:
+                if not path.is_dir() or not path.name[5:].isdigit() or int(path.name[5:]) <= self.step:
                     continue
                 if not (path / ".metadata").exists():
                     logger.warning(f"{path} is half written: removed")
@@ -357,6 +357,6 @@ class BLTTrainer(Trainer):
         if first_bad_step >= 0:
             raise NonFiniteLossError(
                 f"rank {dist.get_rank()}: the loss or the gradient norm of step {first_bad_step} is not finite. "
-                "Nothing was saved since; the last checkpoint is good. Lower optimizer.lr or look at the data of that "
-                "step"
+                "Nothing was saved since. Lower optimizer.lr, or look at the data of that step; if the last checkpoint "
+                "is finite but useless already, begin from an earlier one with checkpoint.load_step"
             )
