@@ -60,7 +60,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="+",
         required=True,
         help="what to read, one or several. python-stdlib: the .py files of this Python. A directory: each text file "
-        "in it is a document, and so is each record of its .jsonl (.gz, .zst), .parquet and .arrow files. A file, or a "
+        "in it is a document (.gz, .zst, .bz2, .xz: decompressed), and so is each record of its .jsonl (.gz, ...), "
+        ".parquet and .arrow files and of folders that save_to_disk wrote. A file, or a "
         "pattern in quotation marks ('crawl/**/*.parquet'): the same. A URL (s3://, gs://, ...) of a file system "
         f"whose fsspec driver is installed. From the hub: {', '.join(HUB_PRESETS)}, or hf:NAME[:CONFIG][:SPLIT]",
     )
@@ -114,6 +115,12 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="a longer file, line or text of a table cannot be used; see --on-error. A worker must have memory for ten "
         "times as much (default 64MiB)",
     )
+    add(
+        "--as-text",
+        action="store_true",
+        help="take files as texts even where they look like records: JSON lines that are not called .jsonl, JSON "
+        "arrays of records, .csv; without it such a file cannot be used, see --on-error",
+    )
     add("--workers", type=int, help="processes (default: as many as there are cores and memory for)")
     add(
         "--memory",
@@ -155,6 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text_column=args.text_column,
             max_record_bytes=args.max_record_bytes,
             on_error=args.on_error,
+            as_text=args.as_text,
             workers=workers,
             memory_bytes=memory,
             work=args.work,

@@ -17,9 +17,9 @@ from typing_extensions import override
 
 from blt_titan.data.atomic_file import write_atomically
 from blt_titan.data.errors import DataError
+from blt_titan.data.file_systems import file_system, is_remote
 from blt_titan.data.manifest import MANIFEST_NAME, Manifest, ShardEntry, parse_manifest
 from blt_titan.data.shards import ShardSet
-from blt_titan.data.sources import file_system, is_remote
 
 _INSTALLING_NAME = f"{MANIFEST_NAME}.installing"
 _REPLACED_NAME = f"{MANIFEST_NAME}.replaced"

@@ -1,16 +1,20 @@
 """Documents one by one, of byte shards or of anything that `prepare` reads: for evaluation, not for training."""
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from blt_titan.data.errors import DataError
-from blt_titan.data.formats import Document, Problem, read_extent
+from blt_titan.data.extents import Document, Problem
+from blt_titan.data.formats import read_extent
 from blt_titan.data.manifest import MANIFEST_NAME, read_manifest
 from blt_titan.data.prepare import MAX_RECORD_BYTES
 from blt_titan.data.shards import ShardSet
 from blt_titan.data.sources import list_extents, resolve_sources
+
+logger = logging.getLogger(__name__)
 
 
 class SourcedDocument(NamedTuple):
@@ -42,7 +46,9 @@ def read_documents(
             for item in read_extent(extent, text_column=text_column, max_record_bytes=MAX_RECORD_BYTES):
                 if isinstance(item, Problem):
                     raise DataError(item.message)
-                if isinstance(item, Document) and item.text:
+                if not isinstance(item, Document):
+                    logger.warning(f"left out: {item.message}")
+                elif item.text:
                     yield SourcedDocument(source.setting, item.doc_id, item.text)
 
 

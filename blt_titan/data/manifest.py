@@ -45,6 +45,14 @@ class Counts:
     binary_files_left_out: int
     documents_over_max_bytes: int
     skipped_records: int = 0
+    dangling_links: int = 0
+    link_cycles: int = 0
+    directory_links: int = 0
+    """Links to directories, which are not followed."""
+    repeated_files: int = 0
+    """Further names of files that were taken."""
+    archives: int = 0
+    """Files packed in a way that is not read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +74,8 @@ class Manifest:
     """A complete directory of shards.
 
     `settings` is what the data was made with: sources, seed, validation_fraction, max_bytes, record_batch_bytes,
-    shard_bytes, text_column, on_error. `skipped` says of the first records that could not be used, what and where.
+    shard_bytes, text_column, on_error. `skipped` says of the first records that could not be used, and of the
+    first links and archives that were passed over, what and where.
     """
 
     settings: Mapping[str, Any]

@@ -22,13 +22,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from blt_titan.data.atomic_file import write_atomically
 from blt_titan.data.destination import Destination, destination
 from blt_titan.data.errors import DataError
+from blt_titan.data.extents import Extent, PassedOverKind
+from blt_titan.data.file_systems import is_remote, local_name
 from blt_titan.data.manifest import MANIFEST_NAME, SPLITS, Counts, Manifest, ShardEntry, SourceCounts
 from blt_titan.data.prepare_plan import plan_pieces
 from blt_titan.data.prepare_work import (
@@ -46,7 +48,7 @@ from blt_titan.data.prepare_work import (
     write_piece,
 )
 from blt_titan.data.shards import MAX_RECORD_BATCH_BYTES, RECORD_BATCH_BYTES, SHARD_BYTES
-from blt_titan.data.sources import Extent, Source, group, is_remote, list_extents, resolve_sources
+from blt_titan.data.sources import Source, group, list_extents, resolve_sources
 from blt_titan.data.worker_pool import run_tasks
 
 logger = logging.getLogger(__name__)
@@ -57,7 +59,7 @@ MEMORY_BYTES = 1024**3
 """Of a worker."""
 MAX_RECORD_BYTES = 64 * 1024**2
 WORK_DIRECTORY = ".prepare"
-_FORMAT = 2
+_FORMAT = 3
 """Of what lies in a working directory; another format is not gone on with."""
 _LEAST_HELD_BYTES = 64 * 1024**2
 MOST_SKIPPED_NAMED = 100
@@ -90,6 +92,10 @@ class PrepareSummary:
             f"binary files, {counts.documents_over_max_bytes:,} documents over max_bytes, "
             f"{counts.skipped_records:,} records that could not be used"
         )
+        passed_over = {kind: getattr(counts, kind) for kind in get_args(PassedOverKind)}
+        if any(passed_over.values()):
+            listed = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in passed_over.items())
+            lines.append(f"  passed over: {listed}; the manifest names the first under `skipped`")
         return "\n".join(lines)
 
 
@@ -105,6 +111,7 @@ def prepare(
     text_column: str = "text",
     max_record_bytes: int = MAX_RECORD_BYTES,
     on_error: str = "stop",
+    as_text: bool = False,
     overwrite: bool = False,
     workers: int = 1,
     memory_bytes: int | None = None,
@@ -130,6 +137,8 @@ def prepare(
         max_record_bytes: a longer text file, JSON line or text of a table cannot be used; see on_error.
         on_error: what a record does that cannot be used: "stop" ends the work and names it, "skip" counts it in the
             manifest, which names the first hundred.
+        as_text: take files as texts that look like records but have no name of such, as a .json file of lines; without
+            it they cannot be used.
         overwrite: replace the data set that is in `out`: the files that its manifest names, and no others.
         workers: processes; 1 works in this one.
         memory_bytes: of all processes together; default 1 GiB each. A record takes up to ten times its size.
@@ -150,6 +159,8 @@ def prepare(
         "text_column": text_column,
         "max_record_bytes": max_record_bytes,
         "on_error": on_error,
+        # Data sets that were made before the setting was there are made without it.
+        **({"as_text": True} if as_text else {}),
     }
     memory_bytes = MEMORY_BYTES * workers if memory_bytes is None else memory_bytes
     _check_settings(settings, workers, memory_bytes)
@@ -221,6 +232,7 @@ class _Job:
             binary_files_left_out=sum(unit.binary for unit in done),
             documents_over_max_bytes=plan.over_max_bytes,
             skipped_records=sum(unit.skipped for unit in done),
+            **{kind: sum(unit.passed_over.get(kind, 0) for unit in done) for kind in get_args(PassedOverKind)},
         )
         assert plan.documents == sum(shard.documents for shards in splits.values() for shard in shards)
         manifest = Manifest(self.settings, counts, splits, self._by_source(done), self._skipped(done))
@@ -262,12 +274,13 @@ class _Job:
                 on_error=self.settings["on_error"],
                 max_record_bytes=self.settings["max_record_bytes"],
                 worker_bytes=self.worker_bytes,
+                as_text=self.settings.get("as_text", False),
             )
             for number, unit in enumerate(self._number_lines(units))
         ]
 
     def _check_is_not_ours(self, extent: Extent) -> None:
-        ours = [str(self.folder.absolute()), str(self.target)]
+        ours = [str(self.folder.absolute()), local_name(str(self.target))]
         ours[1] = ours[1] if is_remote(ours[1]) else os.path.abspath(ours[1])
         if any(f"{extent.path}/".startswith(f"{folder}/") for folder in ours):
             raise DataError(
@@ -432,7 +445,7 @@ def least_memory_bytes(max_record_bytes: int) -> int:
 
 
 def _check_out_lies_outside(target: Destination, folder: Path, sources: Sequence[Source]) -> None:
-    for written in (str(target), str(folder)):
+    for written in (local_name(str(target)), str(folder)):
         for source in sources:
             if source.kind in ("hub", "pattern") or is_remote(source.root) != is_remote(written):
                 continue

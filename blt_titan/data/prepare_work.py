@@ -18,10 +18,11 @@ from typing import Any
 
 from blt_titan.data.atomic_file import write_atomically
 from blt_titan.data.errors import DataError
-from blt_titan.data.formats import Document, Problem, read_extent
+from blt_titan.data.extents import Document, Extent, PassedOver, Problem
+from blt_titan.data.file_systems import cannot_read
+from blt_titan.data.formats import read_extent
 from blt_titan.data.runs import OVERHEAD_BYTES, Choice, Runs, RunWriter, join_runs, stretches
 from blt_titan.data.shards import ShardWriter, install
-from blt_titan.data.sources import Extent
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class ReadUnit:
     on_error: str
     max_record_bytes: int
     worker_bytes: int
+    as_text: bool = False
 
     @property
     def size_bytes(self) -> int:
@@ -67,8 +69,16 @@ class Done:
     smallest_id: str = ""
     by_source: dict[int, list[int]] = field(default_factory=dict)
     """Documents, bytes, empty ones, binary files and skipped records of each source."""
+    passed_over: dict[str, int] = field(default_factory=dict)
+    """How many links and files of each kind."""
     messages: list[str] = field(default_factory=list)
-    """Of the first skipped records."""
+    """Of the first skipped records, and of what was passed over."""
+
+    def name(self, what: str, message: str) -> None:
+        """Keep the first messages, and log them."""
+        if len(self.messages) < _MESSAGES_OF_UNIT:
+            logger.warning(f"{what}: {message}")
+            self.messages.append(message)
 
     @classmethod
     def read(cls, path: Path) -> "Done | None":
@@ -158,7 +168,11 @@ def read_unit(unit: ReadUnit, report: Callable[[int], None]) -> Done:
         for extent in unit.extents:
             counted = done.by_source.setdefault(extent.source, [0, 0, 0, 0, 0])
             for item in read_extent(
-                extent, text_column=unit.text_column, max_record_bytes=unit.max_record_bytes, report=report
+                extent,
+                text_column=unit.text_column,
+                max_record_bytes=unit.max_record_bytes,
+                as_text=unit.as_text,
+                report=report,
             ):
                 if isinstance(item, Document):
                     text = item.text
@@ -176,11 +190,12 @@ def read_unit(unit: ReadUnit, report: Callable[[int], None]) -> Done:
                 elif isinstance(item, Problem):
                     if unit.on_error == "stop":
                         raise DataError(f"{item.message} (or pass over such records with --on-error skip)")
-                    if done.skipped < _MESSAGES_OF_UNIT:
-                        logger.warning(f"skipped: {item.message}")
-                        done.messages.append(item.message)
+                    done.name("skipped", item.message)
                     done.skipped += 1
                     counted[4] += 1
+                elif isinstance(item, PassedOver):
+                    done.name("passed over", item.message)
+                    done.passed_over[item.kind] = done.passed_over.get(item.kind, 0) + 1
                 else:
                     done.binary += 1
                     counted[3] += 1
@@ -226,10 +241,13 @@ def _say_done(path: Path, content: Any) -> None:
 def count_newlines(extent: Extent, report: Callable[[int], None]) -> int:
     """Count the newlines in an extent of lines."""
     newlines, left = 0, extent.end - extent.begin
-    with open(extent.path, "rb", buffering=0) as file:
-        file.seek(extent.begin)
-        while left and (piece := file.read(min(left, 1 << 20))):
-            newlines += piece.count(b"\n")
-            left -= len(piece)
-            report(len(piece))
+    try:
+        with open(extent.path, "rb", buffering=0) as file:
+            file.seek(extent.begin)
+            while left and (piece := file.read(min(left, 1 << 20))):
+                newlines += piece.count(b"\n")
+                left -= len(piece)
+                report(len(piece))
+    except OSError as error:
+        raise cannot_read(extent.path, error) from error
     return newlines

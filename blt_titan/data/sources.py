@@ -14,18 +14,38 @@ any size.
 import glob
 import os
 import re
+import stat
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
-import fsspec.core
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from blt_titan.data.compression import archive_suffix, compression_of
 from blt_titan.data.errors import DataError
+from blt_titan.data.extents import NOT_COUNTED, Extent, format_of, is_compressed
+from blt_titan.data.file_systems import (
+    cannot_open,
+    cannot_read,
+    file_system,
+    is_remote,
+    local_name,
+    printable,
+    without_query,
+)
+from blt_titan.data.listing import (
+    Listed,
+    fixed_part,
+    is_pattern,
+    local_files,
+    look_at,
+    remote_file,
+    remote_files,
+)
 
 PYTHON_STDLIB = "python-stdlib"
 HUB_PREFIX = "hf:"
@@ -41,12 +61,6 @@ UNIT_BYTES = 128 * 1024**2
 _LEAST_COST_BYTES = 4096
 """What opening a file costs, in bytes that could be read meanwhile."""
 _STDLIB_LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__"})
-_UNREADABLE = (".gz", ".zst", ".bz2", ".xz", ".zip", ".tar", ".7z")
-_LINES = re.compile(r"\.(jsonl|ndjson)$|\.(jsonl|ndjson|json)\.(gz|zst)$", re.IGNORECASE)
-
-NOT_COUNTED = -1
-
-Format = Literal["text", "lines", "parquet", "arrow", "hub"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,32 +74,6 @@ class Source:
     """What paths are relative to: a directory, the file itself, or the data set's name; a URL where it is not here."""
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """A stretch of one file, or of one data set of the hub, that one worker reads."""
-
-    source: int
-    """Number of the source."""
-    format: Format
-    path: str
-    doc_id: str
-    """Of a text; the beginning of the ids of records."""
-    size_bytes: int = 0
-    """As it is stored, for progress; 0 if unknown."""
-    file_bytes: int = -1
-    """Of the whole file when it was listed; -1 if unknown."""
-    modified: str = ""
-    """When the file was last changed, as its file system says it. Hub: the commit."""
-    begin: int = 0
-    """Lines: the byte where it begins. Parquet: the first row group. Hub: which shard."""
-    end: int = -1
-    """Of the same, where it ends; -1 for the end of the file. Hub: how many shards."""
-    first: int = 0
-    """Lines: newlines before `begin`, NOT_COUNTED at first. Parquet: rows before it."""
-    keep_binary: bool = True
-    """Take a text that does not look like one."""
-
-
 def resolve_sources(names: Sequence[str | os.PathLike[str]]) -> list[Source]:
     """Turn what the user typed into sources.
 
@@ -95,9 +83,9 @@ def resolve_sources(names: Sequence[str | os.PathLike[str]]) -> list[Source]:
     if not names:
         raise DataError(f"no source given; name a directory, a file, a pattern, hf:NAME, or {PYTHON_STDLIB}")
     sources = [_resolve(os.fspath(name)) for name in names]
-    settings = [source.setting for source in sources]
-    for source in sources:
-        if settings.count(source.setting) > 1:
+    meant = [_meant(source) for source in sources]
+    for source, name in zip(sources, meant, strict=True):
+        if meant.count(name) > 1:
             raise DataError(f"{source.setting}: the source is given twice; name it once")
     # Two sources of one name are told apart by their whole names.
     labels = [source.label for source in sources]
@@ -110,25 +98,31 @@ def resolve_sources(names: Sequence[str | os.PathLike[str]]) -> list[Source]:
 def list_extents(sources: Sequence[Source], revisions: dict[str, str] | None = None) -> list[Extent]:
     """List the extents of all sources, in an order that depends on the names alone.
 
-    A directory is walked in sorted order: every regular file, except hidden files and directories. Links to files are
-    followed, links to directories are not.
+    Trees and patterns follow one rule, which `listing.py` tells: each real file once. What is passed over, as a link
+    that leads nowhere, is listed too, with the reason.
 
     Args:
         sources: from `resolve_sources`.
         revisions: commits of data sets of the hub, by root; those that are not there are asked for, and put there.
 
     Raises:
-        DataError: a file or directory cannot be read, or a pattern fits nothing.
+        DataError: a file or directory cannot be read, a source holds nothing, or two sources hold the same file.
     """
     revisions = {} if revisions is None else revisions
     extents: list[Extent] = []
+    taken: dict[Hashable, tuple[Source, str]] = {}
     for number, source in enumerate(sources):
         prefix = f"{source.label}/" if len(sources) > 1 else ""
-        if source.kind == "hub" and source.root not in revisions:
-            revisions[source.root] = _newest_revision(source.root)
-        found = list(_extents(number, source, prefix, revisions.get(source.root, "")))
-        if not found:
-            raise DataError(f"{source.setting}: no documents: it holds no file that could be read")
+        if source.kind == "hub":
+            if source.root not in revisions:
+                revisions[source.root] = _newest_revision(source.root)
+            found = list(_hub_extents(number, source, revisions[source.root]))
+        else:
+            listed = _once(source, list(_files(source)), taken)
+            found = [extent for file in listed for extent in _file_extents(number, source, prefix, file)]
+        if all(extent.passed_over for extent in found):
+            reasons = "".join(f"; {printable(extent.path)} {extent.why}" for extent in found[:3])
+            raise DataError(f"{source.setting}: no documents: it holds no file that could be read{reasons}")
         extents += found
     return extents
 
@@ -148,36 +142,6 @@ def group(extents: Sequence[Extent]) -> list[list[Extent]]:
     return units
 
 
-def open_binary(path: str) -> Any:
-    """Open a file for reading, here or wherever its URL says."""
-    if not is_remote(path):
-        return open(path, "rb")
-    fs, inner = file_system(path)
-    return fs.open(inner, "rb")
-
-
-def is_remote(name: str) -> bool:
-    """Tell whether a name is a URL of an fsspec file system, as in s3://bucket/folder."""
-    return "://" in name
-
-
-def file_system(url: str) -> tuple[Any, str]:
-    """Return the file system of a URL, and the path in it.
-
-    Raises:
-        DataError: its driver is unknown or not installed.
-    """
-    try:
-        return fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise DataError(f"{url}: {error}") from error
-
-
-def cannot_read(path: str, error: OSError) -> DataError:
-    """Say in a sentence that a file cannot be read."""
-    return DataError(f"{path}: cannot be read ({error.strerror or error}); check the path and its permissions")
-
-
 @cache
 def hub_dataset(source_root: str, revision: str) -> Any:
     """Open a data set of the hub, NAME[:CONFIG][:SPLIT], for streaming; once in a process.
@@ -193,7 +157,7 @@ def hub_dataset(source_root: str, revision: str) -> Any:
     try:
         return load_dataset(name, config or None, split=split or "train", streaming=True, revision=revision or None)
     except Exception as error:  # the library lets through what its many parts raise
-        raise _cannot_open(f"hf:{source_root}", error) from error
+        raise cannot_open(f"hf:{source_root}", error) from error
 
 
 def _newest_revision(source_root: str) -> str:
@@ -206,36 +170,58 @@ def _newest_revision(source_root: str) -> str:
     try:
         return HfApi().dataset_info(name).sha or ""
     except Exception as error:  # of the network, of permissions, of the name
-        raise _cannot_open(f"hf:{source_root}", error) from error
-
-
-def _cannot_open(name: str, error: Exception) -> DataError:
-    reason = " ".join(str(error).split())
-    return DataError(f"{name}: cannot be opened ({type(error).__name__}: {reason}); check the name and the network")
+        raise cannot_open(f"hf:{source_root}", error) from error
 
 
 def _resolve(name: str) -> Source:
+    if not name:
+        raise DataError("a source is empty; name a directory, a file, a pattern, hf:NAME, or python-stdlib")
     if name == PYTHON_STDLIB:
         return Source(name, name, "stdlib", sysconfig.get_path("stdlib"))
     if name in HUB_PRESETS or name.startswith(HUB_PREFIX):
         return _resolve_hub(name)
-    if is_remote(name):
+    path = local_name(name)
+    if is_remote(path):
         return _resolve_remote(name)
-    root = Path(os.path.abspath(name))
-    if root.is_dir():
-        return Source(printable(root.name), printable(str(root)), "tree", str(root))
-    if root.is_file():
-        if _format(root.name) == "text" and root.suffix.lower() in _UNREADABLE:
-            raise DataError(
-                f"{name}: {root.suffix} files of this kind are not read; unpack it, or convert it to .jsonl"
-            )
-        return Source(printable(root.name), printable(str(root)), "file", str(root))
-    if glob.has_magic(name):
-        return Source(printable(str(root)), printable(str(root)), "pattern", str(root))
+    root = os.path.abspath(path)
+    try:
+        mode = os.stat(root).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        mode = 0
+    except OSError as error:
+        raise cannot_read(name, error) from error
+    except ValueError as error:
+        raise DataError(f"{name!r}: is no path ({error})") from error
+    label, setting = printable(os.path.basename(root)), printable(root)
+    if stat.S_ISDIR(mode):
+        return Source(label, setting, "tree", root)
+    if stat.S_ISREG(mode):
+        _check_is_unpacked(name)
+        return Source(label, setting, "file", root)
+    if mode:
+        raise DataError(f"{name}: is neither a file nor a directory, but a pipe or a device; write it to a file first")
+    if glob.has_magic(path):
+        # The folder that a pattern is relative to is no pattern, whatever its name.
+        pattern = os.path.abspath(os.path.join(glob.escape(os.getcwd()), path))
+        return Source(printable(pattern), printable(pattern), "pattern", pattern)
     raise DataError(
         f"{name}: no such file or directory; name one that exists, a pattern, hf:NAME, {', '.join(HUB_PRESETS)} "
         f"or {PYTHON_STDLIB}"
     )
+
+
+def _check_is_unpacked(name: str) -> None:
+    if suffix := archive_suffix(name):
+        raise DataError(f"{name}: {suffix} files of this kind are not read; unpack it, or convert it to .jsonl")
+
+
+def _meant(source: Source) -> str:
+    """Return a name that two ways to write one source share."""
+    if source.kind != "hub":
+        return source.root
+    name, _, rest = source.root.partition(":")
+    config, _, split = rest.partition(":")
+    return f"{HUB_PREFIX}{name}:{config}:{split or 'train'}"
 
 
 def _resolve_hub(name: str) -> Source:
@@ -248,110 +234,97 @@ def _resolve_hub(name: str) -> Source:
 
 def _resolve_remote(name: str) -> Source:
     fs, path = file_system(name)
+    # To the driver of the web every page with links is a directory.
+    is_page = name.startswith(("http://", "https://")) and "." in urlsplit(name).path.rpartition("/")[2]
     name = name.rstrip("/")
     try:
-        if glob.has_magic(path):
+        if is_pattern(without_query(path)):
             return Source(name, name, "pattern", name)
         if not fs.exists(path):
             raise DataError(f"{name}: no such file or directory there; check the address and its permissions")
-        return Source(name.rpartition("/")[2], name, "tree" if fs.isdir(path) else "file", name)
+        kind = "tree" if not is_page and fs.isdir(path) else "file"
+    except DataError:
+        raise
     except Exception as error:  # drivers have exceptions of their own
-        raise _cannot_open(name, error) from error
+        raise cannot_open(name, error) from error
+    if kind == "file":
+        _check_is_unpacked(name)
+    return Source(name.rpartition("/")[2], name, kind, name)
 
 
-def _extents(number: int, source: Source, prefix: str, revision: str) -> Iterator[Extent]:
-    if source.kind == "hub":
-        n_shards = hub_dataset(source.root, revision).num_shards
-        for shard in range(n_shards):
-            doc_id = f"{source.label}#{shard}"
-            yield Extent(number, "hub", source.root, doc_id, modified=revision, begin=shard, end=n_shards)
-        return
+def _hub_extents(number: int, source: Source, revision: str) -> Iterator[Extent]:
+    n_shards = hub_dataset(source.root, revision).num_shards
+    for shard in range(n_shards):
+        doc_id = f"{source.label}#{shard}"
+        yield Extent(number, "hub", source.root, doc_id, modified=revision, begin=shard, end=n_shards)
+
+
+def _files(source: Source) -> Iterable[Listed]:
     if source.kind == "file":
-        # A file's label is its name already.
-        found = [_listed(source.root, source.label)]
-    elif is_remote(source.root):
-        found = _remote_files(source, prefix)
-    else:
-        found = _local_files(source, prefix)
-    for path, doc_id, size_bytes, modified in found:
-        explicit = source.kind == "file" or path.lower().endswith(".txt")
-        whole = Extent(number, _format(path), path, doc_id, size_bytes, size_bytes, modified, keep_binary=explicit)
-        yield from _split(whole)
+        return [remote_file(source.root) if is_remote(source.root) else _local_file(source.root)]
+    if is_remote(source.root):
+        return remote_files(source.root, pattern=source.kind == "pattern")
+    if source.kind == "pattern":
+        return local_files(*fixed_part(source.root))
+    if source.kind == "tree":
+        return local_files(source.root, ["**"])
+    of_stdlib = local_files(source.root, ["**"], _STDLIB_LEFT_OUT)
+    return (file for file in of_stdlib if file.path.endswith(".py"))
 
 
-def _listed(path: str, doc_id: str) -> tuple[str, str, int, str]:
-    if is_remote(path):
-        fs, inner = file_system(path)
-        try:
-            info = fs.info(inner)
-        except Exception as error:  # drivers have exceptions of their own
-            raise _cannot_open(path, error) from error
-        return path, doc_id, int(info.get("size") or 0), _modified(info)
+def _local_file(path: str) -> Listed:
     try:
-        status = os.stat(path)
+        listed = look_at(path, "")
     except OSError as error:
         raise cannot_read(path, error) from error
-    return path, doc_id, status.st_size, str(status.st_mtime_ns)
+    if listed is None or listed.passed_over:
+        raise DataError(f"{path}: is no file any more; leave sources alone while they are prepared")
+    return listed
 
 
-def _local_files(source: Source, prefix: str) -> Iterator[tuple[str, str, int, str]]:
-    if source.kind == "pattern":
-        root = _fixed_part(source.root)
-        paths = sorted(path for path in glob.iglob(source.root, recursive=True) if os.path.isfile(path))
-    else:
-        root = source.root
-        stdlib = source.kind == "stdlib"
-        walked = _walk(root, _STDLIB_LEFT_OUT if stdlib else frozenset())
-        paths = (path for path in walked if not stdlib or path.endswith(".py"))
-    for path in paths:
-        yield _listed(path, prefix + printable(Path(path).relative_to(root).as_posix()))
+def _once(source: Source, found: list[Listed], taken: dict[Hashable, tuple[Source, str]]) -> list[Listed]:
+    """Mark what is the same file as another; it goes by its own name rather than by that of a link to it.
 
-
-def _remote_files(source: Source, prefix: str) -> Iterator[tuple[str, str, int, str]]:
-    fs, inner = file_system(source.root)
-    try:
-        if source.kind == "pattern":
-            root, found = _fixed_part(inner), fs.glob(inner, detail=True)
-        else:
-            root, found = inner, fs.find(inner, detail=True)
-    except Exception as error:  # drivers have exceptions of their own
-        raise _cannot_open(source.root, error) from error
-    for path, info in sorted(found.items()):
-        below = path.removeprefix(root).lstrip("/")
-        if info["type"] == "file" and not any(part.startswith(".") for part in below.split("/")):
-            yield fs.unstrip_protocol(path), prefix + below, int(info.get("size") or 0), _modified(info)
-
-
-def _modified(info: dict[str, Any]) -> str:
-    """Return what an object store says that changes with the content."""
-    return str(
-        next((info[key] for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "created") if key in info), "")
-    )
-
-
-def _fixed_part(pattern: str) -> str:
-    """Return the directory of a pattern before its first special character.
-
-    >>> _fixed_part("/data/crawl-*/a.jsonl")
-    '/data'
+    Raises:
+        DataError: another source holds it.
     """
-    parts = pattern.split("/")
-    first = next(i for i, part in enumerate(parts) if glob.has_magic(part))
-    return "/".join(parts[:first]) or "/"
+    repeated: dict[str, Listed] = {}
+    for file in sorted(found, key=lambda file: file.is_link):
+        if file.passed_over:
+            continue
+        first, path = taken.setdefault(file.identity, (source, file.path))
+        if first is not source:
+            raise DataError(
+                f"{printable(file.path)}: is in the source {source.setting} and, as {printable(path)}, in the source "
+                f"{first.setting}, so that it would be taken twice; name it in one of them only"
+            )
+        if path != file.path:
+            why = f"is the same file as {printable(path)}, which is taken"
+            repeated[file.path] = replace(file, passed_over="repeated_files", why=why)
+    return [repeated.get(file.path, file) for file in found]
 
 
-def _format(path: str) -> Format:
-    if _LINES.search(path):
-        return "lines"
-    suffix = os.path.splitext(path)[1].lower()
-    return "parquet" if suffix == ".parquet" else "arrow" if suffix in (".arrow", ".ipc", ".feather") else "text"
+def _file_extents(number: int, source: Source, prefix: str, file: Listed) -> Iterator[Extent]:
+    # A file's label is its name already.
+    doc_id = source.label if source.kind == "file" else prefix + printable(file.below)
+    if not file.passed_over and (suffix := archive_suffix(file.path)):
+        why = f"is packed, and {suffix} files of this kind are not read; unpack it, or convert it to .jsonl"
+        file = replace(file, passed_over="archives", why=why)
+    if file.passed_over:
+        yield Extent(number, "none", file.path, doc_id, file_bytes=0, passed_over=file.passed_over, why=file.why)
+        return
+    name = without_query(file.path).lower()
+    explicit = source.kind == "file" or name.removesuffix(f".{compression_of(name)}").endswith(".txt")
+    size = file.size_bytes
+    whole = Extent(number, format_of(name), file.path, doc_id, max(0, size), size, file.modified, explicit=explicit)
+    yield from _split(whole)
 
 
 def _split(whole: Extent) -> Iterator[Extent]:
     """Cut a large file into extents; one that is elsewhere, or is compressed, is read as a whole."""
     if whole.size_bytes <= SPLIT_BYTES or is_remote(whole.path):
         yield whole
-    elif whole.format == "lines" and not whole.path.lower().endswith((".gz", ".zst")):
+    elif whole.format == "lines" and not is_compressed(whole):
         yield from _split_lines(whole)
     elif whole.format == "parquet":
         yield from _split_parquet(whole)
@@ -379,24 +352,3 @@ def _split_parquet(whole: Extent) -> Iterator[Extent]:
         if size_bytes >= SPLIT_BYTES or number == metadata.num_row_groups - 1:
             yield replace(whole, begin=begin, end=number + 1, first=rows_before, size_bytes=size_bytes)
             begin, rows_before, size_bytes, rows = number + 1, rows_before + rows, 0, 0
-
-
-def _walk(directory: str, left_out: frozenset[str]) -> Iterator[str]:
-    """Yield the paths of regular files, sorted by name in each directory."""
-    try:
-        with os.scandir(directory) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
-    except OSError as error:
-        raise cannot_read(directory, error) from error
-    for entry in entries:
-        if entry.name.startswith(".") or entry.name in left_out:
-            continue
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk(entry.path, left_out)
-        elif entry.is_file():
-            yield entry.path
-
-
-def printable(name: str) -> str:
-    """Give a file name as valid Unicode: a byte that is not UTF-8 becomes a backslash escape."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")

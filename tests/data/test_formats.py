@@ -1,8 +1,10 @@
 """Every format gives back the bytes that were put in, and names what is wrong with a record."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +12,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from blt_titan.data.formats import Binary, Document, Problem, read_extent
+from blt_titan.data.extents import Document, Item, Problem
+from blt_titan.data.formats import read_extent
 from blt_titan.data.sources import list_extents, resolve_sources
 
 TEXTS = ["plain", "", "é 😀 \u2028 inside", "NUL \0 inside", "CRLF\r\n", "x" * 3000, '"quoted" \\ {"text": "no"}']
 
 
 def items_of(
-    path: Path, text_column: str = "text", max_record_bytes: int = 1 << 20
-) -> list[Document | Problem | Binary]:
-    extents = list_extents(resolve_sources([path]))
-    return [i for e in extents for i in read_extent(e, text_column=text_column, max_record_bytes=max_record_bytes)]
+    path: Path, text_column: str = "text", max_record_bytes: int = 1 << 20, as_text: bool = False
+) -> list[Item]:
+    settings = {"text_column": text_column, "max_record_bytes": max_record_bytes, "as_text": as_text}
+    return [item for extent in list_extents(resolve_sources([path])) for item in read_extent(extent, **settings)]
 
 
 def texts_of(path: Path, **options) -> list[bytes]:
@@ -50,7 +53,15 @@ def zstd(content: bytes) -> bytes:
 @pytest.mark.parametrize("final_newline", [True, False])
 @pytest.mark.parametrize(
     ("suffix", "compress"),
-    [("jsonl", bytes), ("ndjson", bytes), ("jsonl.gz", gzip.compress), ("jsonl.zst", zstd), ("json.gz", gzip.compress)],
+    [
+        ("jsonl", bytes),
+        ("ndjson", bytes),
+        ("jsonl.gz", gzip.compress),
+        ("jsonl.zst", zstd),
+        ("json.gz", gzip.compress),
+        ("jsonl.bz2", bz2.compress),
+        ("ndjson.xz", lzma.compress),
+    ],
 )
 def test_lines(tmp_path, suffix, compress, final_newline):
     path = tmp_path / f"a.{suffix}"
@@ -59,9 +70,12 @@ def test_lines(tmp_path, suffix, compress, final_newline):
     assert items_of(path) == expected
 
 
-@pytest.mark.parametrize("compress", [gzip.compress, zstd])
-def test_joined_archives_and_one_without_a_final_newline(tmp_path, compress):
-    path = tmp_path / ("a.jsonl.gz" if compress is gzip.compress else "a.jsonl.zst")
+COMPRESS = {"gz": gzip.compress, "zst": zstd, "bz2": bz2.compress, "xz": lzma.compress}
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_joined_archives_and_one_without_a_final_newline(tmp_path, suffix):
+    path, compress = tmp_path / f"a.jsonl.{suffix}", COMPRESS[suffix]
     path.write_bytes(compress(jsonl(["a", "b"], final_newline=False)) + compress(jsonl(["c"])) + compress(jsonl(["d"])))
     assert items_of(path) == [
         Document(f"{path.name}#L1", b"a"),
@@ -128,11 +142,11 @@ def test_a_bad_line_is_named_and_the_rest_is_read(tmp_path, line, message):
     assert problem.message.startswith(f"{path}, line 3: {message}")
 
 
-@pytest.mark.parametrize("compress", [gzip.compress, zstd])
+@pytest.mark.parametrize("suffix", COMPRESS)
 @pytest.mark.parametrize("cut", [1, 20, 2000])
-def test_a_truncated_archive_is_named(tmp_path, compress, cut):
+def test_a_truncated_archive_is_named(tmp_path, suffix, cut):
     rng = np.random.default_rng(0)
-    path = tmp_path / ("a.jsonl.gz" if compress is gzip.compress else "a.jsonl.zst")
+    path, compress = tmp_path / f"a.jsonl.{suffix}", COMPRESS[suffix]
     path.write_bytes(compress(jsonl([rng.bytes(300).hex() for _ in range(100)]))[:-cut])
     *documents, problem = items_of(path)
     assert all(isinstance(document, Document) for document in documents)
@@ -149,15 +163,108 @@ def test_little_that_goes_before_a_truncation_is_lost(tmp_path, compress):
     assert len(documents) > 4700
 
 
-def test_odd_archives(tmp_path):
-    """Zeros after the end, as tape has them; and a file of nothing."""
-    path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress(jsonl(["a"])) + bytes(512))
-    assert texts_of(path) == [b"a"]
-    for name in ("b.jsonl.gz", "b.jsonl.zst"):
+@pytest.mark.parametrize("suffix", ["gz", "bz2", "xz"])
+def test_zeros_after_an_archive_are_nothing(tmp_path, suffix):
+    """As tape has them."""
+    (tmp_path / f"a.jsonl.{suffix}").write_bytes(COMPRESS[suffix](jsonl(["a"])) + bytes(512))
+    assert texts_of(tmp_path / f"a.jsonl.{suffix}") == [b"a"]
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_what_is_no_archive_is_named(tmp_path, suffix):
+    """Wholly, or behind one: nothing is dropped."""
+    (tmp_path / f"a.jsonl.{suffix}").write_bytes(COMPRESS[suffix](jsonl(["a"])) + b"no archive")
+    *_, problem = items_of(tmp_path / f"a.jsonl.{suffix}")
+    assert "the compressed data is truncated or damaged" in str(problem)
+    (tmp_path / f"b.txt.{suffix}").write_bytes(b"no archive")
+    [problem] = items_of(tmp_path / f"b.txt.{suffix}")
+    assert f"b.txt.{suffix}: the compressed data is truncated or damaged" in str(problem)
+    for name in (f"c.jsonl.{suffix}", f"c.txt.{suffix}"):
         (tmp_path / name).write_bytes(b"")
         [problem] = items_of(tmp_path / name)
         assert f"{name}: is empty, which no compressed file is" in str(problem)
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_a_compressed_text(tmp_path, suffix):
+    text = np.random.default_rng(0).bytes(200_000)
+    (tmp_path / f"a.txt.{suffix}").write_bytes(COMPRESS[suffix](text[:90_000]) + COMPRESS[suffix](text[90_000:]))
+    assert items_of(tmp_path / f"a.txt.{suffix}") == [Document(f"a.txt.{suffix}", text)]
+    [problem] = items_of(tmp_path / f"a.txt.{suffix}", max_record_bytes=199_999)
+    assert "more than 199999 bytes" in str(problem)
+
+
+RECORDS = {
+    "lines.json": b'{"text": "a"}\n{"text": "b"}\n',
+    "of another key.json": b'\n{"body": "a"}\r\n{"body": "b"}',
+    "lines": b'\xef\xbb\xbf{"text": "a"}\n\n{"text": "b"}',
+    "one is damaged.txt": b'{"text": "a"}\n{"text": "b"}\n{"tex\n' * 3 + b'{"text": "c"}\n' * 7,
+    "pretty.json": b'{\n  "text": "a"\n}\n{\n  "text": "b"\n}\n',
+    "array.json": b'[\n{"text": "a"},\n{"text": "b"}\n]\n',
+    "in an object.json": b'{"version": 1, "rows": [{"text": "a"}]}',
+    "columns.json": b'{"id": [1, 2], "text": ["a", "b"]}',
+    "one.json": json.dumps({"id": 1, "text": "a long text of some words"}).encode(),
+    "table.csv": b'id,"text"\r\n1,a\r\n',
+    "table.tsv": b"text\tid\na\t1\n",
+    "table": b"PAR1\0\0",
+    "table.ipc.txt": b"ARROW1\0\0",
+}
+TEXT_OF_JSON = {
+    "package.json": b'{\n  "name": "x",\n  "files": [{"name": "y"}, {"name": "z"}]\n}\n',
+    "words.json": b'{"text": "Text", "button": "Button", "cancel": "Cancel"}',
+    "objects.json": b'[{"name": "x"}, {"name": "y"}]',
+    "strings.json": b'["text", "b"]',
+    "lists.txt": b"[1]\n[2]\n",
+    "braces.c": b"{ int text; }\n{ int b; }\n",
+    "readme.md": b'# Example\n\nTwo records:\n\n{"text": "a"}\n{"text": "b"}\n\nand so on.\n',
+    "deep.json": b"[" * 100_000,
+    "table.csv": b"id,body\n1,a\n",
+}
+
+
+def test_records_are_not_read_as_text(tmp_path):
+    """One by one, as a user names them, and in a tree; with as_text they are what they look like."""
+    for name, content in RECORDS.items():
+        (tmp_path / name).write_bytes(content)
+        for compressed in ("", ".gz"):
+            if compressed and name.endswith(".json"):
+                continue  # .json.gz is always read as lines
+            path = tmp_path / f"{name}{compressed}"
+            path.write_bytes(gzip.compress(content) if compressed else content)
+            [problem] = items_of(path)
+            assert isinstance(problem, Problem), name
+            assert problem.message.startswith(f"{path}: ")
+            assert problem.message.endswith(" with --as-text")
+            assert texts_of(path, as_text=True) == [content]
+            if compressed:
+                path.unlink()
+    assert {type(item) for item in items_of(tmp_path)} == {Problem}
+    (tmp_path / "table").unlink()
+    assert sorted(texts_of(tmp_path, as_text=True)) == sorted(RECORDS[name] for name in RECORDS if name != "table")
+
+
+def test_the_text_column_tells_records(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'[{"body": "a"}]')
+    (tmp_path / "b.csv").write_bytes(b"id;body\n1;a\n")
+    assert len(texts_of(tmp_path)) == 2
+    assert {type(item) for item in items_of(tmp_path, text_column="body")} == {Problem}
+    # A file that the user names is no part of a source tree.
+    assert "looks like records of JSON" in str(items_of(tmp_path / "a.json"))
+
+
+def test_documents_of_json_are_texts(tmp_path):
+    for name, content in TEXT_OF_JSON.items():
+        (tmp_path / name).write_bytes(content)
+    assert sorted(texts_of(tmp_path)) == sorted(TEXT_OF_JSON.values())
+
+
+def test_a_compressed_file_that_is_not_called_so_is_named(tmp_path):
+    """In a tree it is one of many that are not text."""
+    for suffix, compress in COMPRESS.items():
+        path = tmp_path / suffix
+        path.write_bytes(compress(b"text"))
+        assert "is compressed by" in str(items_of(path))
+        assert texts_of(path, as_text=True) == [path.read_bytes()]
 
 
 def test_a_text_file_that_is_too_long_is_named(tmp_path):
@@ -212,6 +319,41 @@ def test_arrow_files_with_entropies_give_their_text(tmp_path):
     })  # fmt: skip
     write_table(tmp_path / "shard.chunk.0.arrow", table, "arrow file")
     assert texts_of(tmp_path / "shard.chunk.0.arrow") == [b"one", b"two"]
+
+
+def bytes_of_table(tmp_path: Path, how: str, texts: list[str]) -> bytes:
+    write_table(tmp_path / "part", pa.table({"id": list(range(len(texts))), "text": texts}), how)
+    return (tmp_path / "part").read_bytes()
+
+
+def test_joined_arrow_streams_are_read_on(tmp_path):
+    path = tmp_path / "a.arrow"
+    one, two = (bytes_of_table(tmp_path, "arrow stream", texts) for texts in (["a", "b"], ["c"]))
+    path.write_bytes(one + two + bytes(16))
+    assert items_of(path) == [Document(f"a.arrow#R{i + 1}", text) for i, text in enumerate([b"a", b"b", b"c"])]
+    path.write_bytes(one + b"more")
+    *documents, problem = items_of(path)
+    assert [document.text for document in documents] == [b"a", b"b"]
+    assert f"{path}: the Arrow stream in it ends at byte {len(one)}, and 4 bytes follow that are no stream" in str(
+        problem
+    )
+    path.write_bytes(one + two[:-20])
+    assert isinstance(items_of(path)[-1], Problem)
+    path.write_bytes(one + bytes_of_table(tmp_path, "arrow file", ["c"]))
+    assert f"ends at byte {len(one)}, and" in str(items_of(path)[-1])
+
+
+@pytest.mark.parametrize("lengths", [(3, 3), (3, 900), (900, 3)])
+@pytest.mark.parametrize("how", ["parquet", "arrow file"])
+def test_joined_files_of_tables_are_refused(tmp_path, how, lengths):
+    """The offsets of the last file's end would be read in the first."""
+    path = tmp_path / f"a.{how.split()[0]}"
+    one, two = (bytes_of_table(tmp_path, how, [f"{n} {i}" for i in range(n)]) for n in lengths)
+    path.write_bytes(one + two)
+    assert any(isinstance(item, Problem) for item in items_of(path))
+    if lengths == (3, 3):
+        assert f"{path}: " in str(items_of(path)[-1])
+        assert "take them apart" in str(items_of(path)[-1])
 
 
 @pytest.mark.parametrize("how", ["parquet", "arrow file"])

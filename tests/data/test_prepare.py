@@ -210,6 +210,53 @@ def test_records_that_cannot_be_used(tmp_path):
     assert read_manifest(tmp_path / "out") == manifest
 
 
+def test_what_is_passed_over_is_counted_and_named(source, tmp_path, caplog):
+    run(source, tmp_path / "without")
+    for name, to in {"loop": ".", "self": "self", "gone": "nowhere", "again": "1.txt", "out": tmp_path}.items():
+        (source / name).symlink_to(to)
+    (source / "a.zip").write_bytes(b"PK")
+    for workers in (1, 2):
+        out = tmp_path / f"{workers} workers"
+        summary = run(source, out, workers=workers)
+        assert texts(out, "train") == texts(tmp_path / "without", "train")
+        counts = read_manifest(out).counts
+        assert (counts.link_cycles, counts.dangling_links, counts.directory_links) == (3, 1, 0)
+        assert (counts.repeated_files, counts.archives) == (1, 1)
+        assert len(summary.manifest.skipped) == 6
+        assert f"{source}/gone: is a link to nowhere, which is not there" in summary.manifest.skipped
+        assert "passed over: 1 dangling links, 3 link cycles, 0 directory links, 1 repeated files, 1 arch" in str(
+            summary
+        )
+    assert f"passed over: {source}/loop: is a link to ., which holds it" in caplog.messages
+    # As data sets have it that were made before there were such counts.
+    written = json.loads((out / MANIFEST_NAME).read_bytes())
+    for kind in ("dangling_links", "link_cycles", "directory_links", "repeated_files", "archives"):
+        del written["counts"][kind]
+    (out / MANIFEST_NAME).write_text(json.dumps(written))
+    assert run(source, out).already_done
+
+
+def test_a_source_of_nothing_but_links_says_so(tmp_path):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "loop").symlink_to("loop")
+    with pytest.raises(DataError, match=r"no documents: .*/loop is a link to loop, which leads back to it"):
+        run(tmp_path / "source", tmp_path / "out")
+
+
+def test_records_are_taken_as_text_only_when_told(tmp_path, capsys):
+    (tmp_path / "a.json").write_bytes(b'{"body": "a"}\n{"body": "b"}\n')
+    command = ["--source", str(tmp_path / "a.json"), "--out", str(tmp_path / "out"), "--no-progress"]
+    for options in ([], ["--text-column", "body"]):
+        assert main([*command, *options]) == 2
+        assert "a.json: looks like JSON lines; rename it to end in .jsonl" in capsys.readouterr().err
+        assert not (tmp_path / "out" / MANIFEST_NAME).exists()
+    assert main([*command, "--as-text"]) == 0
+    assert texts(tmp_path / "out", "train") == {"a.json": (tmp_path / "a.json").read_bytes()}
+    assert read_manifest(tmp_path / "out").settings["as_text"] is True
+    assert main(command) == 2
+    assert "as_text True there, None now" in capsys.readouterr().err
+
+
 def test_hard_bytes_survive(tmp_path):
     """A line of 50 MB, NUL, CRLF, invalid UTF-8, emoji, no final newline."""
     long = "😀 é\n" * 6_500_000

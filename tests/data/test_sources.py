@@ -1,8 +1,14 @@
+import bz2
 import gzip
 import json
+import lzma
 import os
+from collections import Counter
 from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import fsspec
 import pyarrow as pa
@@ -11,14 +17,15 @@ import pytest
 
 from blt_titan.data import sources as module
 from blt_titan.data.errors import DataError
-from blt_titan.data.formats import Binary, Document, Problem, read_extent
+from blt_titan.data.extents import Binary, Document, Extent, Item, PassedOver, Problem
+from blt_titan.data.formats import read_extent
 from blt_titan.data.prepare_work import count_newlines
-from blt_titan.data.sources import HUB_PRESETS, Extent, group, list_extents, resolve_sources
+from blt_titan.data.sources import HUB_PRESETS, group, list_extents, resolve_sources
 
 MAX_RECORD_BYTES = 1 << 20
 
 
-def read(extents: list[Extent]) -> list[Document | Problem | Binary]:
+def read(extents: list[Extent]) -> list[Item]:
     return [item for e in extents for item in read_extent(e, text_column="text", max_record_bytes=MAX_RECORD_BYTES)]
 
 
@@ -51,13 +58,221 @@ def test_a_directory_gives_its_text_files(tmp_path):
         "b.txt": b"\xff not UTF-8 \r\n",
         "late NUL": b"x" * 8192 + b"\0",
         "lines.jsonl#L1": b"one",
-        "link": b"\xff not UTF-8 \r\n",
         "says it is text.txt": b"\0",
         "sub/a": b"a",
     }
     items = read(list_extents(resolve_sources([tmp_path])))
     assert [item for item in items if isinstance(item, Binary)] == [Binary(str(tmp_path / "early NUL"))]
     assert Document("empty", b"") in items
+
+
+def passed_over(*names: str | Path) -> dict[str, str]:
+    """What is passed over, by its path, and of which kind."""
+    items = read(list_extents(resolve_sources(names)))
+    return {item.message.split(": ")[0]: item.kind for item in items if isinstance(item, PassedOver)}
+
+
+@pytest.fixture
+def linked(tmp_path) -> Path:
+    """A tree with links of every kind, next to a folder that some lead to."""
+    tree, other = tmp_path / "tree", tmp_path / "other"
+    (tree / "sub").mkdir(parents=True)
+    (tree / "sub" / "a.txt").write_bytes(b"a")
+    other.mkdir()
+    (other / "b.txt").write_bytes(b"b")
+    for link, to in {
+        "again.txt": "sub/a.txt",
+        "sub/loop": ".",
+        "sub/up": "../..",
+        "sub/self.txt": "self.txt",
+        "gone.txt": "/nowhere/x.txt",
+        "outside.txt": "../other/b.txt",
+        "more": "../other",
+    }.items():
+        (tree / link).symlink_to(to)
+    os.link(tree / "sub" / "a.txt", tree / "sub" / "hard.txt")
+    return tree
+
+
+@pytest.mark.parametrize("pattern", ["", "/**", "/**/*"])
+def test_trees_and_patterns_take_each_real_file_once_and_name_other_links(linked, pattern):
+    assert texts_of(f"{linked}{pattern}") == {"sub/a.txt": b"a", "outside.txt": b"b"}
+    assert passed_over(f"{linked}{pattern}") == {
+        f"{linked}/again.txt": "repeated_files",
+        f"{linked}/sub/hard.txt": "repeated_files",
+        f"{linked}/sub/loop": "link_cycles",
+        f"{linked}/sub/up": "link_cycles",
+        f"{linked}/sub/self.txt": "link_cycles",
+        f"{linked}/gone.txt": "dangling_links",
+        f"{linked}/more": "directory_links",
+    }
+
+
+def test_cycles_are_not_gone_through(tmp_path):
+    """Each of the links doubles what a walk along them finds, forty times."""
+    (tmp_path / "a.txt").write_bytes(b"a")
+    for name in ("l", "m"):
+        (tmp_path / name).symlink_to(".")
+    assert texts_of(f"{tmp_path}/**/*.txt") == {"a.txt": b"a"}
+    assert passed_over(f"{tmp_path}/**/*.txt") == dict.fromkeys([f"{tmp_path}/l", f"{tmp_path}/m"], "link_cycles")
+
+
+def test_a_link_that_a_pattern_names_is_followed_and_no_other(linked):
+    assert texts_of(f"{linked}/more/*.txt") == {"b.txt": b"b"}
+    assert texts_of(f"{linked}/*/?.txt") == {"sub/a.txt": b"a"}
+    assert passed_over(f"{linked}/*/?.txt") == {f"{linked}/more": "directory_links"}
+    with pytest.raises(
+        DataError, match=r"no documents: .*more is a link to the directory \.\./other, and such are not"
+    ):
+        list_extents(resolve_sources([f"{linked}/m*/b.txt"]))
+
+
+def test_a_directory_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+
+    def denied(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    for name in (tmp_path, f"{tmp_path}/**/*.txt"):
+        with pytest.raises(DataError, match=r"cannot be read \(Permission denied\)"):
+            list_extents(resolve_sources([name]))
+
+
+def test_a_relative_pattern_is_relative_to_the_folder_whatever_its_name(tmp_path, monkeypatch):
+    for name in ("w[1]", "w1"):
+        (tmp_path / name / "sub").mkdir(parents=True)
+        (tmp_path / name / "sub" / "a.txt").write_bytes(name.encode())
+    monkeypatch.chdir(tmp_path / "w[1]")
+    for name in ("sub/*.txt", "**/*.txt", "../w[[]1]/sub/*.txt", "sub"):
+        assert list(texts_of(name).values()) == [b"w[1]"], name
+    assert texts_of("*/*.txt") == {"sub/a.txt": b"w[1]"}
+    assert texts_of("../w[1]/*/*.txt") == {"w1/sub/a.txt": b"w1"}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["d", "d/*.txt"],
+        ["d", "d/a.txt"],
+        ["d", "."],
+        ["d/*.txt", "d/a*"],
+        ["d/a.txt", "link.txt"],
+        ["d", "link.txt"],
+        ["hard.txt", "d/a.txt"],
+        ["file://{}/d", "d"],
+    ],
+)
+def test_sources_that_hold_the_same_file_are_refused(tmp_path, monkeypatch, names):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a.txt").write_bytes(b"a")
+    (tmp_path / "link.txt").symlink_to("d/a.txt")
+    os.link(tmp_path / "d" / "a.txt", tmp_path / "hard.txt")
+    monkeypatch.chdir(tmp_path)
+    names = [name.format(tmp_path) for name in names]
+    for given in (names, names[::-1]):
+        with pytest.raises(DataError, match=r"in the source .* in the source .* taken twice|is given twice"):
+            list_extents(resolve_sources(given))
+
+
+def test_sources_of_an_object_store_that_hold_the_same_file_are_refused():
+    fsspec.filesystem("memory").pipe_file("/twice/a.txt", b"a")
+    with pytest.raises(DataError, match=r"in the source memory://twice/\*\.txt and, as memory:.*memory://twice, so"):
+        list_extents(resolve_sources(["memory://twice", "memory://twice/*.txt"]))
+    with pytest.raises(DataError, match="given twice"):
+        resolve_sources(["hf:name", "hf:name::train"])
+
+
+def test_compressed_texts_are_read_and_archives_named(tmp_path):
+    line = b'{"text": "a"}\n'
+    compress = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+    for suffix, pack in compress.items():
+        (tmp_path / f"a.txt.{suffix}").write_bytes(pack(b"text " + suffix.encode()))
+        (tmp_path / f"a.jsonl.{suffix}").write_bytes(pack(line))
+        (tmp_path / f"binary.{suffix}").write_bytes(pack(b"\0"))
+    for name in ("b.tar.gz", "c.zip", "d.tgz", "e.txt.lz4"):
+        (tmp_path / name).write_bytes(b"\0")
+    expected = {f"a.txt.{suffix}": f"text {suffix}".encode() for suffix in compress}
+    assert texts_of(tmp_path) == expected | {f"a.jsonl.{suffix}#L1": b"a" for suffix in compress}
+    assert passed_over(tmp_path) == {
+        f"{tmp_path}/{name}": "archives" for name in ("b.tar.gz", "c.zip", "d.tgz", "e.txt.lz4")
+    }
+    kinds = Counter(type(item) for item in read(list_extents(resolve_sources([tmp_path]))))
+    assert kinds[Binary] == 3
+    assert texts_of(tmp_path / "binary.xz") == {"binary.xz": b"\0"}
+
+
+def test_a_query_in_a_name_hides_no_suffix(tmp_path):
+    (tmp_path / "a.jsonl?download=true").write_bytes(b'{"text": "a"}\n{"text": "b"}\n')
+    (tmp_path / "b.jsonl.gz?raw=1").write_bytes(gzip.compress(b'{"text": "c"}\n'))
+    (tmp_path / "why?.txt").write_bytes(b"d")
+    assert sorted(texts_of(tmp_path).values()) == [b"a", b"b", b"c", b"d"]
+    assert sorted(texts_of(tmp_path / "a.jsonl?download=true").values()) == [b"a", b"b"]
+
+
+def test_a_listing_without_sizes_says_nothing_of_size(monkeypatch):
+    fs = fsspec.filesystem("memory")
+    fs.pipe_file("/unsized/a.jsonl.gz", gzip.compress(b'{"text": "a"}\n'))
+    fs.pipe_file("/unsized/b.txt", b"b")
+    info, find = type(fs).info, type(fs).find
+    monkeypatch.setattr(type(fs), "info", lambda *args, **options: info(*args, **options) | {"size": None})
+    monkeypatch.setattr(
+        type(fs), "find", lambda *args, **options: {k: v | {"size": None} for k, v in find(*args, **options).items()}
+    )
+    assert texts_of("memory://unsized") == {"a.jsonl.gz#L1": b"a", "b.txt": b"b"}
+    assert texts_of("memory://unsized/a.jsonl.gz") == {"a.jsonl.gz#L1": b"a"}
+    # What is unknown may be large.
+    assert len(group(list_extents(resolve_sources(["memory://unsized"])))) == 2
+
+
+def test_the_web_is_read_by_its_own_listings(tmp_path):
+    """They have no sizes; a page with links is no listing, and a query no pattern."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    (tmp_path / "page.html").write_bytes(b'<a href="sub/a.jsonl.gz">a</a>')
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "b"}\n')
+    handler_class = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    handler = partial(handler_class, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        web = f"http://127.0.0.1:{server.server_port}"
+        try:
+            assert texts_of(f"{web}/sub") == texts_of(f"{web}/sub/*.gz") == {"a.jsonl.gz#L1": b"a"}
+            assert texts_of(f"{web}/page.html") == {"page.html": b'<a href="sub/a.jsonl.gz">a</a>'}
+            assert texts_of(f"{web}/b.jsonl?download=true") == {"b.jsonl?download=true#L1": b"b"}
+        finally:
+            server.shutdown()
+
+
+def test_a_saved_data_set_is_its_data_files(tmp_path):
+    """Here and on an object store; next to other files, a map's cache among them."""
+    from datasets import Dataset, DatasetDict
+
+    saved = Dataset.from_dict({"text": ["a", "b", "c"]})
+    saved.save_to_disk(tmp_path / "tree" / "saved", num_shards=2)
+    (tmp_path / "tree" / "saved" / "cache-1.arrow").write_bytes(b"no data")
+    (tmp_path / "tree" / "state.json").write_bytes(b'{"kept": true}')
+    DatasetDict({"train": saved, "test": saved}).save_to_disk(tmp_path / "dict")
+    DatasetDict({"train": saved}).save_to_disk(tmp_path / "one")
+    files = ["data-00000-of-00002.arrow#R1", "data-00000-of-00002.arrow#R2", "data-00001-of-00002.arrow#R1"]
+    expected = dict(zip(files, [b"a", b"b", b"c"], strict=True))
+    fs = fsspec.filesystem("memory")
+    fs.put(str(tmp_path / "tree"), "/saved/tree", recursive=True)
+    fs.put(str(tmp_path / "dict"), "/saved/dict", recursive=True)
+    for root in (tmp_path, "memory://saved"):
+        for name in ("", "/*", "/**"):
+            assert texts_of(f"{root}/tree/saved{name}") == expected
+        assert texts_of(f"{root}/tree") == {
+            "state.json": b'{"kept": true}',
+            **{f"saved/{name}": text for name, text in expected.items()},
+        }
+        with pytest.raises(DataError, match="dict: holds the splits train, test of a saved DatasetDict; name those"):
+            list_extents(resolve_sources([f"{root}/dict"]))
+        assert sorted(texts_of(f"{root}/dict/test").values()) == [b"a", b"b", b"c"]
+    assert sorted(texts_of(tmp_path / "one").values()) == [b"a", b"b", b"c"]
+    (tmp_path / "tree" / "saved" / "data-00001-of-00002.arrow").unlink()
+    with pytest.raises(DataError, match=r"names the data file data-00001-of-00002\.arrow, which is not there"):
+        list_extents(resolve_sources([tmp_path / "tree"]))
 
 
 def test_a_file_name_that_is_not_utf8_becomes_a_valid_id(tmp_path):
@@ -237,6 +452,15 @@ def test_a_source_that_cannot_be_used_is_refused(tmp_path):
         resolve_sources([tmp_path / "a.tar.gz"])
     with pytest.raises(DataError, match="no source given"):
         resolve_sources([])
+    with pytest.raises(DataError, match="a source is empty"):
+        resolve_sources([""])
+    with pytest.raises(DataError, match=r"xxx: cannot be read \(File name too long\)"):
+        resolve_sources([tmp_path / ("x" * 300)])
+    with pytest.raises(DataError, match="is no path"):
+        resolve_sources(["a\0b"])
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="pipe: is neither a file nor a directory"):
+        resolve_sources([tmp_path / "pipe"])
 
 
 def test_a_file_that_changes_after_it_was_listed_is_noticed(tmp_path):
