@@ -27,6 +27,8 @@ def main() -> None:
     init_logger()
     trainer: BLTTrainer | None = None
     try:
+        if missing := [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name not in os.environ]:
+            raise RunConfigError(f"{', '.join(missing)} not set: start it with ./run_train.sh, or under torchrun")
         config = load_run_config(sys.argv[1:])
         is_first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
         check_run(config, world_size=int(os.environ.get("WORLD_SIZE", "1")), verify_data=is_first_of_node)

@@ -89,3 +89,26 @@ def test_json_lines_survive_a_torn_last_line(tmp_path):
     resumed.resume_at(2)
     resumed.write({"step": 3})
     assert [line["step"] for line in read(path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("damage", [b"\0" * 4096, b'\0\0\n\xff\xfe\n[1]\n{"step": null}\n' + b"[" * 100_000 + b"\n"])
+def test_json_lines_survive_what_a_machine_that_stopped_leaves(damage, tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + damage)
+    resumed = JsonLines(path)
+    resumed.resume_at(2)
+    resumed.write({"step": 3})
+    assert [line["step"] for line in read(path)] == [1, 2, 3]
+    (old,) = tmp_path.glob("metrics.jsonl.*")
+    assert old.read_bytes().endswith(damage)
+
+
+def test_json_lines_that_cannot_be_written_do_not_end_a_run(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.mkdir()
+    lines = JsonLines(path)
+    for step in (1, 2):
+        lines.write({"step": step})
+    path.rmdir()
+    lines.write({"step": 3})
+    assert read(path) == [{"step": 3}]

@@ -161,12 +161,18 @@ class RowDataset(IterableDataset):
                 ) from error
             logger.warning(f"in quarantine: {error}")
             if self.quarantine_log is not None:
-                self.quarantine_log.parent.mkdir(parents=True, exist_ok=True)
-                with self.quarantine_log.open("a") as log:
-                    log.write(json.dumps({"dp_rank": self.dp_rank, "what": str(error)}) + "\n")
+                self._note(self.quarantine_log, str(error))
             return QUARANTINED
         self._quarantined_in_a_row = 0
         return patched
+
+    def _note(self, path: Path, what: str) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as log:
+                log.write(json.dumps({"dp_rank": self.dp_rank, "what": what}) + "\n")
+        except OSError as error:  # the state counts it all the same
+            logger.warning(f"{path}: cannot be written ({error.strerror})")
 
 
 class RowLoader:

@@ -328,3 +328,16 @@ def test_ranks_without_held_out_rows_run_padding(tmp_path):
     assert [len(rank) for rank in batches] == [1, 1, 1]
     targets = [int((labels != IGNORE_LABEL).sum()) for rank in batches for _, labels in rank]
     assert targets == [13, 0, 0]
+
+
+@pytest.mark.parametrize("max_rows", [1, 5])
+def test_a_limit_of_held_out_rows_is_the_same_rows_in_every_layout(data, max_rows):
+    ids = np.concatenate([document_ids(document) for document in DOCUMENTS])
+    found = []
+    for dp_size, rows_per_batch in ((1, 1), (2, 2), (4, 3)):
+        layout = dict(dp_size=dp_size, rows_per_batch=rows_per_batch, max_rows=max_rows)
+        ranks = [list(held_out(data, dp_rank=rank, **layout)) for rank in range(dp_size)]
+        real = in_order(ranks, lambda inputs, labels: inputs["byte_doc_BS"]) != PADDING
+        assert real.any(dim=1).sum() == max_rows
+        found.append(in_order(ranks, lambda inputs, labels: inputs["input"])[real].tolist())
+    assert found[0] == found[1] == found[2] == ids[: len(found[0])].tolist()
