@@ -156,14 +156,16 @@ def _draw(path: Path, calibration: Calibration, budgets: list[SegmentBudget]) ->
     left.axvline(calibration.mean_patch_bytes, ls="--", color="black", label=f"mean {calibration.mean_patch_bytes:.2f}")
     left.set(xlabel="bytes of a patch (32: and longer)", ylabel="patches", title=f"rule {calibration.rule}")
     left.legend()
+    # Side by side, not at their distances: 500 and 512 would stand on each other.
+    places = range(len(budgets))
     for name, label in (
         ("padded_compute", "compute"),
         ("padded_patches", "patch slots"),
         ("padded_bytes", "byte slots"),
     ):
-        right.plot([b.patches for b in budgets], [100 * getattr(b, name) for b in budgets], "o-", label=label)
-    right.set(xlabel="patches of a segment", ylabel="padding, %", title="at the best byte budget", xscale="log", ylim=0)
-    right.set_xticks([b.patches for b in budgets], [str(b.patches) for b in budgets])
+        right.plot(places, [100 * getattr(b, name) for b in budgets], "o-", label=label)
+    right.set(xlabel="patches of a segment", ylabel="padding, %", title="at the best byte budget", ylim=0)
+    right.set_xticks(places, [str(b.patches) for b in budgets])
     right.legend()
     figure.tight_layout()
     figure.savefig(path)

@@ -6,15 +6,19 @@
     GET /images/NAME               an image
     GET /data/NAME                 data as it lies there (.json, .jsonl), or of a figure: curves, scaling
 
+What could not be read stands in notes above the figures.
+
 Pages that lie in the folder may run scripts of their own, so they are shut off: they can read nothing else here, and
 foreign pages can embed nothing from here. A request by another name than this machine's own is refused, as one that a
 foreign page was made to send.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -24,7 +28,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from blt_titan.plots.runs import CURVES, DATA, IMAGES, PAGES, SCALING, RunsFolder
+from blt_titan.plots.runs import CURVES, DATA, IMAGES, PAGES, SCALING, Figure, RunsFolder, Seen, shown
 
 HOSTS = ["127.0.0.1", "localhost", "[::1]"]
 _HEADERS = {
@@ -53,27 +57,30 @@ def make_app(root: Path) -> Starlette:
 
     # Not async: they read files, and Starlette runs them in threads.
     def home(request: Request) -> Response:
-        return _page("All runs", runs, runs.figures())
+        seen = runs.look()
+        return _page("All runs", seen, seen.figures)
 
     def listing(request: Request) -> Response:
-        return JSONResponse([figure._asdict() for figure in runs.figures()], headers=_HEADERS)
+        return _json([figure.listed() for figure in runs.look().figures])
 
     def visualization(request: Request) -> Response:
-        name = request.path_params["name"]
+        name = _name(request)
         if (path := runs.find(name, PAGES)) is not None:
             return FileResponse(path, media_type="text/html; charset=utf-8", headers=_SHUT_OFF)
-        chosen = [f for f in runs.figures() if f.name == name and f.kind in ("curves", "scaling", "lengths")]
+        seen = runs.look()
+        chosen = [f for f in seen.figures if f.name == shown(name) and f.kind in ("curves", "scaling", "lengths")]
         if not chosen:
             raise _missing(name)
-        return _page(chosen[0].title, runs, chosen)
+        return _page(chosen[0].title, seen, chosen)
 
     def image(request: Request) -> Response:
-        return _file(runs, request.path_params["name"], IMAGES, _SHUT_OFF)
+        return _file(runs, _name(request), IMAGES, _SHUT_OFF)
 
     def data(request: Request) -> Response:
-        name = request.path_params["name"]
+        name = _name(request)
         if name in (CURVES, SCALING):
-            return JSONResponse(runs.curves() if name == CURVES else runs.scaling(), headers=_HEADERS)
+            seen = runs.look()
+            return _json(seen.curves if name == CURVES else seen.scaling)
         return _file(runs, name, DATA)
 
     async def failed(request: Request, error: Exception) -> Response:
@@ -93,6 +100,12 @@ def make_app(root: Path) -> Starlette:
     )
 
 
+def _name(request: Request) -> str:
+    """Return the name in a request's path, of whatever bytes a file's name may have."""
+    # Decoded as UTF-8, the path itself would have lost them.
+    return os.fsdecode(unquote_to_bytes(request.scope["raw_path"])).split("/", 2)[2]
+
+
 def _file(runs: RunsFolder, name: str, suffixes: tuple[str, ...], headers: Mapping[str, str] = _HEADERS) -> Response:
     path = runs.find(name, suffixes)
     if path is None:
@@ -101,20 +114,21 @@ def _file(runs: RunsFolder, name: str, suffixes: tuple[str, ...], headers: Mappi
 
 
 def _missing(name: str) -> HTTPException:
-    return HTTPException(404, f"{name}: there is no such figure in this folder")
+    return HTTPException(404, f"{shown(name)}: there is no such figure in this folder")
 
 
-def _page(title: str, runs: RunsFolder, figures: list[Any]) -> Response:
-    shown: list[dict[str, Any]] = []
-    for figure in figures:
-        content = {
-            "curves": runs.curves,
-            "scaling": runs.scaling,
-            "lengths": lambda name=figure.name: runs.lengths(name),
-        }.get(figure.kind, lambda: None)()
-        if figure.kind == "lengths" and content is None:
-            continue
-        shown.append({**figure._asdict(), "data": content})
+def _json(content: Any) -> Response:
+    return Response(json.dumps(content, allow_nan=False), media_type="application/json", headers=_HEADERS)
+
+
+def _page(title: str, seen: Seen, figures: list[Figure]) -> Response:
+    content = {
+        "title": title,
+        # In one order on every page: a run's color goes by its place.
+        "runs": [run["run"] for run in seen.curves],
+        "notes": seen.notes,
+        "figures": [figure._asdict() for figure in figures],
+    }
     # Nothing of a name can end the script element, or be taken for markup: the page writes text nodes.
-    script = json.dumps({"title": title, "figures": shown}).replace("<", "\\u003c")
+    script = json.dumps(content, allow_nan=False).replace("<", "\\u003c")
     return HTMLResponse(_TEMPLATE.read_text(encoding="utf-8").replace("@DATA@", script), headers=_HEADERS)

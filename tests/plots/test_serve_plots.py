@@ -214,7 +214,7 @@ def test_a_browser_draws_it(outputs, tmp_path):
     assert "large &lt;/script&gt;&lt;b&gt;: held-out 2.000" in drawn
     assert 'src="/visualizations/small/patches.html"' in drawn
     # A run has one color, in the curves and in the scaling figure, which order them otherwise.
-    colored = re.findall(r'<span style="--color: ([^"]+)">([^:]+):', drawn)
+    colored = re.findall(r'<span style="--color: ([^"]+)" data-run="([^"]+)">', drawn)
     assert len(colored) == 4
     assert len(set(colored)) == 2
 
