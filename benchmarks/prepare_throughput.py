@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.result_file import write_result
-from scripts.prepare_data import size
+from scripts.arguments import size
 
 POOL_BYTES = 20_000_000
 FILES = 8

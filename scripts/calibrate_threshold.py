@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
 
@@ -30,54 +31,99 @@ from blt_titan.data.errors import DataError
 from blt_titan.data.shards import ShardSet
 from blt_titan.model.sizes import BLT_FLAVORS
 from blt_titan.patching import EntropyRule
-from scripts.prepare_data import size
+from scripts.arguments import (
+    MOST_PATCH_BYTES,
+    NATS,
+    Parser,
+    existing_directory,
+    number,
+    output_file,
+    plain,
+    png_file,
+    size_from,
+    whole,
+    write_output,
+    writing,
+)
+from scripts.command import command
 
 CONTEXT_BYTES = 16_384
 TOLERANCE = 0.005
 """Of the mean."""
 
 
+def make_parser() -> Parser:
+    """Return what parses the command line."""
+    parser = Parser("calibrate_threshold", __doc__)
+    add = parser.add_argument
+    add(
+        "--data",
+        type=existing_directory,
+        required=True,
+        metavar="DIR",
+        help="byte shards with a sidecar of entropies",
+    )
+    add(
+        "--target-patch-bytes",
+        type=number(1, 10**6, above_least=True),
+        required=True,
+        metavar="N",
+        help="wanted mean length of a patch",
+    )
+    add("--rule", choices=get_args(EntropyRule), default="global", help="default %(default)s")
+    add("--threshold-add", type=NATS, metavar="NATS", help="of rule add (default 0)")
+    add("--name", type=plain, default="default", help="of the sidecar (default %(default)s)")
+    add("--split", choices=["train", "validation"], default="train", help="default %(default)s")
+    add(
+        "--max-patch-bytes",
+        type=whole(2, MOST_PATCH_BYTES),
+        default=512,
+        metavar="N",
+        help="longer ones are split (default %(default)s)",
+    )
+    add(
+        "--segment-patches",
+        type=whole(2, 2**20),
+        default=512,
+        metavar="N",
+        help="of the lines to paste (default %(default)s)",
+    )
+    add("--flavor", choices=BLT_FLAVORS, default="1B", help="whose compute is weighed (default %(default)s)")
+    add("--sample-bytes", type=size_from(1), default=64_000_000, metavar="SIZE", help="text to look at (default 64MB)")
+    add(
+        "--json",
+        type=output_file,
+        metavar="FILE",
+        help="also write the distribution; patch_lengths.json for serve_plots",
+    )
+    add("--png", type=png_file, metavar="FILE", help="also draw the distribution and the trade-off")
+    return parser
+
+
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="calibrate_threshold", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--data", required=True, metavar="DIR", help="byte shards with a sidecar of entropies")
-    add("--target-patch-bytes", type=float, required=True, metavar="N", help="wanted mean length of a patch")
-    add("--rule", choices=get_args(EntropyRule), default="global", help="default %(default)s")
-    add("--threshold-add", type=float, default=0.0, metavar="NATS", help="of rule add (default %(default)s)")
-    add("--name", default="default", help="of the sidecar (default %(default)s)")
-    add("--split", choices=["train", "validation"], default="train", help="default %(default)s")
-    add("--max-patch-bytes", type=int, default=512, metavar="N", help="longer ones are split (default %(default)s)")
-    add("--segment-patches", type=int, default=512, metavar="N", help="of the lines to paste (default %(default)s)")
-    add("--flavor", choices=BLT_FLAVORS, default="1B", help="whose compute is weighed (default %(default)s)")
-    add("--sample-bytes", type=size, default=64_000_000, metavar="SIZE", help="text to look at (default 64MB)")
-    add("--json", type=Path, metavar="FILE", help="also write the distribution; patch_lengths.json for serve_plots")
-    add("--png", type=Path, metavar="FILE", help="also draw the distribution and the trade-off")
-    return parser.parse_args(arguments)
+    return make_parser().parse_args(arguments)
 
 
+@command("calibrate_threshold", DataError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; give its exit code: 0, or 2 after an error."""
     args = parse_args(arguments)
-    try:
-        if args.rule == "topk" and not args.target_patch_bytes.is_integer():
-            raise DataError(f"--target-patch-bytes {args.target_patch_bytes:g}: rule topk takes whole numbers")
-        if args.target_patch_bytes <= 1 or args.max_patch_bytes < 2:
-            raise DataError("--target-patch-bytes must be above 1 and --max-patch-bytes at least 2")
-        shards = ShardSet(args.data, args.split)
-        sample = read_sample(shards, EntropySidecar(args.data, args.name, shards), sample_bytes=args.sample_bytes)
-        calibration = calibrate(
-            sample,
-            args.target_patch_bytes,
-            rule=args.rule,
-            threshold_add=args.threshold_add if args.rule == "add" else None,
-            max_patch_bytes=args.max_patch_bytes,
-        )
-    except DataError as error:
-        print(f"calibrate_threshold: error: {error}", file=sys.stderr)
-        return 2
+    if args.rule == "topk" and not args.target_patch_bytes.is_integer():
+        raise DataError(f"--target-patch-bytes {args.target_patch_bytes:g}: rule topk takes whole numbers")
+    if args.rule != "add" and args.threshold_add is not None:
+        raise DataError(f"--threshold-add {args.threshold_add:g}: rule {args.rule} has none; --rule add has")
+    if args.png and find_spec("matplotlib") is None:
+        raise DataError("--png needs matplotlib: pip install 'blt_titan[demo]'")
+    shards = ShardSet(args.data, args.split)
+    sample = read_sample(shards, EntropySidecar(args.data, args.name, shards), sample_bytes=args.sample_bytes)
+    calibration = calibrate(
+        sample,
+        args.target_patch_bytes,
+        rule=args.rule,
+        threshold_add=(args.threshold_add or 0.0) if args.rule == "add" else None,
+        max_patch_bytes=args.max_patch_bytes,
+    )
     mean = calibration.mean_patch_bytes
     flavor = BLT_FLAVORS[args.flavor]
     parts = flavor.flops_by_part(CONTEXT_BYTES, mean)
@@ -89,23 +135,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         segment_patches=sorted({*SEGMENT_PATCHES, args.segment_patches}),
     )
     if args.segment_patches not in [budget.patches for budget in budgets]:
-        print(
-            f"calibrate_threshold: error: --segment-patches {args.segment_patches}: the sample has only "
-            f"{len(calibration.lengths):,} patches, which must fill a segment of at least two",
-            file=sys.stderr,
+        raise DataError(
+            f"--segment-patches {args.segment_patches}: the sample has only {len(calibration.lengths):,} patches, "
+            "which must fill a segment of at least two"
         )
-        return 2
     _report(args, calibration, budgets, n_ids=len(sample.entropies_nats))
-    try:
-        if args.json:
-            args.json.write_text(json.dumps(calibration.distribution()) + "\n")
-            print(f"\n{args.json}: the distribution")
-        if args.png:
+    if args.json:
+        write_output(args.json, json.dumps(calibration.distribution()) + "\n")
+        print(f"\n{args.json}: the distribution")
+    if args.png:
+        with writing(args.png):
             _draw(args.png, calibration, budgets)
-            print(f"\n{args.png}: the distribution and the trade-off")
-    except OSError as error:
-        print(f"calibrate_threshold: error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
+        print(f"\n{args.png}: the distribution and the trade-off")
     return 0
 
 

@@ -19,24 +19,39 @@ import torch
 
 from blt_titan.interop.export import MAX_SHARD_BYTES, export_hf, stored_weights, with_threshold
 from blt_titan.interop.verify import verify_export
-from scripts.prepare_data import size
+from scripts.arguments import NATS, Parser, existing_directory, existing_file, output_directory, size_from, writing
+from scripts.command import command
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="convert_to_hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_parser() -> Parser:
+    """Return what parses the command line."""
+    parser = Parser("convert_to_hf", __doc__)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="CKPT", help="the BLT: step-N, or the folder of a run (its last one)")
-    add("--entropy-checkpoint", metavar="CKPT", help="its entropy model, which becomes the patcher")
-    add("--out", required=True, metavar="DIR", help="the directory to write")
+    add(
+        "--checkpoint",
+        type=existing_directory,
+        required=True,
+        metavar="CKPT",
+        help="the BLT: step-N, or the folder of a run (its last one)",
+    )
+    add(
+        "--entropy-checkpoint",
+        type=existing_directory,
+        metavar="CKPT",
+        help="its entropy model, which becomes the patcher",
+    )
+    add("--out", type=output_directory, required=True, metavar="DIR", help="the directory to write")
     add("--dtype", choices=list(DTYPES), default="fp32", help="of the weights (default %(default)s)")
-    add("--max-shard-size", type=size, default=MAX_SHARD_BYTES, metavar="SIZE", help="of a file (default 5GB)")
-    add("--threshold", type=float, metavar="NATS", help="of the rule 'global' (default: what the checkpoint says)")
-    add("--patch-lengths", type=Path, metavar="FILE", help="patch_lengths.json of calibrate_threshold, for the card")
+    add("--max-shard-size", type=size_from(1), default=MAX_SHARD_BYTES, metavar="SIZE", help="of a file (default 5GB)")
+    add("--threshold", type=NATS, metavar="NATS", help="of the rule 'global' (default: what the checkpoint says)")
+    add(
+        "--patch-lengths",
+        type=existing_file,
+        metavar="FILE",
+        help="patch_lengths.json of calibrate_threshold, for the card",
+    )
     add(
         "--verify",
         action="store_true",
@@ -44,38 +59,55 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--force", action="store_true", help="write a model that needs explicit patch_lengths in transformers")
     add("--overwrite", action="store_true", help="replace the model directory that is there")
-    return parser.parse_args(arguments)
+    return parser
 
 
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    return make_parser().parse_args(arguments)
+
+
+@command("convert_to_hf", ValueError, ImportError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; give its exit code: 0, or 2 after an error."""
     args = parse_args(arguments)
-    try:
-        if args.verify and find_spec("transformers") is None:
-            raise ImportError("--verify needs transformers: pip install -c scripts/constraints.txt transformers")
-        blt = stored_weights(args.checkpoint)
-        if args.threshold is not None:
-            rule, entropies = with_threshold(blt.rule, blt.entropies, args.threshold, blt.origin)
-            blt = replace(blt, rule=rule, entropies=entropies)
-        entropy = stored_weights(args.entropy_checkpoint) if args.entropy_checkpoint else None
+    if args.verify and find_spec("transformers") is None:
+        raise ImportError("--verify needs transformers: pip install -c scripts/constraints.txt transformers")
+    cut_share = _cut_share(args.patch_lengths) if args.patch_lengths else None
+    blt = stored_weights(args.checkpoint)
+    if args.threshold is not None:
+        rule, entropies = with_threshold(blt.rule, blt.entropies, args.threshold, blt.origin)
+        blt = replace(blt, rule=rule, entropies=entropies)
+    entropy = stored_weights(args.entropy_checkpoint) if args.entropy_checkpoint else None
+    with writing(args.out):
         out = export_hf(
             blt,
             args.out,
             entropy=entropy,
             dtype=DTYPES[args.dtype],
             max_shard_bytes=args.max_shard_size,
-            cut_share=json.loads(args.patch_lengths.read_bytes())["cut_share"] if args.patch_lengths else None,
+            cut_share=cut_share,
             force=args.force,
             overwrite=args.overwrite,
             progress=True,
         )
-        print(f"{out}: written from {blt.origin}")
-        if args.verify:
-            print(f"{out}: verified: {verify_export(out, blt, entropy)}")
-    except (ValueError, KeyError, OSError, ImportError) as error:
-        print(f"convert_to_hf: error: {error}", file=sys.stderr)
-        return 2
+    print(f"{out}: written from {blt.origin}")
+    if args.verify:
+        print(f"{out}: verified: {verify_export(out, blt, entropy)}")
     return 0
+
+
+def _cut_share(path: Path) -> float:
+    """Read the share of patches that the limit cut, from what `calibrate_threshold --json` wrote."""
+    try:
+        share = json.loads(path.read_bytes())["cut_share"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"--patch-lengths {path}: is not what calibrate_threshold --json writes: no cut_share ({error!r})"
+        ) from error
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+        raise ValueError(f"--patch-lengths {path}: its cut_share is {share!r}; must be a number from 0 to 1")
+    return share
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -39,6 +40,8 @@ from blt_titan.model.entropy_model import EntropyModel
 from blt_titan.model.sizes import BLT_FLAVORS
 from blt_titan.run_config import load_run_config
 from blt_titan.train_spec import patch_rule, row_source
+from scripts.arguments import Parser, whole
+from scripts.command import command
 
 CONFIG_FILE = "train_configs/debug.toml"
 ENTROPY_CONFIG_FILE = "train_configs/entropy_debug.toml"
@@ -58,18 +61,23 @@ class DemoError(RuntimeError):
     """Something that the demo cannot go on without."""
 
 
-def main() -> None:
-    """Run the demo; exit code 1 and one sentence if it cannot go on."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=None, help="training steps (default: as in the TOML)")
-    arguments = parser.parse_args()
-    if arguments.steps is not None and arguments.steps < 1:
-        parser.error(f"--steps {arguments.steps}: must be at least 1")
-    try:
-        run(arguments.steps)
-    except (DemoError, DataError, CheckpointError, OSError) as error:
-        print(f"demo: error: {error}", file=sys.stderr)
-        sys.exit(1)
+def make_parser() -> Parser:
+    """Return what parses the command line."""
+    parser = Parser("demo", __doc__)
+    parser.add_argument("--steps", type=whole(1, 10**9), metavar="N", help="training steps (default: as in the TOML)")
+    return parser
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    return make_parser().parse_args(arguments)
+
+
+@command("demo", DemoError, DataError, CheckpointError, code=1)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo; give its exit code: 0, or 1 if it cannot go on."""
+    run(parse_args(arguments).steps)
+    return 0
 
 
 def run(steps: int | None) -> None:
@@ -219,9 +227,13 @@ def _train(config_file: str, out: Path, overrides: list[str]) -> None:
             env=os.environ | {"PYTHON": sys.executable, "CONFIG_FILE": config_file, "NGPU": "1", "NNODES": "1"},
         )
         with tqdm(total=steps, desc="     training", unit="step") as bar:
-            while process.poll() is None:
-                time.sleep(1)
-                _advance(bar, metrics)
+            try:
+                while process.poll() is None:
+                    time.sleep(1)
+                    _advance(bar, metrics)
+            finally:  # after Ctrl-C it may still run
+                process.terminate()
+                process.wait()
             _advance(bar, metrics)
     if process.returncode:
         tail = "\n".join((out / "train.log").read_text().splitlines()[-15:])
@@ -291,4 +303,4 @@ the patches  {OUT}/patches.html"""
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,56 +16,91 @@ from pathlib import Path
 from tqdm import tqdm
 
 from blt_titan.data.documents import SourcedDocument, read_documents
+from blt_titan.data.manifest import MANIFEST_NAME
+from blt_titan.data.sources import list_extents, resolve_sources
 from blt_titan.inference.evaluate_documents import DocumentScores, evaluate_documents
 from blt_titan.inference.likelihood import CONTEXT_BYTES, LikelihoodScorer
 from blt_titan.inference.noise import NOISES
+from scripts.arguments import (
+    COUNT,
+    MODEL_CONTEXT,
+    SEED,
+    Parser,
+    filled,
+    output_file,
+    whole,
+    write_output,
+)
+from scripts.command import command
 from scripts.model_options import add_model_options, load_models
+
+
+def make_parser() -> Parser:
+    """Return what parses the command line."""
+    parser = Parser("evaluate", __doc__)
+    add_model_options(parser)
+    add = parser.add_argument
+    add(
+        "--data",
+        type=filled,
+        required=True,
+        nargs="+",
+        metavar="DIR|FILE",
+        help="byte shards, files, patterns, hf:NAME",
+    )
+    add("--split", default="validation", choices=["train", "validation"], help="of byte shards (default %(default)s)")
+    add("--text-column", type=filled, default="text", help="of records in files (default %(default)s)")
+    add("--max-documents", type=COUNT, metavar="N", help="of each --data, the first N")
+    add(
+        "--context-bytes",
+        type=MODEL_CONTEXT,
+        default=CONTEXT_BYTES,
+        metavar="N",
+        help="of a window (default %(default)s)",
+    )
+    add(
+        "--stride-bytes",
+        type=whole(1, 2**24),
+        metavar="N",
+        help="by which windows move on, at most the context (default: half of it)",
+    )
+    add("--noise", choices=NOISES, help="change the texts before, as the paper does to test robustness")
+    add("--seed", type=SEED, default=0, help="of the noise (default %(default)s)")
+    add("--out", type=output_file, metavar="FILE", help="also write the figures as JSON")
+    return parser
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_model_options(parser)
-    add = parser.add_argument
-    add("--data", required=True, nargs="+", metavar="DIR|FILE", help="byte shards, files, patterns, hf:NAME")
-    add("--split", default="validation", choices=["train", "validation"], help="of byte shards (default %(default)s)")
-    add("--text-column", default="text", help="of records in files (default %(default)s)")
-    add("--max-documents", type=int, metavar="N", help="of each --data, the first N")
-    add("--context-bytes", type=int, default=CONTEXT_BYTES, metavar="N", help="of a window (default %(default)s)")
-    add("--stride-bytes", type=int, metavar="N", help="by which windows move on (default: half the context)")
-    add("--noise", choices=NOISES, help="change the texts before, as the paper does to test robustness")
-    add("--seed", type=int, default=0, help="of the noise (default %(default)s)")
-    add("--out", type=Path, metavar="FILE", help="also write the figures as JSON")
-    return parser.parse_args(arguments)
+    return make_parser().parse_args(arguments)
 
 
+@command("evaluate", ValueError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; give its exit code: 0, or 2 after an error."""
     args = parse_args(arguments)
-    try:
-        if args.out is not None and not args.out.absolute().parent.is_dir():
-            raise FileNotFoundError(f"--out {args.out}: its folder does not exist")
-        if args.out is not None and args.out.is_dir():
-            raise IsADirectoryError(f"--out {args.out}: is a folder; name a file")
-        if args.max_documents is not None and args.max_documents < 1:
-            raise ValueError(f"--max-documents {args.max_documents}: must be at least 1")
-        loaded = load_models(args)
-        scorer = LikelihoodScorer(
-            loaded.model,
-            loaded.rule,
-            loaded.entropy_model,
-            context_bytes=args.context_bytes,
-            stride_bytes=args.stride_bytes,
+    if args.stride_bytes is not None and args.stride_bytes > args.context_bytes:
+        raise ValueError(
+            f"--stride-bytes {args.stride_bytes}: must be 1 to --context-bytes {args.context_bytes}, so that windows "
+            "leave nothing out"
         )
-        scored = evaluate_documents(scorer, _documents(args), noise=args.noise, seed=args.seed)
-    except (ValueError, OSError) as error:
-        print(f"evaluate: error: {error}", file=sys.stderr)
-        return 2
+    for path in args.data:
+        if args.out is not None and args.out.resolve() == Path(path).resolve():
+            raise ValueError(f"--out {args.out}: is --data {path}, and would replace it; name another file")
+        if not (Path(path) / MANIFEST_NAME).is_file():
+            # Before the model: it may not be there, and a pattern may fit nothing.
+            list_extents([source for source in resolve_sources([path]) if source.kind == "pattern"], {})
+    loaded = load_models(args)
+    scorer = LikelihoodScorer(
+        loaded.model,
+        loaded.rule,
+        loaded.entropy_model,
+        context_bytes=args.context_bytes,
+        stride_bytes=args.stride_bytes,
+    )
+    scored = evaluate_documents(scorer, _documents(args), noise=args.noise, seed=args.seed)
     if not scored:
-        print(f"evaluate: error: {', '.join(args.data)}: no documents", file=sys.stderr)
-        return 2
+        raise ValueError(f"--data {', '.join(args.data)}: no documents")
     figures = {source: scores.summary() for source, scores in scored.items()}
     if len(scored) > 1:
         figures["all"] = _together(scored.values()).summary()
@@ -87,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "noise": args.noise,
             "sources": figures,
         }
-        args.out.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+        write_output(args.out, json.dumps(result, indent=2, allow_nan=False) + "\n")
     return 0
 
 

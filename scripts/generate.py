@@ -8,64 +8,70 @@ Another --threshold makes other patches: a higher one longer patches, less compu
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
+from blt_titan.byte_vocab import VOCAB_SIZE
 from blt_titan.inference.cached import CachedBLT
-from blt_titan.inference.generate import Sampling, TextStream, generate
+from blt_titan.inference.generate import LEAST_TEMPERATURE, Sampling, TextStream, generate
 from blt_titan.inference.likelihood import CONTEXT_BYTES
+from scripts.arguments import BATCH, SEED, Parser, existing_file, number, whole
+from scripts.command import command
 from scripts.model_options import add_model_options, load_models
 
 
-def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_parser() -> Parser:
+    """Return what parses the command line."""
+    parser = Parser("generate", __doc__)
     add_model_options(parser)
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="what to continue; - reads standard input, to its end")
-    what.add_argument("--batch", type=Path, metavar="FILE", help="one prompt on each line; JSON lines are printed")
-    add("--batch-size", type=int, default=16, metavar="N", help="prompts continued at once (default %(default)s)")
+    what.add_argument(
+        "--batch", type=existing_file, metavar="FILE", help="one prompt on each line; JSON lines are printed"
+    )
+    add("--batch-size", type=BATCH, default=16, metavar="N", help="prompts continued at once (default %(default)s)")
     add(
         "--context-bytes",
-        type=int,
+        type=whole(1, 2**24),
         default=CONTEXT_BYTES,
         metavar="N",
         help="read the last N bytes of a longer prompt (default %(default)s)",
     )
-    add("--max-bytes", type=int, default=256, metavar="N", help="to sample at most (default %(default)s)")
-    add("--temperature", type=float, default=0.8, help="0 takes the likeliest byte (default %(default)s)")
-    add("--top-k", type=int, metavar="N", help="choose among the N likeliest bytes")
-    add("--top-p", type=float, metavar="P", help="choose among the likeliest bytes that together have probability P")
-    add("--seed", type=int, default=0, help="of the sampling (default %(default)s)")
+    add("--max-bytes", type=whole(1, 2**24), default=256, metavar="N", help="to sample at most (default %(default)s)")
+    add(
+        "--temperature",
+        type=number(LEAST_TEMPERATURE, 1000, or_zero=True),
+        default=0.8,
+        metavar="T",
+        help="0 takes the likeliest byte (default %(default)s)",
+    )
+    add("--top-k", type=whole(1, VOCAB_SIZE), metavar="N", help="choose among the N likeliest bytes")
+    add(
+        "--top-p",
+        type=number(0, 1, above_least=True),
+        metavar="P",
+        help="choose among the likeliest bytes that together have probability P",
+    )
+    add("--seed", type=SEED, default=0, help="of the sampling (default %(default)s)")
     add("--show-patches", action="store_true", help="print afterwards where patches begin")
-    return parser.parse_args(arguments)
+    return parser
 
 
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    return make_parser().parse_args(arguments)
+
+
+@command("generate", ValueError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; give its exit code: 0, or 2 after an error."""
     args = parse_args(arguments)
-    try:
-        for name in ("max_bytes", "batch_size", "context_bytes"):
-            if getattr(args, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-        sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-        prompts = [_last(prompt, args.context_bytes) for prompt in _prompts(args)]
-        loaded = load_models(args)
-        generator = CachedBLT(loaded.model, loaded.rule, loaded.entropy_model)
-    except (ValueError, OSError) as error:
-        print(f"generate: error: {error}", file=sys.stderr)
-        return 2
-    try:
-        _run(args, generator, prompts, sampling)
-    except BrokenPipeError:
-        # Whoever read has had enough; nothing more can be written, at exit neither.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    prompts = [_last(prompt, args.context_bytes) for prompt in _prompts(args)]
+    loaded = load_models(args)
+    _run(args, CachedBLT(loaded.model, loaded.rule, loaded.entropy_model), prompts, sampling)
     return 0
 
 

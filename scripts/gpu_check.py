@@ -12,23 +12,40 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from blt_titan.data.errors import DataError
 from blt_titan.data.prepare import prepare
+from blt_titan.model.sizes import BLT_FLAVORS
+from scripts.arguments import Parser, output_file, whole, write_output
+from scripts.command import command
 
 CONFIG_FILE = "train_configs/debug.toml"
 
 
-def main() -> None:
-    """Check and write; exit code 1 if anything failed, after the JSON is written."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_check.json"), help="file to write")
-    parser.add_argument("--flavor", default="100M", help="model size of the training runs")
-    parser.add_argument("--steps", type=int, default=30, help="steps of each training run")
-    arguments = parser.parse_args()
+def make_parser() -> Parser:
+    """Return what parses the command line."""
+    parser = Parser("gpu_check", __doc__)
+    add = parser.add_argument
+    add("--out", type=output_file, default="benchmarks/results/gpu_check.json", metavar="FILE", help="file to write")
+    add("--flavor", choices=BLT_FLAVORS, default="100M", help="model size of the training runs")
+    add("--steps", type=whole(1, 10**9), default=30, metavar="N", help="steps of each training run")
+    return parser
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    return make_parser().parse_args(arguments)
+
+
+@command("gpu_check", DataError)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check and write; give the exit code: 1 if anything failed, after the JSON is written."""
+    args = parse_args(arguments)
     if not torch.cuda.is_available():
         sys.exit("gpu_check: no CUDA device is at hand; nothing was checked")
     if importlib.util.find_spec("pytest") is None:
@@ -52,14 +69,12 @@ def main() -> None:
             "tests": _tests(),
         }
         result["training"] = [
-            _train(Path(folder), data, arguments.flavor, arguments.steps, compile_model)
-            for compile_model in (False, True)
+            _train(Path(folder), data, args.flavor, args.steps, compile_model) for compile_model in (False, True)
         ]
     result["ok"] = result["tests"]["exit_code"] == 0 and all(run["exit_code"] == 0 for run in result["training"])
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_output(args.out, json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
-    sys.exit(0 if result["ok"] else 1)
+    return 0 if result["ok"] else 1
 
 
 def _machine() -> dict[str, str | None]:
@@ -117,4 +132,4 @@ def _train(folder: Path, data: Path, flavor: str, steps: int, compile_model: boo
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

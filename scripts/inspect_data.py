@@ -24,31 +24,37 @@ from blt_titan.data.errors import DataError
 from blt_titan.data.manifest import MANIFEST_NAME, SPLITS, Manifest, ShardEntry, read_manifest
 from blt_titan.data.shards import ShardSet
 from blt_titan.data.sources import is_remote
+from scripts.arguments import Parser, directory_or_url, whole
+from scripts.command import command
 
 SAMPLE_CHARACTERS = 160
 
 
-def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="inspect_data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def make_parser() -> Parser:
+    """Return what parses the command line."""
+    parser = Parser("inspect_data", __doc__)
+    parser.add_argument(
+        "data", type=directory_or_url, metavar="DIR", help="a directory or URL that scripts.prepare_data wrote"
     )
-    parser.add_argument("data", metavar="DIR", help="a directory or URL that scripts.prepare_data wrote")
-    parser.add_argument("--samples", type=int, default=3, metavar="N", help="documents to show (default %(default)s)")
+    parser.add_argument(
+        "--samples", type=whole(0, 10**6), default=3, metavar="N", help="documents to show (default %(default)s)"
+    )
     parser.add_argument("--no-verify", action="store_true", help="read no text but the samples")
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
-    return parser.parse_args(arguments)
+    return parser
 
 
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    return make_parser().parse_args(arguments)
+
+
+@command("inspect_data", DataError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; give its exit code: 0, 1 if something is damaged, 2 if there is no data set."""
     args = parse_args(arguments)
     logging.basicConfig(format="inspect_data: %(message)s")
-    try:
-        manifest = _manifest(args.data)
-    except (DataError, OSError) as error:
-        print(f"inspect_data: error: {error}", file=sys.stderr)
-        return 2
+    manifest = _manifest(args.data)
     _describe(manifest)
     damaged = _show_samples(args.data, manifest, args.samples)
     if args.no_verify:

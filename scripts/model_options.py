@@ -1,11 +1,14 @@
 """The options of every command that runs a trained BLT."""
 
 import argparse
+import os
 from typing import Any
 
 import torch
 
 from blt_titan.interop.loading import Loaded, load_for_inference
+from blt_titan.interop.pretrained import Pretrained
+from scripts.arguments import NATS, filled, model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -13,15 +16,52 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add what names the models, where their patches begin, and where they run."""
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR|CKPT", help="a model directory, a checkpoint, or owner/name on the hub")
-    add("--entropy-checkpoint", metavar="DIR|CKPT", help="the entropy model, where --model does not hold it")
-    add("--threshold", type=float, metavar="NATS", help="where patches begin (default: as in training)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
+    add(
+        "--model",
+        type=model,
+        required=True,
+        metavar="DIR|CKPT",
+        help="a model directory, a checkpoint, or owner/name on the hub",
+    )
+    add(
+        "--entropy-checkpoint",
+        type=model,
+        metavar="DIR|CKPT",
+        help="the entropy model, where --model does not hold it",
+    )
+    add("--threshold", type=NATS, metavar="NATS", help="where patches begin (default: as in training)")
+    add_device_option(parser)
     add("--dtype", choices=list(DTYPES), default="float32", help="of the BLT's computation (default %(default)s)")
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """Add where a model runs."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=device, default=default, help="default %(default)s")
+
+
+def device(text: str) -> str:
+    """Refuse a device that is not here, without touching one that is."""
+    try:
+        found = torch.device(filled(text))
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text}: no such device; it may be cpu, cuda or cuda:N")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"{text}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return text
+
+
+def fetch_entropy_model(args: Any) -> None:
+    """Fetch an entropy model that is not here, before the BLT is loaded: it may not be there either."""
+    if args.entropy_checkpoint and not os.path.isdir(args.entropy_checkpoint):
+        Pretrained(args.entropy_checkpoint)
 
 
 def load_models(args: Any) -> Loaded:
     """Load what the options name; errors as `load_for_inference`."""
+    fetch_entropy_model(args)
     return load_for_inference(
         args.model,
         entropy=args.entropy_checkpoint,

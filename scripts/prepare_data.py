@@ -19,38 +19,38 @@ Stopped at any moment, and started again with the same settings, it goes on wher
 import argparse
 import logging
 import os
-import re
 import sys
 from collections.abc import Sequence
-from decimal import Decimal
 
 from blt_titan.data.errors import DataError
-from blt_titan.data.prepare import MAX_RECORD_BYTES, MEMORY_BYTES, least_memory_bytes, prepare
-from blt_titan.data.shards import RECORD_BATCH_BYTES, SHARD_BYTES
+from blt_titan.data.prepare import (
+    MAX_RECORD_BYTES,
+    MAX_SETTABLE_RECORD_BATCH_BYTES,
+    MEMORY_BYTES,
+    least_memory_bytes,
+    prepare,
+)
+from blt_titan.data.shards import MAX_RECORD_BATCH_BYTES, RECORD_BATCH_BYTES, SHARD_BYTES
 from blt_titan.data.sources import HUB_PRESETS
-
-_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
-
-
-def size(text: str) -> int:
-    """Read a number of bytes.
-
-    >>> size("16KiB"), size("4MB"), size("1.5 GiB"), size("300")
-    (16384, 4000000, 1610612736, 300)
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", text.strip().upper())
-    if not match or (match[3] and not match[2]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 16KiB, 4MB, 1GiB, or a number of bytes")
-    return int(Decimal(match[1]) * (1024 if match[3] else 1000) ** _POWERS[match[2]])
+from scripts.arguments import (
+    SEED,
+    Parser,
+    filled,
+    number,
+    output_directory,
+    output_directory_or_url,
+    size_from,
+    whole,
+)
+from scripts.command import command
 
 
-def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="prepare_data",
+def make_parser() -> Parser:
+    """Return what parses the command line."""
+    parser = Parser(
+        "prepare_data",
+        __doc__,
         usage="python -m scripts.prepare_data --source SOURCE [SOURCE ...] --out DIR [options]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Sizes are bytes, or a number with KB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (of 1024).",
     )
     add = parser.add_argument
@@ -58,6 +58,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--source",
         action="extend",
         nargs="+",
+        type=filled,
         required=True,
         help="what to read, one or several. python-stdlib: the .py files of this Python. A directory: each text file "
         "in it is a document (.gz, .zst, .bz2, .xz: decompressed), and so is each record of its .jsonl (.gz, ...), "
@@ -65,37 +66,50 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "pattern in quotation marks ('crawl/**/*.parquet'): the same. A URL (s3://, gs://, ...) of a file system "
         f"whose fsspec driver is installed. From the hub: {', '.join(HUB_PRESETS)}, or hf:NAME[:CONFIG][:SPLIT]",
     )
-    add("--out", required=True, metavar="DIR", help="the directory or URL to write, made if missing")
+    add(
+        "--out",
+        type=output_directory_or_url,
+        required=True,
+        metavar="DIR",
+        help="the directory or URL to write, made if missing",
+    )
     add(
         "--validation-fraction",
-        type=float,
+        type=number(0, 1, below_most=True),
         default=0.01,
         metavar="F",
         help="the share of documents held out for validation, from 0 to below 1 (default %(default)s)",
     )
     add(
         "--seed",
-        type=int,
+        type=SEED,
         default=0,
         help="orders the documents and chooses those of validation (default %(default)s)",
     )
     add(
         "--max-bytes",
-        type=size,
+        type=size_from(1),
         metavar="SIZE",
         help="take whole documents up to this much text, in the seed's order; all is read even so (default: all)",
     )
     add(
         "--record-batch-bytes",
-        type=size,
+        type=size_from(1, MAX_SETTABLE_RECORD_BATCH_BYTES),
         default=RECORD_BATCH_BYTES,
         metavar="SIZE",
         help="text per record batch, the unit that is read and shuffled; training needs at least as many record "
         "batches as it has streams (default 256KiB; 16KiB suits a few megabytes)",
     )
-    add("--shard-bytes", type=size, default=SHARD_BYTES, metavar="SIZE", help="size of a shard file (default 1GiB)")
+    add(
+        "--shard-bytes",
+        type=size_from(1),
+        default=SHARD_BYTES,
+        metavar="SIZE",
+        help="size of a shard file (default 1GiB)",
+    )
     add(
         "--text-column",
+        type=filled,
         default="text",
         metavar="NAME",
         help="where records keep their text (default %(default)s)",
@@ -109,7 +123,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--max-record-bytes",
-        type=size,
+        type=size_from(1, MAX_RECORD_BATCH_BYTES),
         default=MAX_RECORD_BYTES,
         metavar="SIZE",
         help="a longer file, line or text of a table cannot be used; see --on-error. A worker must have memory for ten "
@@ -121,15 +135,16 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="take files as texts even where they look like records: JSON lines that are not called .jsonl, JSON "
         "arrays of records, .csv; without it such a file cannot be used, see --on-error",
     )
-    add("--workers", type=int, help="processes (default: as many as there are cores and memory for)")
+    add("--workers", type=whole(1, 1024), help="processes (default: as many as there are cores and memory for)")
     add(
         "--memory",
-        type=size,
+        type=size_from(1),
         metavar="SIZE",
         help="of all processes together (default: 1GiB for each worker, at most half of what the machine has)",
     )
     add(
         "--work",
+        type=output_directory,
         metavar="DIR",
         help="where intermediate files go, up to twice as much as the text (default: .prepare in the --out directory)",
     )
@@ -139,9 +154,15 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="replace the data set in DIR, if it was made with other settings or is damaged; other files in DIR stay",
     )
     add("--no-progress", action="store_true", help="show no progress bars")
-    return parser.parse_args(arguments)
+    return parser
 
 
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    return make_parser().parse_args(arguments)
+
+
+@command("prepare_data", DataError, stopped="stopped; the same command goes on from here")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; give its exit code: 0, or 2 after an error."""
     args = parse_args(arguments)
@@ -150,31 +171,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     least = least_memory_bytes(args.max_record_bytes)
     workers = max(1, min(cores, (args.memory or half) // least)) if args.workers is None else args.workers
     memory = max(least * workers, min(half, MEMORY_BYTES * workers)) if args.memory is None else args.memory
-    try:
-        summary = prepare(
-            args.source,
-            args.out,
-            validation_fraction=args.validation_fraction,
-            seed=args.seed,
-            max_bytes=args.max_bytes,
-            record_batch_bytes=args.record_batch_bytes,
-            shard_bytes=args.shard_bytes,
-            text_column=args.text_column,
-            max_record_bytes=args.max_record_bytes,
-            on_error=args.on_error,
-            as_text=args.as_text,
-            workers=workers,
-            memory_bytes=memory,
-            work=args.work,
-            overwrite=args.overwrite,
-            progress=not args.no_progress,
-        )
-    except DataError as error:
-        print(f"prepare_data: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("prepare_data: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    summary = prepare(
+        args.source,
+        args.out,
+        validation_fraction=args.validation_fraction,
+        seed=args.seed,
+        max_bytes=args.max_bytes,
+        record_batch_bytes=args.record_batch_bytes,
+        shard_bytes=args.shard_bytes,
+        text_column=args.text_column,
+        max_record_bytes=args.max_record_bytes,
+        on_error=args.on_error,
+        as_text=args.as_text,
+        workers=workers,
+        memory_bytes=memory,
+        work=args.work,
+        overwrite=args.overwrite,
+        progress=not args.no_progress,
+    )
     print(summary)
     return 0
 

@@ -21,27 +21,36 @@ import torch
 from blt_titan.byte_vocab import BOS_ID, BYTE_OFFSET
 from blt_titan.data.calibration import quantization_disagreement
 from blt_titan.data.errors import DataError
+from blt_titan.data.manifest import read_manifest
 from blt_titan.inference.checkpoint import CheckpointError, load_entropy_model
 from blt_titan.inference.entropies import CHUNK, LANES, EntropyScorer
 from blt_titan.inference.score_data import score_data, sidecar_settings
+from scripts.arguments import BATCH, Parser, existing_directory, plain, whole, writing
+from scripts.command import command
+from scripts.model_options import add_device_option
 
 SAMPLE_BYTES = 4_000_000
 
 
-def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="score_entropies", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_parser() -> Parser:
+    """Return what parses the command line."""
+    parser = Parser("score_entropies", __doc__)
     add = parser.add_argument
-    add("--data", required=True, metavar="DIR", help="byte shards, as scripts.prepare_data makes them")
+    add(
+        "--data",
+        type=existing_directory,
+        required=True,
+        metavar="DIR",
+        help="byte shards, as scripts.prepare_data makes them",
+    )
     add(
         "--checkpoint",
+        type=existing_directory,
         required=True,
         metavar="CKPT",
         help="the entropy model: a checkpoint step-N, or the folder of a run, whose last checkpoint is taken",
     )
-    add("--name", default="default", help="of the sidecar, in DIR/entropies (default %(default)s)")
+    add("--name", type=plain, default="default", help="of the sidecar, in DIR/entropies (default %(default)s)")
     add(
         "--quantize",
         choices=["float16", "uint8"],
@@ -54,27 +63,38 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default="float32",
         help="what the model computes in; recorded in the sidecar (default %(default)s)",
     )
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
-    add("--lanes", type=int, default=LANES, help="sequences of a batch (default %(default)s)")
-    add("--chunk-bytes", type=int, default=CHUNK, help="bytes of a sequence in one forward (default %(default)s)")
+    add_device_option(parser)
+    add("--lanes", type=BATCH, default=LANES, metavar="N", help="sequences of a batch (default %(default)s)")
+    add(
+        "--chunk-bytes",
+        type=whole(1, 2**20),
+        default=CHUNK,
+        metavar="N",
+        help="bytes of a sequence in one forward (default %(default)s)",
+    )
     add("--verify", action="store_true", help="check every byte of finished shards, and score damaged ones again")
     add("--no-progress", action="store_true", help="show no progress bar")
-    return parser.parse_args(arguments)
+    return parser
 
 
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    return make_parser().parse_args(arguments)
+
+
+@command("score_entropies", DataError, CheckpointError, stopped="stopped; the same command goes on from here")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; give its exit code: 0, or 2 after an error."""
     args = parse_args(arguments)
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    try:
-        device = _device(args.device)
-        if min(args.lanes, args.chunk_bytes) < 1:
-            raise DataError(f"--lanes {args.lanes} and --chunk-bytes {args.chunk_bytes} must be at least 1")
-        model = load_entropy_model(args.checkpoint, device=device)
-        settings = sidecar_settings(model, args.quantize, args.dtype)
-        scorer = EntropyScorer(model.to(getattr(torch, args.dtype)), lanes=args.lanes, chunk=args.chunk_bytes)
-        began = time.perf_counter()
-        sampled = _Sampled()
+    read_manifest(args.data)  # before the model: it may be gone, or not be a data set
+    model = load_entropy_model(args.checkpoint, device=_device(args.device))
+    settings = sidecar_settings(model, args.quantize, args.dtype)
+    scorer = EntropyScorer(model.to(getattr(torch, args.dtype)), lanes=args.lanes, chunk=args.chunk_bytes)
+    began = time.perf_counter()
+    sampled = _Sampled()
+    where = f"{args.data}/entropies/{args.name}"
+    with writing(where):
         summary = score_data(
             args.data,
             args.name,
@@ -86,11 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             observe=sampled.add if rank == 0 and args.quantize == "uint8" else None,
             progress=rank == 0 and not args.no_progress,
         )
-    except (DataError, CheckpointError, OSError) as error:
-        print(f"score_entropies: error: {error}", file=sys.stderr)
-        return 2
     seconds = time.perf_counter() - began
-    where = f"{args.data}/entropies/{args.name}"
     if summary.shards:
         padding = 1 - summary.text_bytes / summary.byte_slots
         print(
@@ -103,12 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise DataError(f"--device {name}: no such device; it may be cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise DataError(f"--device {name}: this machine has no CUDA device")
+    device = torch.device(name)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return device

@@ -11,19 +11,28 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from scripts.arguments import Parser, existing_directory, whole
+from scripts.command import command
+
+
+def make_parser() -> Parser:
+    """Return what parses the command line."""
+    parser = Parser("serve_plots", __doc__)
+    parser.add_argument(
+        "--dir", type=existing_directory, default="outputs", help="the folder of runs (default %(default)s)"
+    )
+    parser.add_argument("--port", type=whole(0, 65_535), default=8000, help="default %(default)s; 0 takes a free one")
+    return parser
+
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="serve_plots", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--dir", type=Path, default=Path("outputs"), help="the folder of runs (default %(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="default %(default)s; 0 takes a free one")
-    return parser.parse_args(arguments)
+    return make_parser().parse_args(arguments)
 
 
+@command("serve_plots")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command until Ctrl-C; give its exit code: 0, or 2 after an error."""
+    """Run the command until Ctrl-C; give its exit code: 130 then, or 2 after an error."""
     args = parse_args(arguments)
     try:
         import uvicorn
@@ -32,15 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"serve_plots: error: {error}; pip install 'blt_titan[plots]'", file=sys.stderr)
         return 2
-    try:
-        app = make_app(args.dir)
-    except FileNotFoundError as error:
-        print(f"serve_plots: error: {error}", file=sys.stderr)
-        return 2
+    app = make_app(Path(args.dir))
     try:
         # To this machine alone: what is shown was not written for others.
         listening = socket.create_server(("127.0.0.1", args.port))
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         print(f"serve_plots: error: --port {args.port}: {error}", file=sys.stderr)
         return 2
     print(f"http://127.0.0.1:{listening.getsockname()[1]}    (Ctrl-C ends it)", flush=True)

@@ -11,7 +11,6 @@ a slider moves the threshold and draws the patches anew, in the browser.
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -23,58 +22,99 @@ from blt_titan.inference.checkpoint import CheckpointError, load_entropy_model
 from blt_titan.inference.entropies import EntropyScorer
 from blt_titan.inference.patch_page import patch_page
 from blt_titan.patching.rounding import from_storage, to_storage
+from scripts.arguments import (
+    MOST_PATCH_BYTES,
+    NATS,
+    Parser,
+    existing_directory,
+    filled,
+    output_file,
+    plain,
+    whole,
+    write_output,
+)
+from scripts.command import command
 
 LONGEST_TEXT = 20_000
 
 
-def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="view_patches", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_parser() -> Parser:
+    """Return what parses the command line."""
+    parser = Parser("view_patches", __doc__)
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--text", help="a text to score and show; needs --checkpoint")
-    what.add_argument("--data", metavar="DIR", help="byte shards with a sidecar of entropies; shows document --doc")
-    add("--doc", type=int, default=0, metavar="N", help="number of the document in the split (default %(default)s)")
-    add("--split", choices=["train", "validation"], default="validation", help="default %(default)s")
-    add("--name", default="default", help="of the sidecar (default %(default)s)")
-    add("--checkpoint", metavar="CKPT", help="the entropy model: step-N, or the folder of a run")
-    add(
-        "--threshold", type=float, default=1.335442066192627, metavar="NATS", help="to begin with (default %(default)s)"
+    what.add_argument("--text", type=filled, help="a text to score and show; needs --checkpoint")
+    what.add_argument(
+        "--data",
+        type=existing_directory,
+        metavar="DIR",
+        help="byte shards with a sidecar of entropies; shows document --doc",
     )
-    add("--max-patch-bytes", type=int, default=512, metavar="N", help="longer ones are split (default %(default)s)")
-    add("--max-bytes", type=int, default=4000, metavar="N", help="of the text that are shown (default %(default)s)")
-    add("--out", type=Path, required=True, metavar="FILE", help="the page to write")
-    return parser.parse_args(arguments)
+    add(
+        "--doc",
+        type=whole(0, 10**12),
+        default=0,
+        metavar="N",
+        help="number of the document in the split (default %(default)s)",
+    )
+    add("--split", choices=["train", "validation"], default="validation", help="default %(default)s")
+    add("--name", type=plain, default="default", help="of the sidecar (default %(default)s)")
+    add(
+        "--checkpoint",
+        type=existing_directory,
+        metavar="CKPT",
+        help="the entropy model: step-N, or the folder of a run",
+    )
+    add("--threshold", type=NATS, default=1.335442066192627, metavar="NATS", help="to begin with (default %(default)s)")
+    add(
+        "--max-patch-bytes",
+        type=whole(1, MOST_PATCH_BYTES),
+        default=512,
+        metavar="N",
+        help="longer ones are split (default %(default)s)",
+    )
+    add(
+        "--max-bytes",
+        type=whole(1, LONGEST_TEXT),
+        default=4000,
+        metavar="N",
+        help="of the text that are shown (default %(default)s)",
+    )
+    add("--out", type=output_file, required=True, metavar="FILE", help="the page to write")
+    return parser
 
 
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    return make_parser().parse_args(arguments)
+
+
+@command("view_patches", DataError, CheckpointError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; give its exit code: 0, or 2 after an error."""
     args = parse_args(arguments)
-    try:
-        if not 1 <= args.max_bytes <= LONGEST_TEXT:
-            raise DataError(f"--max-bytes {args.max_bytes}: a page shows 1 to {LONGEST_TEXT} bytes")
-        if args.text is not None:
-            if not args.checkpoint:
-                raise DataError("--text needs --checkpoint, the entropy model that scores it")
-            title, text = "text", args.text.encode()
-            ids = document_ids(text)
-            scored = EntropyScorer(load_entropy_model(args.checkpoint)).score(ids)[ids >= BYTE_OFFSET]
-            entropies = from_storage(to_storage(scored, "float16"))
-        else:
-            title, text, entropies = _document(args.data, args.split, args.name, args.doc)
-        page = patch_page(
-            text[: args.max_bytes],
-            entropies[: args.max_bytes],
-            title=title,
-            threshold=args.threshold,
-            max_patch_bytes=args.max_patch_bytes,
-        )
-        args.out.write_text(page, encoding="utf-8")
-    except (DataError, CheckpointError, OSError) as error:
-        print(f"view_patches: error: {error}", file=sys.stderr)
-        return 2
+    if args.text is not None:
+        if not args.checkpoint:
+            raise DataError("--text needs --checkpoint, the entropy model that scores it")
+        # What a shell passes need not be UTF-8.
+        title, text = "text", args.text.encode(errors="surrogateescape")
+        ids = document_ids(text)
+        scored = EntropyScorer(load_entropy_model(args.checkpoint)).score(ids)[ids >= BYTE_OFFSET]
+        entropies = from_storage(to_storage(scored, "float16"))
+    else:
+        if args.checkpoint:
+            raise DataError(
+                f"--checkpoint {args.checkpoint}: only with --text; the entropies of --data are those of the sidecar"
+            )
+        title, text, entropies = _document(args.data, args.split, args.name, args.doc)
+    page = patch_page(
+        text[: args.max_bytes],
+        entropies[: args.max_bytes],
+        title=title,
+        threshold=args.threshold,
+        max_patch_bytes=args.max_patch_bytes,
+    )
+    write_output(args.out, page)
     print(f"{args.out}: {min(len(text), args.max_bytes):,} of {len(text):,} bytes of {title}")
     return 0
 

@@ -12,6 +12,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from blt_titan.config.read import CONFIG_MODULE, run_config_class, settings_of
+from blt_titan.data.names import is_plain
 
 MAX_SEED = 2**63 - 1
 _MAX_COUNT = 2**31 - 1
@@ -84,10 +85,7 @@ def _is_inside(value: str) -> bool:
 
 FOLDER = Rule(_is_inside, "a path inside job.dump_folder, without '..'")
 FILE = Rule(lambda v: v is None or _is_inside(v), FOLDER.allowed)
-PLAIN_NAME = Rule(
-    lambda v: v not in ("", ".", "..") and not {"/", "\\", "\0"} & set(v),
-    "a plain name, without '/' and not '.' or '..'",
-)
+PLAIN_NAME = Rule(is_plain, "a plain name: letters, digits, '.', '_' and '-', first a letter or a digit")
 PATH = Rule(lambda v: v is None or (v != "" and "\0" not in v), "a path, not empty")
 
 

@@ -202,8 +202,13 @@ def best_budgets(
         cost_of_byte: FLOPs that a byte slot costs, in any unit.
         cost_of_patch: FLOPs that a patch slot costs, in the same unit.
         longest_patch: a segment must hold it.
-        segment_patches: the sizes, in patches; one that the sample does not fill is left out.
+        segment_patches: the sizes, in patches, from 2; one that the sample does not fill is left out.
+
+    Raises:
+        ValueError: a size is smaller.
     """
+    if min(segment_patches, default=2) < 2:
+        raise ValueError(f"segment_patches = {min(segment_patches)}: must be at least 2")
     lengths = lengths[:_SIMULATED_PATCHES]
     cuts = np.concatenate([[0], np.cumsum(lengths)])
     budgets = []

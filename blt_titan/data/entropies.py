@@ -36,6 +36,7 @@ import pyarrow as pa
 from blt_titan.data.atomic_file import write_atomically
 from blt_titan.data.errors import DataError
 from blt_titan.data.manifest import SPLITS, ShardEntry, read_manifest
+from blt_titan.data.names import plain_name
 from blt_titan.data.shards import RecordBatch, ShardSet
 from blt_titan.patching.rounding import Storage, from_storage, to_storage
 
@@ -72,6 +73,10 @@ class _Entry:
     record_batches: int
     text_index_sha256: str
 
+    def __post_init__(self):
+        for name in (self.file, self.index_file):
+            plain_name(name)
+
 
 def fingerprint_of(settings: SidecarSettings) -> str:
     """Identify what decides about entropies, the same for a sidecar and for the model that scores while training."""
@@ -79,8 +84,12 @@ def fingerprint_of(settings: SidecarSettings) -> str:
 
 
 def sidecar_directory(data: str | os.PathLike[str], name: str) -> Path:
-    """Return where the sidecar `name` of a data set lies."""
-    return Path(data) / DIRECTORY / name
+    """Return where the sidecar `name` of a data set lies.
+
+    Raises:
+        DataError: the name would lead elsewhere.
+    """
+    return Path(data) / DIRECTORY / plain_name(name)
 
 
 class SidecarWriter:

@@ -15,6 +15,7 @@ from typing import Any
 
 from blt_titan.data.atomic_file import write_atomically
 from blt_titan.data.errors import DataError
+from blt_titan.data.names import is_plain
 
 FORMAT = "blt_titan.byte_shards"
 VERSION = 1
@@ -169,7 +170,7 @@ def _shard_entry(value: Any) -> ShardEntry:
     for key in ("file", "index_file"):
         file_name = getattr(shard, key)
         # A manifest must never lead a reader, or an overwrite, outside its own directory.
-        if not isinstance(file_name, str) or file_name in ("", ".", "..") or Path(file_name).name != file_name:
+        if not is_plain(file_name):
             raise ValueError(f"{key} must be a plain file name, got {file_name!r}")
     if not isinstance(shard.index_sha256, str):
         raise TypeError(f"index_sha256 must be a string, got {shard.index_sha256!r}")

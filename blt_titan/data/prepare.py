@@ -149,6 +149,9 @@ def prepare(
     Raises:
         DataError: a setting, a source or `out` cannot be used, or the disk is full.
     """
+    for name, given in (*(("source", source) for source in sources), ("out", out), ("work", work)):
+        if given is not None and not os.fspath(given):
+            raise DataError(f"{name} is empty; name it, or check the variable of the shell that it comes from")
     settings: dict[str, Any] = {
         "sources": [],
         "seed": seed,
@@ -181,6 +184,9 @@ def prepare(
             _check_intact(target, existing)
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed while it did so
             return PrepareSummary(str(target), existing, already_done=True)
+        if not folder.exists():
+            # One that fits nothing is said before anything is made.
+            list_extents([source for source in resolved if source.kind == "pattern"], {})
         target.make()
         with _locked(folder):
             job = _Job(folder, target, existing, resolved, settings, workers, memory_bytes // workers, progress)

@@ -203,6 +203,8 @@ def _resolve(name: str) -> Source:
     if glob.has_magic(path):
         # The folder that a pattern is relative to is no pattern, whatever its name.
         pattern = os.path.abspath(os.path.join(glob.escape(os.getcwd()), path))
+        if not os.path.isdir(folder := fixed_part(pattern)[0]):
+            raise DataError(f"{name}: {printable(folder)} is no directory, so the pattern fits nothing")
         return Source(printable(pattern), printable(pattern), "pattern", pattern)
     raise DataError(
         f"{name}: no such file or directory; name one that exists, a pattern, hf:NAME, {', '.join(HUB_PRESETS)} "

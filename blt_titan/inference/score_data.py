@@ -84,10 +84,10 @@ def score_data(
         progress: show a progress bar.
 
     Raises:
-        DataError: text is damaged, or a sidecar of this name was made with other settings.
+        DataError: there is no data set, its text is damaged, or a sidecar of this name was made with other settings.
     """
-    begin_sidecar(data, name, settings)
     directory, manifest = sidecar_directory(data, name), read_manifest(data)
+    begin_sidecar(data, name, settings)
     own = [(split, shard) for split in SPLITS for shard in manifest.splits[split]][rank::ranks]
     own = [(split, shard) for split, shard in own if not is_done(directory, shard, verify=verify)]
     if own:

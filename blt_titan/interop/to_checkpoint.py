@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch.nn as nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from blt_titan.inference.checkpoint import MODEL_KEY
+from blt_titan.inference.checkpoint import MODEL_KEY, CheckpointError
 from blt_titan.patching.rule import PatchRule
 
 
@@ -39,10 +40,9 @@ def write_checkpoint(
 
     Raises:
         FileExistsError: `out` is there.
+        CheckpointError: it cannot be written.
     """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out}: is there already; choose another folder")
+    out = require_free(out)
     described: dict[str, Any] = {"name": name, "args": _plain(asdict(args))}
     if rule is not None:
         described["patching"] = rule.as_dict()
@@ -59,9 +59,25 @@ def write_checkpoint(
         if out.exists():
             out.rmdir()
         temporary.rename(out)
+    except CheckpointException as error:  # torch's own; derives from BaseException
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = " ".join(str(error).split())[-300:]
+        raise CheckpointError(f"{out}: cannot be written: ... {reason}") from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    return out
+
+
+def require_free(out: str | os.PathLike[str]) -> Path:
+    """Return where a checkpoint is to be written.
+
+    Raises:
+        FileExistsError: it is there, and is not an empty folder.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out}: is there already; choose another folder")
     return out
 
 

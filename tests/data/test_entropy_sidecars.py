@@ -212,8 +212,14 @@ def test_swapped_files_are_found(data):
             lambda d: (d / "sidecar.json").write_text((d / "sidecar.json").read_text().replace("float16", "float17")),
             r"sidecar\.json: malformed \(ValueError\(\"storage 'float17'\"\)\)",
         ),
+        (
+            lambda d: (d / "sidecar.json").write_text(
+                (d / "sidecar.json").read_text().replace('"train-0', '"../train-0')
+            ),
+            r"sidecar\.json: malformed \(.*must be a plain name",
+        ),
     ],
-    ids=["missing", "truncated", "not_json", "another_format", "unknown_storage"],
+    ids=["missing", "truncated", "not_json", "another_format", "unknown_storage", "names_outside"],
 )
 def test_what_is_missing_or_malformed_is_refused_at_construction(data, damage, message):
     score(data)

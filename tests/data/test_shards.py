@@ -273,6 +273,7 @@ def test_an_empty_or_unknown_split_is_refused(three_shards):
         (lambda c: c["splits"]["train"][0].update(surplus=1), "malformed"),
         (lambda c: c["splits"]["train"][0].update(file_bytes="many"), "file_bytes must be a whole number"),
         (lambda c: c["splits"]["train"][0].update(file="../elsewhere.arrow"), "plain file name"),
+        (lambda c: c["splits"]["train"][0].update(index_file="a\0b"), "index_file must be a plain file name"),
     ],
 )
 def test_an_unknown_or_malformed_manifest_is_refused(three_shards, edit, message):

@@ -198,7 +198,7 @@ def test_what_is_wrong_is_said(saved, tmp_path, capsys):
         (["--model", str(saved / "blt")], "name the entropy model, --entropy-checkpoint"),
         (["--model", str(saved / "entropy")], "holds an entropy model, not a BLT"),
         (["--model", str(tmp_path)], "config.json not found"),
-        (["--model", str(saved / "hf"), "--top-p", "2"], "top_p = 2.0: must be above 0"),
+        (["--model", str(saved / "hf"), "--top-p", "2"], "--top-p 2: must be a number above 0, at most 1"),
     ):
         assert script.main([*arguments, *prompt]) == 2
         assert message in capsys.readouterr().err

@@ -262,7 +262,8 @@ def test_what_is_not_an_entropy_model_is_refused(data, tmp_path, capsys):
     for path, message in (
         ("blt", "holds a model 'blt', not an entropy model"),
         ("bare", "does not say what model it holds"),
-        ("nothing", "neither a complete checkpoint"),
+        ("nothing", "no such directory"),
+        (".", "neither a complete checkpoint"),
     ):
         assert main(["--data", str(data), "--checkpoint", str(tmp_path / path), "--device", "cpu"]) == 2
         assert message in capsys.readouterr().err
