@@ -19,7 +19,6 @@ import blt_titan.titan_device  # noqa: F401
 
 # isort: split
 from torchtitan.components.checkpoint import (
-    LR_SCHEDULER,
     MODEL,
     OPTIMIZER,
     CheckpointManager,
@@ -97,7 +96,7 @@ class RunCheckpoints(CheckpointManager):
 
     @contextmanager
     def _own_settings(self) -> Iterator[None]:
-        """Put back the settings of the optimizers, and the learning rate that the schedule gives for its step."""
+        """Put back the settings of the optimizers; the trainer asks the schedule for the learning rate."""
         groups = [group for optimizer in self.states[OPTIMIZER] for group in optimizer.param_groups]
         said = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         yield
@@ -105,12 +104,6 @@ class RunCheckpoints(CheckpointManager):
         groups = [group for optimizer in self.states[OPTIMIZER] for group in optimizer.param_groups]
         for group, settings in zip(groups, said, strict=True):
             group.update(settings)
-        for scheduler in self.states[LR_SCHEDULER]:
-            groups = scheduler.optimizer.param_groups
-            scheduler.base_lrs = [group["initial_lr"] for group in groups]
-            for group, base_lr, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
-                group["lr"] = base_lr * factor(scheduler.last_epoch)
-            scheduler._last_lr = [group["lr"] for group in groups]
 
 
 def _brief(error: BaseException) -> str:

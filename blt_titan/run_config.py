@@ -104,6 +104,11 @@ def _settings_without_effect(config: Any) -> Iterator[str]:
             f"checkpoint.export_dtype = {checkpoint.export_dtype!r} needs checkpoint.last_save_model_only = true: a "
             "checkpoint that can be continued keeps its weights as they are"
         )
+    if "train_state" in checkpoint.exclude_from_loading and "lr_scheduler" not in checkpoint.exclude_from_loading:
+        yield (
+            f"checkpoint.exclude_from_loading = {checkpoint.exclude_from_loading}: without 'train_state' steps are "
+            "counted from 0, so name 'lr_scheduler' too"
+        )
     if not uses_float8(config):
         for name, default in (
             ("recipe_name", None),

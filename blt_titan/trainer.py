@@ -271,11 +271,10 @@ class BLTTrainer(Trainer):
         self.metrics_processor.resume_at(self.step)
         self._set_later_checkpoints_aside()
         self._first_step = self.step + 1
+        if self.should_continue_training():
+            self._set_learning_rate()
         if not self.step:
             return
-        logger.info(
-            f"The learning rate of step {self._first_step} is {self.lr_schedulers.schedulers[0].get_last_lr()[0]:g}"
-        )
         if self._exports is not None:
             self._exports.take_up(self.step, self._is_exported)
         if not self.should_continue_training():
@@ -283,6 +282,17 @@ class BLTTrainer(Trainer):
                 f"This run is complete: its checkpoint is of step {self.step}. Set training.steps above "
                 f"{self.job_config.training.steps} to go on, or another job.dump_folder to begin anew"
             )
+
+    def _set_learning_rate(self) -> None:
+        """Have the schedule of this run, and not that of the checkpoint, say the learning rate of the next step."""
+        for scheduler in self.lr_schedulers.schedulers:
+            groups = scheduler.optimizer.param_groups
+            scheduler.base_lrs = [group["initial_lr"] for group in groups]
+            for group, factor in zip(groups, scheduler.lr_lambdas, strict=True):  # pyright: ignore[reportAttributeAccessIssue]
+                group["lr"] = group["initial_lr"] * factor(scheduler.last_epoch)
+            scheduler._last_lr = [group["lr"] for group in groups]
+        if self.step:
+            logger.info(f"The learning rate of step {self._first_step} is {groups[0]['lr']:g}")
 
     def _set_later_checkpoints_aside(self) -> None:
         """Make room for the steps that will be made again.

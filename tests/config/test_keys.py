@@ -134,6 +134,7 @@ def test_all_faults_are_shown_at_once():
             "--checkpoint.no-enable --checkpoint.initial_load_path=x",
             r"initial_load_path = 'x' needs checkpoint\.enable",
         ),
+        ("--checkpoint.exclude_from_loading=train_state", r"counted from 0, so name 'lr_scheduler' too"),
         ("--checkpoint.load_step=7", r"load_step = 7: .*checkpoint has no such step; it has none"),
     ],
 )

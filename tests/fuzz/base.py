@@ -1,0 +1,63 @@
+"""What cases copy their inputs from, made once: byte shards with entropies, checkpoints, a model directory, a run."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+from blt_titan.interop.export import export_hf, stored_weights
+from scripts import prepare_data, score_entropies
+from tests.interop.models import write_checkpoints
+
+STREAMS = 4
+DATA, MODELS, HF, RUN, SMALL = "data", "models", "hf", "run", "small"
+
+
+def make_base(folder: Path) -> None:
+    """Write everything into a folder.
+
+    data/       byte shards of 20 KB and their entropies, `default`
+    models/     checkpoints, `blt` and `entropy`; `of_run` is a run's folder with two steps of the BLT
+    hf/         the same BLT and entropy model as a model directory
+    run/        what the page of plots shows
+    small/      a few shards only, of which cases of many files make copies quickly
+    """
+    draw = random.Random(0)
+    texts = folder / "texts"
+    texts.mkdir()
+    known = ["the", "of", "a", "patch", "byte", "entropy", "model,", "and.", "(x)", "\n", "é", "日本"]
+    for number in range(60):
+        words = draw.choices(known, k=draw.randint(5, 120))
+        (texts / f"{number}.txt").write_text(" ".join(words), encoding="utf-8")
+    prepare = ["--source", str(texts), "--validation-fraction=0.2", "--workers=1", "--no-progress"]
+    sizes = ["--record-batch-bytes=1500", "--shard-bytes=6KB"]
+    _run(prepare_data.main, [*prepare, *sizes, "--out", str(folder / DATA)])
+    _run(prepare_data.main, [*prepare, "--max-bytes=3KB", "--record-batch-bytes=500", "--out", str(folder / SMALL)])
+    write_checkpoints(folder / MODELS)
+    for data in (DATA, SMALL):
+        score = ["--data", str(folder / data), "--checkpoint", str(folder / MODELS / "entropy"), "--device=cpu"]
+        _run(score_entropies.main, [*score, "--no-progress"])
+    for step in (1, 20):
+        shutil.copytree(folder / MODELS / "blt", folder / MODELS / "of_run" / "checkpoint" / f"step-{step}")
+    export_hf(stored_weights(folder / MODELS / "blt"), folder / HF, entropy=stored_weights(folder / MODELS / "entropy"))
+    _write_run(folder / RUN / "one", steps=30)
+    _write_run(folder / RUN / "more" / "two", steps=3000)
+
+
+def _run(main, arguments: list[str]) -> None:
+    if main(arguments) != 0:
+        raise RuntimeError(f"{main.__module__} {arguments}: cannot make the inputs of the cases")
+
+
+def _write_run(run: Path, *, steps: int) -> None:
+    run.mkdir(parents=True)
+    lines = []
+    for step in range(1, steps + 1):
+        line = {"step": step, "loss_nats": 5 / step, "bits_per_byte": 8 / step, "training_flops": 1e9 * step}
+        if step % 10 == 0:
+            line["heldout_bits_per_byte"] = 8 / step + 0.1
+        lines.append(json.dumps(line))
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (run / "patch_lengths.json").write_text(json.dumps({"rule": "global", "counts": [0, 5, 3, 1], "mean": 1.5}))
+    (run / "patches.html").write_text("<!doctype html><p>patches</p>")
+    (run / "loss.png").write_bytes(b"\x89PNG\r\n\x1a\n")
