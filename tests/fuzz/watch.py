@@ -21,8 +21,6 @@ INTERNALS = re.compile(
     r"|not supported between|unsupported operand|object is not (iterable|callable)|argument must be"
 )
 """What Python says to programmers; in parentheses it is the detail of a sentence that says what is wrong."""
-OPTION_BOX = "╭─"
-"""The settings' option parser draws one, as argparse prints its usage."""
 _HARMLESS = ("/dev/", "/proc/", "/sys/")
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _PATHS_OF_EVENT = {
@@ -134,8 +132,7 @@ def what_is_wrong_with_the_outcome(case: Case, exit_code: Any, stdout: str, stde
             "run_config": r"([\w.]+: )?error: ",
             "train": r"(.* - ERROR - |([\w.]+: )?error: )",
         }.get(case.command, rf"{case.command}: (error|stopped)[:;] ")
-        is_option_box = case.command in ("run_config", "train") and OPTION_BOX in stderr
-        if not is_option_box and not re.match(prefix + r".*\S+ \S+", last):
+        if not re.match(prefix + r".*\S+ \S+", last):
             faults.append(f"exit code {exit_code} without a sentence; the last line of stderr is {last[:200]!r}")
         elif leaked := TRACEBACK_PARTS.search(last) or INTERNALS.search(re.sub(r"\(.*\)", "", last)):
             faults.append(f"the sentence leaks Python ({leaked[0]!r}): {last[:300]}")
@@ -156,7 +153,9 @@ class Guard:
             return
         if event == "open":
             path, _, flags = arguments
-            if isinstance(path, (str, bytes)) and flags & _WRITING:
+            # Of a directory only a file without a name is opened, which leaves nothing: so commands try whether it can
+            # be written.
+            if isinstance(path, (str, bytes)) and flags & _WRITING and not os.path.isdir(path):
                 self._check(event, path, None)
         elif event in _PATHS_OF_EVENT:
             for place, descriptor in _PATHS_OF_EVENT[event]:
