@@ -55,7 +55,9 @@ def write_data(directory: Path, shard_bytes: int) -> None:
             bar.update(size)
     entries = writer.finish()
     install(directory, entries)
-    write_manifest(directory, Manifest({}, Counts(1, 1, 0, 0, 0), {"train": entries, "validation": ()}))
+    documents, text_bytes = (sum(getattr(entry, key) for entry in entries) for key in ("documents", "text_bytes"))
+    counts = Counts(documents, text_bytes, 0, 0, 0)
+    write_manifest(directory, Manifest({}, counts, {"train": entries, "validation": ()}))
 
 
 def link_shards(one: Path, many: Path, count: int) -> None:

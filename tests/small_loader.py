@@ -32,7 +32,7 @@ def write(directory: Path, documents: list[bytes]) -> None:
         writer.add(pa.array(list(map(str, range(len(documents))))), pa.array(documents, pa.binary()))
         splits[split] = writer.finish()
         install(directory, splits[split])
-    counts = Counts(len(documents), sum(map(len, documents)), 0, 0, 0)
+    counts = Counts(2 * len(documents), 2 * sum(map(len, documents)), 0, 0, 0)
     write_manifest(directory, Manifest({}, counts, splits))
 
 

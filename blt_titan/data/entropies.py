@@ -13,7 +13,7 @@ Position 0 of a document (BOS) has no value: no rule asks for it, since position
 either: nothing follows.
 
 A record batch of a sidecar carries the crc of the text's record batch, so that a swap of files shows at once, and its
-own raw bytes are checked before Arrow parses them, as those of shards are. A sidecar directory is complete when it has
+own raw bytes are checked before they are believed, as those of shards are. A sidecar directory is complete when it has
 `sidecar.json`, which is written last, from the entries `NAME.done.json` of the shards. Those stay: scoring goes on with
 the shards that have none, or one that no longer fits, and ranks need no other word from each other.
 """
@@ -33,9 +33,10 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 import pyarrow as pa
 
+from blt_titan.data.arrow_file import map_file, parse_index, record_batch_buffers
 from blt_titan.data.atomic_file import write_atomically
 from blt_titan.data.errors import DataError
-from blt_titan.data.manifest import SPLITS, ShardEntry, read_manifest
+from blt_titan.data.manifest import SPLITS, ShardEntry, check_file_name, check_whole_number, read_manifest
 from blt_titan.data.names import plain_name
 from blt_titan.data.shards import RecordBatch, ShardSet
 from blt_titan.patching.rounding import Storage, from_storage, to_storage
@@ -74,8 +75,10 @@ class _Entry:
     text_index_sha256: str
 
     def __post_init__(self):
-        for name in (self.file, self.index_file):
-            plain_name(name)
+        for key in ("file", "index_file"):
+            check_file_name(key, getattr(self, key))
+        for key in ("file_bytes", "record_batches"):
+            check_whole_number(key, getattr(self, key), minimum=1)
 
 
 def fingerprint_of(settings: SidecarSettings) -> str:
@@ -112,14 +115,16 @@ class SidecarWriter:
         """Append one record batch's entropies, fp32 [text bytes].
 
         Raises:
-            DataError: they are not finite.
+            DataError: they are not finite, or negative.
         """
         assert self._index[batch_in_shard, 0] < 0, "added twice"
-        if not np.isfinite(entropies_nats).all():
+        try:
+            _check_entropies(entropies_nats)
+        except ValueError as error:
             raise DataError(
                 f"{self._directory / self._shard.file}: record batch {batch_in_shard}: the entropy model gave values "
-                "that are not finite: its weights are damaged, or --dtype is too small for it"
-            )
+                f"that are none ({error}): its weights are damaged, or --dtype is too small for it"
+            ) from error
         stored = to_storage(entropies_nats, self._storage)
         batch = pa.record_batch([pa.array(stored)], schema=self._schema)
         message = batch.serialize()
@@ -161,13 +166,13 @@ class SidecarWriter:
         self._temporary.unlink(missing_ok=True)
 
 
-def is_done(directory: Path, shard: ShardEntry, *, verify: bool = False) -> bool:
+def is_done(directory: Path, shard: ShardEntry, *, verify: Storage | None = None) -> bool:
     """Tell whether a shard's entropies are finished and sound; False where they are of another text.
 
     Args:
         directory: of the sidecar.
         shard: of the text.
-        verify: also check every record batch against its crc; reads the whole file.
+        verify: also check every record batch, of entropies stored like this; reads the whole file.
     """
     try:
         entry = _Entry(**json.loads((directory / f"{shard.file}{_DONE_SUFFIX}").read_bytes()))
@@ -177,14 +182,13 @@ def is_done(directory: Path, shard: ShardEntry, *, verify: bool = False) -> bool
             and (directory / entry.file).stat().st_size == entry.file_bytes
             and hashlib.sha256(index_bytes).hexdigest() == entry.index_sha256
         )
-        if not sound or not verify:
+        if not sound or verify is None:
             return sound
-        content = np.memmap(directory / entry.file, mode="r")
-        index = np.load(io.BytesIO(index_bytes), allow_pickle=False).tolist()
-        return all(
-            zlib.crc32(content[offset : offset + length].tobytes()) == crc for offset, length, _, _, crc in index
-        )
-    except (OSError, ValueError, TypeError):
+        content, shape = map_file(directory / entry.file), (shard.record_batches, len(INDEX_COLUMNS))
+        for offset, length, values, _, crc32 in parse_index(index_bytes, shape, content.size).tolist():
+            _parse_entropies(content.slice(offset, length), values, verify, crc32)
+        return True
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
 
 
@@ -258,7 +262,7 @@ class EntropySidecar:
                 f"{path}: no such file, so there are no complete entropies {name!r}; make them, or let scoring finish, "
                 f"with `python -m scripts.score_entropies --data {data} --name {name} --checkpoint ...`"
             ) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"{path}: cannot be read ({error}); score the data again") from error
         found = (content.get("format"), content.get("version")) if isinstance(content, dict) else (None, None)
         if found != (FORMAT, VERSION):
@@ -267,7 +271,8 @@ class EntropySidecar:
             self.settings = SidecarSettings(**content["settings"])
             if self.settings.storage not in get_args(Storage):
                 raise ValueError(f"storage {self.settings.storage!r}")
-            self._schema = _schema(self.settings.storage)
+            if not isinstance(self.settings.model, dict):
+                raise TypeError(f"model must be an object, got {self.settings.model!r}")
             self._entries = {entry.file: entry for entry in (_Entry(**entry) for entry in content["shards"])}
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}: malformed ({error!r}); score the data again") from error
@@ -287,24 +292,20 @@ class EntropySidecar:
         """
         opened = self._opened(batch.shard_path.name)
         where = f"{opened.path}: record batch {batch.batch_in_shard}"
+        if batch.batch_in_shard >= len(opened.index):
+            raise DataError(f"{where}: there are only {len(opened.index)}; restore the file, or score the data again")
         offset, length, values, of_text, crc32 = opened.index[batch.batch_in_shard].tolist()
         if (values, of_text) != (len(batch.text), batch.crc32):
             raise DataError(
                 f"{where}: belongs to {values} bytes of text with crc32 {of_text:08x}, the shard has {len(batch.text)} "
                 f"with {batch.crc32:08x}; files were swapped: restore them, or score the data again"
             )
-        message = opened.content.slice(offset, length)
-        if zlib.crc32(message) != crc32:
-            raise DataError(
-                f"{where}: does not match its crc32: the file is damaged; restore it, or score the data again with "
-                "--verify"
-            )
         try:
-            [column] = pa.ipc.read_record_batch(pa.ipc.read_message(message), self._schema).columns
-            stored = column.to_numpy(zero_copy_only=False)
-        except (pa.ArrowException, ValueError, OSError) as error:
-            raise DataError(f"{where}: not a record batch of entropies ({error}); score the data again") from error
-        return from_storage(stored)
+            return _parse_entropies(opened.content.slice(offset, length), values, self.settings.storage, crc32)
+        except ValueError as error:
+            raise DataError(
+                f"{where}: {error}: the file is damaged; restore it, or score the data again with --verify"
+            ) from error
 
     def verify_structure(self) -> None:
         """Check every file's size and index now; reads no entropies."""
@@ -345,14 +346,17 @@ class EntropySidecar:
         self._check_file(entry)
         path, index_path = self.directory / entry.file, self.directory / entry.index_file
         try:
-            with pa.memory_map(str(path)) as source:
-                content = source.read_buffer()
+            content = map_file(path)
             index_bytes = index_path.read_bytes()
         except OSError as error:
             raise DataError(f"{path}: it or its index cannot be read ({error}); check permissions") from error
         if hashlib.sha256(index_bytes).hexdigest() != entry.index_sha256:
             raise DataError(f"{index_path}: does not match its digest in {SIDECAR_NAME}; score the data again")
-        return _OpenSidecar(path, content, np.load(io.BytesIO(index_bytes), allow_pickle=False))
+        try:
+            index = parse_index(index_bytes, (entry.record_batches, len(INDEX_COLUMNS)), content.size)
+        except ValueError as error:
+            raise DataError(f"{index_path}: does not fit its shard ({error}); score the data again") from error
+        return _OpenSidecar(path, content, index)
 
 
 class EntropySidecars:
@@ -367,6 +371,25 @@ class EntropySidecars:
     def __call__(self, batch: RecordBatch) -> np.ndarray:
         """Check and read the entropies of a record batch, as `EntropySidecar` does."""
         return self._of_directory[batch.shard_path.parent](batch)
+
+
+def _parse_entropies(message: Any, values: int, storage: Storage, crc32: int) -> np.ndarray:
+    """Check a record batch's message and return what it holds: fp32 [values]; ValueError if it is not sound."""
+    if zlib.crc32(message) != crc32:
+        raise ValueError("does not match its crc32")
+    rows, [stored] = record_batch_buffers(message, (2,))
+    dtype = np.dtype(storage)
+    if rows != values or stored.nbytes < rows * dtype.itemsize:
+        raise ValueError(f"holds {rows} entropies in {stored.nbytes} bytes, expected {values} of {storage}")
+    entropies_nats = from_storage(stored[: rows * dtype.itemsize].view(dtype))
+    _check_entropies(entropies_nats)
+    return entropies_nats
+
+
+def _check_entropies(entropies_nats: np.ndarray) -> None:
+    # NaN is the least and the greatest of values among which it is, and no comparison with it holds.
+    if not (entropies_nats.min(initial=0) >= 0 and entropies_nats.max(initial=0) < np.inf):
+        raise ValueError("entropies must be finite and not negative")
 
 
 def _schema(storage: Storage) -> pa.Schema:

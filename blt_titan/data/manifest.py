@@ -136,13 +136,15 @@ def parse_manifest(written: bytes, path: str) -> Manifest:
         )
     try:
         splits = {split: tuple(_shard_entry(shard) for shard in content["splits"][split]) for split in SPLITS}
-        return Manifest(
+        manifest = Manifest(
             _mapping(content["settings"]),
             _counts(content["counts"]),
             splits,
-            tuple(SourceCounts(**_mapping(source)) for source in content.get("sources", ())),
+            tuple(_source_counts(source) for source in content.get("sources", ())),
             tuple(map(str, content.get("skipped", ()))),
         )
+        _check_consistent(manifest)
+        return manifest
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: malformed ({error!r}); prepare the data again") from error
 
@@ -161,25 +163,55 @@ def _mapping(value: Any) -> dict[str, Any]:
 def _counts(value: Any) -> Counts:
     counts = Counts(**_mapping(value))
     for field in fields(counts):
-        _whole_number(field.name, getattr(counts, field.name), minimum=0)
+        check_whole_number(field.name, getattr(counts, field.name), minimum=0)
+    return counts
+
+
+def _source_counts(value: Any) -> SourceCounts:
+    counts = SourceCounts(**_mapping(value))
+    for field in fields(counts):
+        found = getattr(counts, field.name)
+        if field.name not in ("source", "revision"):
+            check_whole_number(field.name, found, minimum=0)
+        elif not isinstance(found, str):
+            raise TypeError(f"{field.name} must be a string, got {found!r}")
     return counts
 
 
 def _shard_entry(value: Any) -> ShardEntry:
     shard = ShardEntry(**_mapping(value))
     for key in ("file", "index_file"):
-        file_name = getattr(shard, key)
-        # A manifest must never lead a reader, or an overwrite, outside its own directory.
-        if not is_plain(file_name):
-            raise ValueError(f"{key} must be a plain file name, got {file_name!r}")
+        check_file_name(key, getattr(shard, key))
     if not isinstance(shard.index_sha256, str):
         raise TypeError(f"index_sha256 must be a string, got {shard.index_sha256!r}")
     for key in ("file_bytes", "record_batches", "documents"):
-        _whole_number(key, getattr(shard, key), minimum=1)
-    _whole_number("text_bytes", shard.text_bytes, minimum=0)
+        check_whole_number(key, getattr(shard, key), minimum=1)
+    check_whole_number("text_bytes", shard.text_bytes, minimum=0)
+    for key in ("record_batches", "documents", "text_bytes"):
+        if (found := getattr(shard, key)) > shard.file_bytes:
+            raise ValueError(f"{key} must be at most file_bytes, {shard.file_bytes}, got {found}")
     return shard
 
 
-def _whole_number(key: str, value: Any, *, minimum: int) -> None:
+def _check_consistent(manifest: Manifest) -> None:
+    if not isinstance(manifest.settings.get("sources", []), list):
+        raise TypeError(f"sources must be a list, got {manifest.settings['sources']!r}")
+    shards = [shard for of_split in manifest.splits.values() for shard in of_split]
+    if len(manifest.file_names()) != 2 * len(shards):
+        raise ValueError("a file is named twice")
+    for key in ("documents", "text_bytes"):
+        of_shards, counted = sum(getattr(shard, key) for shard in shards), getattr(manifest.counts, key)
+        if of_shards != counted:
+            raise ValueError(f"counts say {counted} {key}, the shards' own come to {of_shards}")
+
+
+def check_file_name(key: str, value: Any) -> None:
+    """Raise ValueError unless `value` is a plain file name, which leads no reader and no overwrite elsewhere."""
+    if not is_plain(value):
+        raise ValueError(f"{key} must be a plain file name, got {value!r}")
+
+
+def check_whole_number(key: str, value: Any, *, minimum: int) -> None:
+    """Raise ValueError unless `value` is an int of at least `minimum`."""
     if type(value) is not int or value < minimum:
         raise ValueError(f"{key} must be a whole number of at least {minimum}, got {value!r}")

@@ -1,4 +1,4 @@
-"""Shards of bytes: Arrow IPC files that are checked before Arrow parses them.
+"""Shards of bytes: Arrow IPC files that are checked before they are believed.
 
 In: documents `(doc_id, text)`. Out: `train-00000.arrow` (columns `doc_id`, `text`; any Arrow reader opens it)
 and beside it `train-00000.index.npy`, int64 [record batches, 5]: file offset, message length, rows, text
@@ -9,8 +9,8 @@ bytes, crc32 of the raw message.
                                               720, 272, 2 rows, 11 bytes, crc
 
 The decision that is not obvious: the reader never uses Arrow's footer or the file's own schema. It finds a
-record batch by the index, checks the crc of its raw bytes, and only then hands them to Arrow, because a
-flipped offset can crash the parser.
+record batch by the index, checks the crc of its raw bytes, and then every number in them (`arrow_file.py`):
+a crc tells damage from what was written, not whether what was written is sound.
 
 Files are memory-mapped: a file that another process truncates while it is read ends this one with SIGBUS.
 Replace, never truncate.
@@ -24,7 +24,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
+from blt_titan.data.arrow_file import check_utf8, checked_offsets, map_file, parse_index, record_batch_buffers
 from blt_titan.data.errors import DataError
 from blt_titan.data.manifest import FORMAT, MANIFEST_NAME, VERSION, Manifest, ShardEntry, read_manifest
 
@@ -165,6 +166,8 @@ class RecordBatch:
         text: uint8 [text bytes], read-only, a view into the memory map that it keeps alive.
         offsets: int64 [rows + 1], from 0 to the number of text bytes.
         crc32: of the record batch's raw bytes; what sidecars call it by.
+        id_bytes: the documents' names as UTF-8, uint8, a view too.
+        id_offsets: of the names, int64 [rows + 1].
     """
 
     shard_path: Path
@@ -172,7 +175,8 @@ class RecordBatch:
     text: np.ndarray
     offsets: np.ndarray
     crc32: int
-    _doc_ids: Any
+    id_bytes: np.ndarray
+    id_offsets: np.ndarray
 
     @property
     def rows(self) -> int:
@@ -182,7 +186,8 @@ class RecordBatch:
     @property
     def doc_ids(self) -> list[str]:
         """The documents' names, made anew at each call."""
-        return self._doc_ids.to_pylist()
+        names = self.id_bytes.tobytes()
+        return [names[begin:end].decode() for begin, end in pairwise(self.id_offsets.tolist())]
 
     def document(self, row: int) -> np.ndarray:
         """Give the bytes of one document, uint8 [N], a view."""
@@ -268,24 +273,25 @@ class ShardSet:
         """Check and read record batch i of 0..R-1.
 
         Raises:
-            DataError: its bytes do not match their checksum, or its shard is damaged; names file and record batch.
+            DataError: its bytes do not match their checksum, or are not sound, or its shard is damaged; names file and
+                record batch.
         """
-        info, message_bytes = self._checked_message(i)
+        info, message = self._checked_message(i)
         try:
-            batch = pa.ipc.read_record_batch(pa.ipc.read_message(message_bytes), SCHEMA)
-            doc_ids, texts = batch.columns
-            rows = batch.num_rows
-            _, offsets_buffer, text_buffer = texts.buffers()
-            offsets = np.frombuffer(offsets_buffer, np.int32, rows + 1).astype(np.int64)
-            text = np.frombuffer(text_buffer or b"", np.uint8, int(offsets[-1]))
-        except (pa.ArrowException, ValueError, OSError) as error:
-            raise DataError(f"{_where(info)}: not a record batch of byte documents ({error})") from error
-        if (rows, len(text), offsets[0]) != (info.rows, info.text_bytes, 0):
+            rows, [id_offsets, id_bytes, offsets, text] = record_batch_buffers(message, (3, 3))
+            id_offsets, offsets = checked_offsets(rows, id_offsets, id_bytes), checked_offsets(rows, offsets, text)
+            check_utf8(id_offsets, id_bytes)
+        except ValueError as error:
             raise DataError(
-                f"{_where(info)}: holds {rows} documents of {len(text)} bytes, its index says {info.rows} of "
+                f"{_where(info)}: not a record batch of byte documents ({error}); restore it, or prepare the data again"
+            ) from error
+        if (rows, offsets[-1]) != (info.rows, info.text_bytes):
+            raise DataError(
+                f"{_where(info)}: holds {rows} documents of {offsets[-1]} bytes, its index says {info.rows} of "
                 f"{info.text_bytes}; prepare the data again"
             )
-        return RecordBatch(info.shard_path, info.batch_in_shard, text, offsets, info.crc32, doc_ids)
+        text = text[: info.text_bytes]
+        return RecordBatch(info.shard_path, info.batch_in_shard, text, offsets, info.crc32, id_bytes, id_offsets)
 
     def __iter__(self) -> Iterator[RecordBatch]:
         return map(self.read, range(len(self)))
@@ -300,16 +306,15 @@ class ShardSet:
             self._load_shard(number)
 
     def verify_checksums(self, *, progress: bool = False) -> None:
-        """Check the crc of every record batch now; reads every byte.
+        """Check every record batch now as `read` does; reads every byte.
 
         Raises:
             DataError: names the first file and record batch that is damaged.
         """
         self.verify_structure()
         with tqdm(total=self.text_bytes, unit="B", unit_scale=True, desc="checking", disable=not progress) as bar:
-            for i in range(len(self)):
-                info, _ = self._checked_message(i)
-                bar.update(info.text_bytes)
+            for batch in self:
+                bar.update(len(batch.text))
 
     def _checked_message(self, i: int) -> tuple[RecordBatchInfo, Any]:
         info, content = self._find(i)
@@ -344,8 +349,7 @@ class ShardSet:
         self._check_files(entry)
         path, index_path = self._directory / entry.file, self._directory / entry.index_file
         try:
-            with pa.memory_map(str(path)) as source:
-                content = source.read_buffer()  # keeps the map, not the file descriptor
+            content = map_file(path)
             index_bytes = index_path.read_bytes()
         except OSError as error:
             raise DataError(f"{path}: it or its index cannot be read ({error}); check permissions") from error
@@ -356,7 +360,18 @@ class ShardSet:
             raise DataError(
                 f"{index_path}: does not match its digest in {MANIFEST_NAME}; restore it, or prepare the data again"
             )
-        return _OpenShard(path, content, _parse_index(index_bytes, index_path, entry))
+        shape = (entry.record_batches, len(INDEX_COLUMNS))
+        try:
+            index = parse_index(index_bytes, shape, content.size)
+            totals = tuple(sum(column) for column in index[:, 2:4].T.tolist())
+            if totals != (entry.documents, entry.text_bytes):
+                raise ValueError(f"{totals[0]} documents, {totals[1]} bytes of text")
+        except ValueError as error:
+            raise DataError(
+                f"{index_path}: does not fit its shard as {MANIFEST_NAME} describes it (int64 {shape}, "
+                f"{entry.documents} documents, {entry.text_bytes} bytes of text): {error}; prepare the data again"
+            ) from error
+        return _OpenShard(path, content, index)
 
     def _check_files(self, entry: ShardEntry) -> None:
         path = self._directory / entry.file
@@ -372,28 +387,6 @@ class ShardSet:
             raise DataError(
                 f"{path}: {found} bytes, {MANIFEST_NAME} says {entry.file_bytes}; restore it, or prepare the data again"
             )
-
-
-def _parse_index(index_bytes: bytes, path: Path, entry: ShardEntry) -> np.ndarray:
-    """Read an index whose digest is right, and check that it fits its shard: int64 [record batches, 5]."""
-    try:
-        index = np.load(io.BytesIO(index_bytes), allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise DataError(f"{path}: not a NumPy array ({error}); prepare the data again") from error
-    expected = (entry.record_batches, len(INDEX_COLUMNS))
-    if (
-        index.dtype != np.int64
-        or index.shape != expected
-        or index.min() < 0
-        or (index[:, 0] + index[:, 1]).max() > entry.file_bytes
-        or index[:, 2].sum() != entry.documents
-        or index[:, 3].sum() != entry.text_bytes
-    ):
-        raise DataError(
-            f"{path}: does not fit its shard as {MANIFEST_NAME} describes it (int64 {expected}, "
-            f"{entry.documents} documents, {entry.text_bytes} bytes of text); prepare the data again"
-        )
-    return index
 
 
 def _where(info: RecordBatchInfo) -> str:

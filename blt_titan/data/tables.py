@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from blt_titan.data.arrow_file import checked_text
 from blt_titan.data.errors import DataError
 from blt_titan.data.extents import TOO_LONG, BadRecordError, Document, Extent, Problem, Report, is_of_the_way
 from blt_titan.data.file_systems import printable
@@ -16,6 +17,8 @@ _ARROW_MAGIC = b"ARROW1"
 _ROWS_AT_A_TIME = 64
 _BATCH_BYTES = 8 * 1024**2
 """Of a table's rows, about."""
+_READ_ERRORS = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError, EOFError)
+"""What Arrow and its bindings raise over damaged files."""
 _NETWORK_MODULES = ("requests", "urllib3", "httpx", "httpcore", "aiohttp", "huggingface_hub", "fsspec", "asyncio")
 
 
@@ -29,7 +32,9 @@ def read_table(
             yield from _rows(batch, text_column, extent, row, most_bytes)
             row += batch.num_rows
             report(round(share * extent.size_bytes))
-    except (pa.ArrowException, OSError, BadRecordError) as error:
+    except DataError:
+        raise
+    except (*_READ_ERRORS, BadRecordError) as error:
         if isinstance(error, OSError) and is_of_the_way(error, extent):
             raise
         # Arrow's messages of damage run over lines.
@@ -154,7 +159,7 @@ def _check_column(schema: pa.Schema, text_column: str) -> None:
 
 def _rows(batch: Any, text_column: str, extent: Extent, row: int, most_bytes: int) -> Iterator[Document | Problem]:
     # As bytes, whatever the file calls them: an invalid string stays as it is.
-    column = pc.cast(batch.column(text_column), pa.large_binary())
+    column = pc.cast(checked_text(batch.column(text_column)), pa.large_binary())
     for number, text in enumerate(column, start=row + 1):
         where = f"{printable(extent.path)}, row {number}"
         if not text.is_valid:

@@ -89,7 +89,11 @@ def score_data(
     directory, manifest = sidecar_directory(data, name), read_manifest(data)
     begin_sidecar(data, name, settings)
     own = [(split, shard) for split in SPLITS for shard in manifest.splits[split]][rank::ranks]
-    own = [(split, shard) for split, shard in own if not is_done(directory, shard, verify=verify)]
+    own = [
+        (split, shard)
+        for split, shard in own
+        if not is_done(directory, shard, verify=settings.storage if verify else None)
+    ]
     if own:
         withdraw_sidecar(data, name)
     n_bytes, before = 0, scorer.slots_run

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from blt_titan.data.entropies import (
@@ -22,6 +23,7 @@ from blt_titan.data.manifest import SPLITS, read_manifest
 from blt_titan.data.prepare import prepare
 from blt_titan.data.shards import ShardSet
 from blt_titan.patching.rounding import UINT8_EDGES_NATS, from_storage, to_storage
+from tests.lying_shards import batch_of, message_of, places, replace_metadata, rewrite, write_shard
 
 SETTINGS = SidecarSettings("float16", {"window": 8, "reset_at_newline": False}, "abc", "float32")
 
@@ -152,11 +154,75 @@ def test_a_flipped_byte_is_found(data):
         sidecar(batches[1])
 
 
-def test_values_that_are_not_finite_are_refused(data):
+def set_value(value: float, storage: str = "float16"):
+    """Return an edit that sets the third entropy of a record batch."""
+
+    def edit(message: bytearray) -> None:
+        begin, _ = places(message, pa.schema({"entropies_nats": storage}))[0][1]
+        message[begin + 4 : begin + 6] = np.float16(value).tobytes()
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (set_value(np.nan), "entropies must be finite and not negative"),
+        (set_value(np.inf), "entropies must be finite and not negative"),
+        (set_value(-1.0), "entropies must be finite and not negative"),
+        (
+            lambda m: replace_metadata(2 * values_of(m), 2 * values_of(m) - 1, -1)(m),
+            r"holds (\d+) entropies in \d+ bytes",
+        ),
+        (lambda m: replace_metadata(2 * values_of(m), 2**62, -1)(m), "buffer 1 lies outside of the message"),
+        (lambda m: replace_metadata(values_of(m), 2**40)(m), "a column has nulls, or another number of rows"),
+        (lambda m: message_of(batch_of(m, FLOAT16)[0], compression="zstd"), "it is compressed"),
+        (lambda m: message_of(as_uint8(batch_of(m, FLOAT16)[0])), r"holds (\d+) entropies in \d+ bytes, expected \1"),
+    ],
+    ids=["nan", "inf", "negative", "buffer_too_small", "buffer_outside", "rows", "compressed", "another_type"],
+)
+def test_a_record_batch_that_lies_is_damage_although_its_checksum_is_right(data, edit, message):
+    score(data)
+    directory, batches = sidecar_directory(data, "default"), list(ShardSet(data, "train"))
+    [shard, *_] = read_manifest(data).splits["train"]
+    rewrite(directory, edit, batch=1, listed=SIDECAR_NAME)
+    sidecar = sidecar_of(data)
+    sidecar.verify_structure()
+    sidecar(batches[0])
+    with pytest.raises(DataError, match=rf"default/train-00000\.arrow: record batch 1: {message}"):
+        sidecar(batches[1])
+    # `score_entropies --verify` scores it again.
+    entries = {entry["file"]: entry for entry in json.loads((directory / SIDECAR_NAME).read_bytes())["shards"]}
+    (directory / f"{shard.file}.done.json").write_text(json.dumps(entries[shard.file]))
+    assert is_done(directory, shard)
+    assert not is_done(directory, shard, verify="float16")
+
+
+FLOAT16 = pa.schema({"entropies_nats": pa.float16()})
+
+
+def values_of(message: bytearray) -> int:
+    return batch_of(message, FLOAT16)[0].num_rows
+
+
+def as_uint8(batch: pa.RecordBatch) -> pa.RecordBatch:
+    return pa.record_batch([pa.array(np.zeros(batch.num_rows, np.uint8))], ["entropies_nats"])
+
+
+def test_sound_shards_are_done_in_either_storage(data):
+    for storage in ("float16", "uint8"):
+        shutil.rmtree(sidecar_directory(data, "default"), ignore_errors=True)
+        score(data, SETTINGS._replace(storage=storage))
+        [shard, *_] = read_manifest(data).splits["train"]
+        assert is_done(sidecar_directory(data, "default"), shard, verify=storage)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])
+def test_values_that_are_no_entropies_are_refused(data, value):
     [shard, *_] = read_manifest(data).splits["train"]
     writer = SidecarWriter(sidecar_directory(data, "default"), shard, "float16")
     with pytest.raises(DataError, match=r"train-00000\.arrow: record batch 0: the entropy model gave values that"):
-        writer.add(0, np.array([1.0, np.nan]), 0)
+        writer.add(0, np.array([1.0, value]), 0)
     writer.abandon()
     assert not list(sidecar_directory(data, "default").iterdir())
 
@@ -201,6 +267,29 @@ def test_swapped_files_are_found(data):
         sidecar_of(data)(ShardSet(data, "train").read(0))
 
 
+def edit_entry(directory: Path, **changes) -> None:
+    content = json.loads((directory / SIDECAR_NAME).read_bytes())
+    content["shards"][0] |= changes
+    (directory / SIDECAR_NAME).write_text(json.dumps(content))
+
+
+def test_an_index_of_fewer_record_batches_is_refused(data):
+    score(data)
+    directory, batches = sidecar_directory(data, "default"), list(ShardSet(data, "train"))
+    index = np.load(directory / "train-00000.index.npy")[:1]
+    content = (directory / "train-00000.arrow").read_bytes()
+    message = bytearray(content[index[0, 0] : index[0, 0] + index[0, 1]])
+    edit_entry(directory, record_batches=1)
+    write_shard(directory, [message], index, listed=SIDECAR_NAME)
+    sidecar = sidecar_of(data)
+    sidecar(batches[0])
+    with pytest.raises(DataError, match=r"train-00000\.arrow: record batch 1: there are only 1"):
+        sidecar(batches[1])
+    edit_entry(directory, record_batches=2)
+    with pytest.raises(DataError, match=r"train-00000\.index\.npy: does not fit its shard"):
+        sidecar_of(data)(batches[0])
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -212,14 +301,14 @@ def test_swapped_files_are_found(data):
             lambda d: (d / "sidecar.json").write_text((d / "sidecar.json").read_text().replace("float16", "float17")),
             r"sidecar\.json: malformed \(ValueError\(\"storage 'float17'\"\)\)",
         ),
-        (
-            lambda d: (d / "sidecar.json").write_text(
-                (d / "sidecar.json").read_text().replace('"train-0', '"../train-0')
-            ),
-            r"sidecar\.json: malformed \(.*must be a plain name",
-        ),
+        (lambda d: edit_entry(d, index_file="../../evil.npy"), r"sidecar\.json: malformed .*plain file name"),
+        (lambda d: edit_entry(d, file_bytes="many"), r"sidecar\.json: malformed .*whole number"),
+        (lambda d: (d / "sidecar.json").write_text("[" * 100_000), r"sidecar\.json: cannot be read"),
     ],
-    ids=["missing", "truncated", "not_json", "another_format", "unknown_storage", "names_outside"],
+    ids=[
+        *("missing", "truncated", "not_json", "another_format", "unknown_storage"),
+        *("index_elsewhere", "size_no_number", "deep_nesting"),
+    ],
 )
 def test_what_is_missing_or_malformed_is_refused_at_construction(data, damage, message):
     score(data)

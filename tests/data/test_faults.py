@@ -25,6 +25,8 @@ from blt_titan.data.order import StreamOrder
 from blt_titan.data.prepare import prepare
 from blt_titan.data.shards import ShardSet
 from blt_titan.patching import entropy_patch_starts
+from tests import small_loader
+from tests.lying_shards import rewrite, set_offset
 from tests.small_loader import SHAPE, take
 
 SETTINGS = SidecarSettings("float16", {}, "", "float32")
@@ -193,6 +195,22 @@ def test_stop_is_the_default_and_names_file_and_record_batch(injured, num_worker
     loader = loader_of(directory, quarantine=False, num_workers=num_workers)
     with pytest.raises(DataError, match=r"train-\d+\.arrow: record batch \d+: .*crc32"):
         take(loader, 10_000)
+
+
+def test_what_lies_with_a_right_checksum_is_damage_like_any_other(tmp_path):
+    directory = tmp_path / "data"
+    small_loader.write(directory, small_loader.random_documents(0))
+    rewrite(directory, set_offset("text", 1, 2**20))
+    damage = r"train-00000\.arrow: record batch 0: not a record batch"
+    with pytest.raises(DataError, match=damage):
+        take(small_loader.loader_of(directory), 10_000)
+    log = tmp_path / "quarantined.jsonl"
+    loader = small_loader.loader_of(directory, quarantine=True, quarantine_log=log)
+    batches = iter(loader)
+    while loader.state_dict()["positions"][:, 0].min() < 2:
+        next(batches)
+    assert loader.take_quarantined() >= 1
+    assert "train-00000.arrow: record batch 0: not a record batch" in log.read_text()
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

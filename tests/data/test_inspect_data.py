@@ -11,6 +11,7 @@ from blt_titan.data.manifest import SPLITS
 from blt_titan.data.prepare import prepare
 from blt_titan.data.shards import ShardSet
 from scripts.inspect_data import main
+from tests.lying_shards import rewrite, set_offset
 
 SETTINGS = SidecarSettings("float16", {}, "", "float32")
 
@@ -64,6 +65,16 @@ def test_every_damaged_shard_is_named(data, capsys):
         assert str(shard.with_suffix("")) in fault
     assert main([str(data), "--no-progress", "--no-verify"]) == 0
     assert main([str(data / "nothing")]) == 2
+
+
+def test_a_shard_that_lies_is_named_although_its_checksums_are_right(data, capsys):
+    for shard, lie in (("train-00000", set_offset("doc_id", 1, 2**30)), ("train-00001", set_offset("text", 1, 2**20))):
+        rewrite(data, lie, shard=shard)
+    assert main([str(data), "--no-progress"]) == 1
+    printed = capsys.readouterr()
+    assert "all sound" not in printed.out
+    for shard in ("train-00000", "train-00001"):
+        assert f"damaged: {data / shard}.arrow: record batch 0: not a record batch of byte documents" in printed.err
 
 
 def test_entropies_are_checked_too(data, capsys):
