@@ -24,12 +24,13 @@ from torchtitan.components.checkpoint import (
     CheckpointManager,
 )
 
-from blt_titan.inference.checkpoint import CheckpointError
-from blt_titan.inference.safe_checkpoint import SafeLoadPlanner, SafeReader
-from blt_titan.resume import newest_sound
+from blt_titan.data.errors import DataError
+from blt_titan.inference.checkpoint import cannot_read
+from blt_titan.inference.safe_checkpoint import CheckpointError, SafeLoadPlanner, SafeReader, brief
+from blt_titan.resume import RunStateError, newest_sound
 
 # torch's own derives from BaseException.
-_DCP_ERRORS = (CheckpointException, OSError, EOFError, RuntimeError, pickle.PickleError)
+_SAVE_ERRORS = (CheckpointException, OSError, EOFError, RuntimeError, pickle.PickleError)
 
 
 class RunCheckpoints(CheckpointManager):
@@ -63,21 +64,24 @@ class RunCheckpoints(CheckpointManager):
         """
         try:
             super().save(curr_step, last_step)
-        except _DCP_ERRORS as error:
+        except _SAVE_ERRORS as error:
+            cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
             raise CheckpointError(
-                f"{self.folder}: a checkpoint could not be written at step {curr_step} ({_brief(error)}); the steps "
+                f"{self.folder}: a checkpoint could not be written at step {curr_step} ({brief(cause)}); the steps "
                 "before it are sound: make room there, or see that it can be written, and start again"
             ) from error
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
         """Read what `state_dict` names."""
         assert not from_hf, "refused with the settings"
+        # torch would log what is wrong with it as a traceback, and look for other metadata.
+        SafeReader(checkpoint_id).read_metadata()
         try:
             load(state_dict, storage_reader=SafeReader(checkpoint_id), planner=SafeLoadPlanner())
-        except _DCP_ERRORS as error:
-            raise CheckpointError(
-                f"{checkpoint_id}: cannot be read, or is of another model: ... {_brief(error)}"
-            ) from error
+        except (RunStateError, DataError):  # of what took the state over
+            raise
+        except (CheckpointException, Exception) as error:  # what damaged bytes raise in torch is of many kinds
+            raise cannot_read(checkpoint_id, error) from error
         self.states[MODEL].load_state_dict(state_dict)
 
     def _find_load_step(self, folder: str = "") -> int:
@@ -104,7 +108,3 @@ class RunCheckpoints(CheckpointManager):
         groups = [group for optimizer in self.states[OPTIMIZER] for group in optimizer.param_groups]
         for group, settings in zip(groups, said, strict=True):
             group.update(settings)
-
-
-def _brief(error: BaseException) -> str:
-    return " ".join(str(error).split())[-300:]

@@ -4,8 +4,7 @@ In: the settings. Out: the checkpoint that will be loaded, and for each thing th
 that names the key, what the checkpoint has and what the run says.
 """
 
-import json
-import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,10 +16,9 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorSt
 from blt_titan.config.keys import KEYS
 from blt_titan.config.read import RunConfigError, settings_of
 from blt_titan.data.loader import IDENTITY_KEY
-from blt_titan.inference.checkpoint import MODEL_KEY, CheckpointError, fill_state
-from blt_titan.inference.safe_checkpoint import SafeReader, damage
-
-logger = logging.getLogger(__name__)
+from blt_titan.inference.checkpoint import MODEL_KEY, describe_model, fill_state, latest_checkpoint
+from blt_titan.inference.json_fields import FieldError, parse_object
+from blt_titan.inference.safe_checkpoint import CheckpointError, SafeReader, damage
 
 NOT_OF_THE_MODEL = ("init_seed", "attention_backend", "nominal_patch_bytes")
 """Arguments that change neither weights nor what is computed with them."""
@@ -32,29 +30,24 @@ _RECORDED = (
 """Settings that may change when a run resumes, and are logged when they do."""
 
 
+class RunStateError(RuntimeError):
+    """A checkpoint that this run cannot continue from."""
+
+
 def newest_sound(folder: str | Path) -> Path | None:
-    """Return the newest checkpoint `step-N` that is whole; those that are not are named in the log and passed over.
+    """Return the newest checkpoint `step-N` that is whole; damaged ones are named in the log and passed over.
 
     Raises:
         CheckpointError: there are checkpoints, but none is whole.
     """
-    faults: list[str] = []
-    for step in sorted(saved_steps(folder), reverse=True):
-        path = Path(folder) / f"step-{step}"
-        fault = damage(path)
-        if fault is None:
-            for passed_over in faults:
-                logger.warning(f"passed over: {passed_over}")
-            return path
-        # Without metadata a save did not end; that is no fault, and the step is made again.
-        if (path / ".metadata").exists():
-            faults.append(fault)
-    if faults:
+    try:
+        return latest_checkpoint(folder)
+    except FileNotFoundError:
+        return None
+    except CheckpointError as error:
         raise CheckpointError(
-            f"{folder}: no sound checkpoint: {'; '.join(faults)}. Restore it, remove {folder} to begin anew, or choose "
-            "another job.dump_folder"
-        )
-    return None
+            f"{error}. Restore it, remove {folder} to begin anew, or choose another job.dump_folder"
+        ) from error
 
 
 def saved_steps(folder: str | Path) -> list[int]:
@@ -126,7 +119,7 @@ def check_model(checkpoint: Path, config: Any, spec: Any) -> None:
     metadata = SafeReader(checkpoint).read_metadata().state_dict_metadata
     args = spec.model_args[config.model.flavor]
     if isinstance(metadata.get(MODEL_KEY), BytesStorageMetadata):
-        saved = saved_description(checkpoint)
+        saved = describe_model(checkpoint)
         if fault := other_model(saved, {"name": config.model.name, "args": plain_args(args, config)}):
             like = [
                 flavor
@@ -170,17 +163,6 @@ def other_model(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str | None
     return None
 
 
-def saved_description(checkpoint: Path) -> dict[str, Any]:
-    """Return what a checkpoint says of its model and its run.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    state = {MODEL_KEY: ""}
-    fill_state(state, checkpoint)
-    return _object(state[MODEL_KEY], checkpoint)
-
-
 def saved_identity(checkpoint: Path) -> dict[str, Any]:
     """Return what a checkpoint says of the data that its run reads.
 
@@ -189,23 +171,17 @@ def saved_identity(checkpoint: Path) -> dict[str, Any]:
     """
     state = {IDENTITY_KEY: ""}
     fill_state(state, checkpoint)
-    return _object(state[IDENTITY_KEY], checkpoint)
-
-
-def _object(written: Any, checkpoint: Path) -> dict[str, Any]:
     try:
-        content = json.loads(written)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{checkpoint}: what it says of its run is no JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{checkpoint}: what it says of its run is no JSON object")
-    return content
+        return parse_object(state[IDENTITY_KEY], f"{checkpoint}: {IDENTITY_KEY}")
+    except FieldError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def recorded_settings(config: Any) -> dict[str, Any]:
     """Return the settings that a checkpoint keeps, to tell what changed when its run resumes."""
     settings = settings_of(config)
-    return {key: settings[key] for key in _RECORDED}
+    # JSON has no infinity, as training.max_norm may be.
+    return {key: "inf" if settings[key] == math.inf else settings[key] for key in _RECORDED}
 
 
 def changed_settings(saved: Mapping[str, Any], config: Any) -> Iterator[str]:

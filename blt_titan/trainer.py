@@ -32,7 +32,7 @@ from blt_titan.inference.entropies import OnlineEntropies
 from blt_titan.interop.in_training import HFExports
 from blt_titan.loss import ByteCrossEntropy, bits_per_byte, count_targets
 from blt_titan.metrics import COUNTS, BLTMetrics
-from blt_titan.resume import changed_settings, other_model, recorded_settings
+from blt_titan.resume import RunStateError, changed_settings, other_model, recorded_settings
 from blt_titan.run_folder import RunLock, record_settings
 from blt_titan.train_spec import RowsDifferError, patch_rule, row_ranks  # registers the models, too
 from parallelisms.clipping import clip_grad_norm
@@ -41,10 +41,6 @@ from parallelisms.hash_tables import reduce_partial_gradients
 
 class NonFiniteLossError(RuntimeError):
     """The loss or the gradient norm became NaN or infinite."""
-
-
-class RunStateError(RuntimeError):
-    """A checkpoint that this run cannot continue from."""
 
 
 _LONGEST_EXPORT = timedelta(hours=12)

@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         require_free(out)
     pretrained = Pretrained(args.model, revision=args.revision)
     rule = pretrained.rule
+    # First, so that nothing is written if it is not the one that belongs to the BLT.
+    entropy_model = EntropyModel.from_pretrained(pretrained.directory) if args.entropy_out else None
     if args.out:
         blt = BLT.from_pretrained(pretrained.directory)
         with writing(args.out):
@@ -56,8 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if rule.by_entropy and rule.storage != "float16":
                 settings += f" (entropies were rounded: score_entropies --quantize {rule.storage})"
             print(f"train it with its own patches: {settings}")
-    if args.entropy_out:
-        entropy_model = EntropyModel.from_pretrained(pretrained.directory)
+    if entropy_model is not None:
         with writing(args.entropy_out):
             written = write_checkpoint(entropy_model, "blt_entropy", entropy_model.args, args.entropy_out)
         print(f"{written}: the entropy model")

@@ -8,7 +8,6 @@ is compared with the checkpoint, and the logits and patches of `transformers` (t
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from blt_titan.inference.json_fields import number, read_fields, read_object
 from blt_titan.interop.export import MAX_SHARD_BYTES, export_hf, stored_weights, with_threshold
 from blt_titan.interop.verify import verify_export
 from scripts.arguments import NATS, Parser, existing_directory, existing_file, output_directory, size_from, writing
@@ -98,16 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _cut_share(path: Path) -> float:
-    """Read the share of patches that the limit cut, from what `calibrate_threshold --json` wrote."""
-    try:
-        share = json.loads(path.read_bytes())["cut_share"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(
-            f"--patch-lengths {path}: is not what calibrate_threshold --json writes: no cut_share ({error!r})"
-        ) from error
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-        raise ValueError(f"--patch-lengths {path}: its cut_share is {share!r}; must be a number from 0 to 1")
-    return share
+    return read_fields(read_object(path), {"cut_share": number(0, 1)}, f"{path}: ")["cut_share"]
 
 
 if __name__ == "__main__":

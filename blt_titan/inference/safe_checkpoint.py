@@ -8,15 +8,17 @@ the latter nothing but plain data and arrays of numbers.
 """
 
 import io
+import math
 import os
 import pickle
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.checkpoint._nested_dict import set_element
+from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -105,8 +107,7 @@ class SafeLoadPlanner(DefaultLoadPlanner):
         # What damaged bytes raise is not documented, and is of many kinds.
         except Exception as error:
             raise CheckpointError(
-                f"entry {name!r} is damaged, or holds other objects than plain data ({_brief(error)}), "
-                "which are not loaded"
+                f"entry {name!r} is damaged, or holds other objects than plain data ({brief(error)})"
             ) from error
         if self.flatten_state_dict:
             set_element(self.original_state_dict, self.mappings[name], content)
@@ -172,7 +173,7 @@ def _unpickle(path: Path) -> Any:
         return _MetadataUnpickler(io.BytesIO(content)).load()
     # What damaged bytes raise is not documented, and is of many kinds.
     except Exception as error:
-        raise CheckpointError(f"{path}: cannot be read ({_brief(error)}); take another checkpoint") from error
+        raise CheckpointError(f"{path}: cannot be read ({brief(error)}); take another checkpoint") from error
     finally:
         for kind, attributes in before.items():
             for name in vars(kind).keys() - attributes.keys():
@@ -196,23 +197,35 @@ def _check(path: Path, metadata: Any) -> None:
     need(isinstance(metadata, Metadata), "is no checkpoint's metadata")
     fields: Mapping[str, Any] = vars(metadata)
     stored, places = fields.get("state_dict_metadata"), fields.get("storage_data")
-    need(isinstance(stored, dict) and isinstance(places, dict), "does not say what is stored, and where")
+    if not isinstance(stored, dict) or not isinstance(places, dict):
+        raise CheckpointError(f"{path}: does not say what is stored, and where; take another checkpoint")
     need(isinstance(fields.get("storage_meta"), StorageMeta | None), "has a storage_meta of another kind")
     for name, entry in stored.items():
         need(isinstance(name, str), "names an entry by something else than a text")
         if isinstance(entry, BytesStorageMetadata):
             continue
         need(_is_tensor(entry), f"entry {name!r} is no tensor of a shape in chunks, nor bytes")
+    chunk_bytes: dict[tuple[Any, Any], int] = {
+        (name, chunk.offsets): math.prod(chunk.sizes) * entry.properties.dtype.itemsize
+        for name, entry in stored.items()
+        if isinstance(entry, TensorStorageMetadata)
+        for chunk in entry.chunks
+    }
     for index, info in places.items():
-        need(isinstance(index, MetadataIndex) and vars(index).get("fqn") in stored, "places an entry that it lacks")
-        need(isinstance(info, _StorageInfo), f"entry {index.fqn!r} has no place in a file")
+        key = (vars(index).get("fqn"), vars(index).get("offset")) if isinstance(index, MetadataIndex) else (None, None)
+        need(isinstance(key[0], str) and key[0] in stored, "places an entry that it lacks")
+        need(isinstance(key[1], torch.Size | None), f"entry {key[0]!r} begins at no place of its tensor")
+        need(isinstance(info, _StorageInfo), f"entry {key[0]!r} has no place in a file")
         place = vars(info)
-        file = place.get("relative_path")
+        file, length = place.get("relative_path"), place.get("length")
         need(
-            isinstance(file, str) and file == PurePath(file).name != "..",
-            f"entry {index.fqn!r} lies in {file!r}, which is not a file of this folder",
+            isinstance(file, str) and file == PurePath(file).name and file not in ("", ".."),
+            f"entry {key[0]!r} lies in {str(file)[:100]!r}, which is not a file of this folder",
         )
-        need(_are_sizes((place.get("offset"), place.get("length"))), f"entry {index.fqn!r} lies nowhere in {file}")
+        need(_are_sizes((place.get("offset"), length)), f"entry {key[0]!r} lies nowhere in {file}")
+        # What is compressed may be larger than its place; it is read into tensors whose size is known by then.
+        if isinstance(length, int) and not place.get("transform_descriptors"):
+            need(chunk_bytes.get(key, 0) <= length, f"entry {key[0]!r} is larger than its place in {file}")
 
 
 def _is_tensor(entry: Any) -> bool:
@@ -224,6 +237,7 @@ def _is_tensor(entry: Any) -> bool:
         return False
     if not isinstance(vars(properties).get("dtype"), torch.dtype):
         return False
+    held = 0
     for chunk in chunks:
         if not isinstance(chunk, ChunkStorageMetadata):
             return False
@@ -234,12 +248,18 @@ def _is_tensor(entry: Any) -> bool:
             return False
         if any(offset + n > whole for offset, n, whole in zip(offsets, sizes, size, strict=True)):
             return False
-    return True
+        held += math.prod(sizes)
+    return held >= math.prod(size)
 
 
 def _are_sizes(numbers: Iterable[Any]) -> bool:
     return all(type(number) is int and 0 <= number < 2**62 for number in numbers)
 
 
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def brief(error: BaseException) -> str:
+    """Say on one line what went wrong in a reader; torch would advise to load what it refused all the same."""
+    text = " ".join(str(error).split())
+    if "Weights only load failed" in text:
+        named = re.search(r"GLOBAL ([\w.]+)", text)
+        return f"it names {named[1]}, which is not loaded" if named else "it is no plain data"
+    return text[:200] or type(error).__name__

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,7 +17,16 @@ import torch
 
 from blt_titan.byte_vocab import BOS_ID, EOS_ID, RESERVED_ID
 from blt_titan.data.entropies import SidecarSettings, fingerprint_of
-from blt_titan.inference.checkpoint import CheckpointError, describe_model, find_checkpoint
+from blt_titan.inference.checkpoint import (
+    NotDescribedError,
+    build_meta,
+    describe_model,
+    find_checkpoint,
+    read_description,
+    require_shapes,
+)
+from blt_titan.inference.json_fields import FieldError, read_object
+from blt_titan.inference.safe_checkpoint import CheckpointError
 from blt_titan.inference.score_data import model_settings
 from blt_titan.interop.hf_config import HFConfigError, hf_config, why_not_by_itself
 from blt_titan.interop.hf_names import blt_name_to_hf, entropy_name_to_hf
@@ -26,6 +35,7 @@ from blt_titan.interop.tensors import Entry, StoredTensors, TensorSource, write_
 from blt_titan.interop.tokenizer import tokenizer_files
 from blt_titan.model.blt import BLT
 from blt_titan.model.entropy_model import EntropyModel
+from blt_titan.model.initialization import DepthScaling
 from blt_titan.model.sizes import BLTArgs, EntropyModelArgs
 from blt_titan.patching.rounding import Storage
 from blt_titan.patching.rule import PatchRule
@@ -60,17 +70,11 @@ def stored_weights(path: str | os.PathLike[str], *, described: Mapping[str, Any]
     checkpoint = find_checkpoint(path)
     try:
         described = describe_model(checkpoint)
-    except CheckpointError:
+    except NotDescribedError:
         if described is None:
             raise
-    kinds = {"blt": BLTArgs, "blt_entropy": EntropyModelArgs}
-    kind = kinds.get(described["name"])
-    if kind is None:
-        raise CheckpointError(f"{checkpoint}: holds a model {described['name']!r}, not one of {', '.join(kinds)}")
-    known = {field.name for field in fields(kind)}
-    values = {key: tuple(v) if isinstance(v, list) else v for key, v in described["args"].items() if key in known}
-    rule = PatchRule.of(described["patching"]) if "patching" in described else None
-    return Weights(kind(**values), StoredTensors(checkpoint), str(checkpoint), rule, described.get("entropies", ""))
+    args, rule, entropies = read_description(described, str(checkpoint))
+    return Weights(args, StoredTensors(checkpoint), str(checkpoint), rule, entropies)
 
 
 def with_threshold(rule: PatchRule | None, entropies: str, threshold: float, origin: str) -> tuple[PatchRule, str]:
@@ -105,16 +109,7 @@ def check_entropy_model(fingerprint: str, entropy: Weights, rule: PatchRule | No
     """
     if not fingerprint:
         return
-    digest = hashlib.sha256()
-    for entry in sorted(model_entries(entropy, EntropyModel, str, torch.float32), key=lambda entry: entry.name):
-        digest.update(entry.name.encode())
-        for block in entry.blocks():
-            digest.update(block.float().contiguous().numpy().tobytes())
-    args = model_settings(entropy.args)
-    storages = {
-        fingerprint_of(SidecarSettings(storage, args, digest.hexdigest(), "float32")): storage
-        for storage in get_args(Storage)
-    }
+    storages = fingerprints_of(entropy)
     if rule is not None and storages.get(fingerprint, rule.storage) != rule.storage:
         raise CheckpointError(
             f"the training text was cut by entropies rounded to {storages[fingerprint]}, but the rule says "
@@ -125,6 +120,22 @@ def check_entropy_model(fingerprint: str, entropy: Weights, rule: PatchRule | No
             f"{entropy.origin}: is not the entropy model by which the training text was cut, and would cut texts "
             "otherwise; name that one (another --threshold than in training says that other patches are meant)"
         )
+
+
+def fingerprints_of(entropy: Weights) -> dict[str, Storage]:
+    """Return what an entropy model may be known by, each with the storage of entropies that belongs to it."""
+    digest = hashlib.sha256()
+    for entry in sorted(model_entries(entropy, EntropyModel, str, torch.float32), key=lambda entry: entry.name):
+        digest.update(entry.name.encode())
+        for block in entry.blocks():
+            digest.update(block.float().contiguous().numpy().tobytes())
+    settings, weights = model_settings(entropy.args), digest.hexdigest()
+    # How its weights were drawn is not in every layout, and does not change what they are.
+    return {
+        fingerprint_of(SidecarSettings(storage, settings | {"init_depth_scaling": drawn}, weights, "float32")): storage
+        for storage in get_args(Storage)
+        for drawn in get_args(DepthScaling)
+    }
 
 
 def export_hf(
@@ -172,9 +183,19 @@ def export_hf(
     if alone and not force:
         raise HFConfigError(f"{alone}. --force writes the weights all the same, for use with explicit patch_lengths")
     patcher = None if alone else entropy
+    fingerprint = ""
     if patcher is not None:
         check_entropy_model(blt.entropies, patcher, rule)
-    config = hf_config(blt.args, patcher.args if patcher else None, rule, dtype=dtype, entropies=blt.entropies)
+        assert rule is not None
+        fingerprint = next(key for key, storage in fingerprints_of(patcher).items() if storage == rule.storage)
+    config = hf_config(
+        blt.args,
+        patcher.args if patcher else None,
+        rule,
+        dtype=dtype,
+        entropies=blt.entropies,
+        entropy_model=fingerprint,
+    )
     entries = model_entries(blt, BLT, blt_name_to_hf, dtype)
     if patcher is not None:
         # In fp32: rounded weights would cut texts elsewhere than in training.
@@ -249,8 +270,8 @@ def _check_free(out: Path, overwrite: bool) -> None:
     if not config.is_file():
         raise FileExistsError(f"{out}: is there and is not a model directory (no config.json), so it is not replaced")
     try:
-        kind = json.loads(config.read_text()).get("model_type")
-    except (ValueError, AttributeError):
+        kind = read_object(config).get("model_type")
+    except FieldError:
         kind = "unreadable"
     if kind != "blt":
         raise FileExistsError(f"{out}: holds another model ({kind!r} in its config.json), so it is not replaced")
@@ -286,17 +307,4 @@ def check_names(weights: Weights, kind: Any) -> dict[str, tuple[int, ...]]:
     Raises:
         CheckpointError: the tensors are not exactly those of the model.
     """
-    with torch.device("meta"):
-        expected = {name: tuple(parameter.shape) for name, parameter in kind(weights.args).named_parameters()}
-    # A checkpoint also holds the optimizer's and the data's state.
-    shapes = {name: shape for name, shape in weights.tensors.shapes.items() if not name.startswith(_NOT_THE_MODEL)}
-    missing, left_over = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
-    if missing or left_over:
-        raise CheckpointError(f"{weights.origin}: missing tensors {missing}, left over {left_over}")
-    other = [f"{name} {shapes[name]}, not {expected[name]}" for name in expected if shapes[name] != expected[name]]
-    if other:
-        raise CheckpointError(f"{weights.origin}: tensors of other shapes than the model's: {', '.join(other)}")
-    return expected
-
-
-_NOT_THE_MODEL = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.")
+    return require_shapes(build_meta(lambda: kind(weights.args)), weights.tensors.shapes, weights.origin)

@@ -4,31 +4,43 @@ Reading refuses what our model cannot compute; writing states every field, becau
 from what the released models use (`rms_norm_eps`, the encoder's hidden width, the window).
 """
 
+import reprlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from blt_titan.byte_vocab import BOS_ID, EOS_ID, RESERVED_ID, VOCAB_SIZE
+from blt_titan.inference.json_fields import FieldError, read_fields, read_rule, refuse_unknown, section, valid_args
+from blt_titan.interop.hf_fields import DEFAULT_THRESHOLD, OURS, PATCHING, STACKS, TOP
 from blt_titan.model.layers import NORM_EPS
 from blt_titan.model.sizes import BLTArgs, EntropyModelArgs
 from blt_titan.patching.rule import PatchRule
 
-DEFAULT_THRESHOLD = 1.335442066192627
-"""Nats, of the released models."""
-RELEASED_WINDOW = 512
-"""Bytes that the released models' local stacks and patcher see."""
 LEAST_MAX_PATCH_BYTES = 256
 """From here on a limit of patches is so rarely reached that `transformers` may do without."""
 OUR_KEY = "blt_titan"
-"""In config.json, beside the fields of `transformers`: the whole rule of the patches."""
+"""In config.json, beside the fields of `transformers`: the whole rule of the patches, and two fingerprints."""
 _DEFAULT_THETA = {"patcher_config": 10_000.0}
+_WHERE = "config.json: "
 
 
 class HFConfigError(ValueError):
     """A config.json that our model cannot express, or a model that config.json cannot express."""
 
 
+@contextmanager
+def config_errors() -> Iterator[None]:
+    """Turn errors of fields into those of a configuration."""
+    try:
+        yield
+    except FieldError as error:
+        raise HFConfigError(str(error)) from error
+
+
+@config_errors()
 def blt_args_from_hf(config: dict[str, Any]) -> BLTArgs:
     """Read the shape of a BLT.
 
@@ -47,30 +59,34 @@ def blt_args_from_hf(config: dict[str, Any]) -> BLTArgs:
     _same("hidden_size", encoder, decoder)
     _same("num_attention_heads", encoder, decoder)
     _same("intermediate_size", encoder, decoder)
-    thetas = {_theta(config, name) for name in ("encoder_config", "decoder_config", "global_config")}
+    thetas = {
+        _theta(stack, name)
+        for name, stack in (("encoder_config", encoder), ("decoder_config", decoder), ("global_config", global_))
+    }
     if len(thetas) > 1:
         raise HFConfigError(f"rope_theta differs between the stacks: {sorted(thetas)}; ours share one")
-    k = config.get("cross_attn_k", 2)
+    top = read_fields(config, TOP, _WHERE)
+    k = top["cross_attn_k"]
     for name, stack in (("encoder_config", encoder), ("decoder_config", decoder)):
-        if stack.get("cross_attn_k", 2) != k:
-            raise HFConfigError(f"{name}.cross_attn_k = {stack.get('cross_attn_k', 2)} but cross_attn_k = {k}")
-    if decoder.get("hidden_size_global", global_["hidden_size"]) != global_["hidden_size"]:
+        if stack["cross_attn_k"] != k:
+            raise HFConfigError(f"{name}.cross_attn_k = {stack['cross_attn_k']} but cross_attn_k = {k}")
+    if decoder["hidden_size_global"] not in (None, global_["hidden_size"]):
         raise HFConfigError(
             f"decoder_config.hidden_size_global = {decoder['hidden_size_global']} but "
             f"global_config.hidden_size = {global_['hidden_size']}"
         )
-    if encoder.get("cross_attn_all_layers") and encoder["num_hidden_layers"] > 1:
+    if encoder["cross_attn_all_layers"] and encoder["num_hidden_layers"] > 1:
         raise HFConfigError(
             "encoder_config.cross_attn_all_layers with more than one encoder layer: transformers pools the "
             "patches anew at each layer, our model (as the original) keeps their state"
         )
     # Null is no window; where the field is missing, transformers takes the released models'.
-    window = config.get("local_attention_window_len", RELEASED_WINDOW)
-    return BLTArgs(
+    window = top["local_attention_window_len"]
+    args = BLTArgs(
         local_dim=encoder["hidden_size"],
         local_heads=encoder["num_attention_heads"],
         # Without a window, one that no row exceeds.
-        local_window=window if window is not None else encoder.get("max_position_embeddings", 24576),
+        local_window=window if window is not None else encoder["max_position_embeddings"] or 24576,
         local_ffn_hidden=encoder["intermediate_size"],
         encoder_layers=encoder["num_hidden_layers"],
         decoder_layers=decoder["num_hidden_layers"],
@@ -80,14 +96,16 @@ def blt_args_from_hf(config: dict[str, Any]) -> BLTArgs:
         global_ffn_hidden=global_["intermediate_size"],
         cross_attn_k=k,
         cross_attn_heads=encoder["num_attention_heads"],
-        decoder_cross_attn_all_layers=bool(decoder.get("cross_attn_all_layers", True)),
-        hash_ngrams=tuple(config.get("encoder_hash_byte_group_size") or (3, 4, 5, 6, 7, 8)),
-        hash_functions=config.get("encoder_hash_byte_group_nb_functions", 1),
-        hash_rows=config.get("encoder_hash_byte_group_vocab", 500_002),
+        decoder_cross_attn_all_layers=decoder["cross_attn_all_layers"],
+        hash_ngrams=tuple(top["encoder_hash_byte_group_size"] or (3, 4, 5, 6, 7, 8)),
+        hash_functions=top["encoder_hash_byte_group_nb_functions"],
+        hash_rows=top["encoder_hash_byte_group_vocab"],
         rope_theta=thetas.pop(),
     )
+    return valid_args(args, _WHERE)
 
 
+@config_errors()
 def entropy_args_from_hf(config: dict[str, Any]) -> EntropyModelArgs:
     """Read the shape of the patcher, our entropy model.
 
@@ -95,15 +113,16 @@ def entropy_args_from_hf(config: dict[str, Any]) -> EntropyModelArgs:
         HFConfigError: naming the field that is missing or that our model cannot express.
     """
     patcher = _stack(config, "patcher_config")
-    window = patcher.get("sliding_window", RELEASED_WINDOW)
-    return EntropyModelArgs(
+    window = patcher["sliding_window"]
+    args = EntropyModelArgs(
         dim=patcher["hidden_size"],
         n_heads=patcher["num_attention_heads"],
         n_layers=patcher["num_hidden_layers"],
         ffn_hidden=patcher["intermediate_size"],
-        window=window if window is not None else patcher.get("max_position_embeddings", 8192),
-        rope_theta=_theta(config, "patcher_config"),
+        window=window if window is not None else patcher["max_position_embeddings"] or 8192,
+        rope_theta=_theta(patcher, "patcher_config"),
     )
+    return valid_args(args, _WHERE + "patcher_config: ")
 
 
 def why_not_by_itself(entropy_args: EntropyModelArgs | None, rule: PatchRule | None) -> str | None:
@@ -129,6 +148,26 @@ def why_not_by_itself(entropy_args: EntropyModelArgs | None, rule: PatchRule | N
     return None
 
 
+def own_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Read what stands under our key: `patching` or None, `entropies` and `entropy_model`, fingerprints or empty.
+
+    Raises:
+        HFConfigError: naming the field that is not what it should be, or is not known.
+    """
+    with config_errors():
+        ours = config.get(OUR_KEY)
+        if ours is None:
+            ours = {}
+        if not isinstance(ours, Mapping):
+            raise FieldError(f"{_WHERE}{OUR_KEY} = {reprlib.repr(ours)}, must be an object")
+        refuse_unknown(ours, ["patching", *OURS], f"{_WHERE}{OUR_KEY}.")
+        found = read_fields(ours, OURS, f"{_WHERE}{OUR_KEY}.")
+        patching = ours.get("patching")
+        rule = None if patching is None else read_rule(patching, f"{_WHERE}{OUR_KEY}.patching")
+        return found | {"patching": rule}
+
+
+@config_errors()
 def rule_from_hf(config: dict[str, Any]) -> PatchRule | None:
     """Read where patches begin; None if the model needs explicit lengths and does not say.
 
@@ -138,19 +177,15 @@ def rule_from_hf(config: dict[str, Any]) -> PatchRule | None:
     Raises:
         HFConfigError: naming the field that means something else here.
     """
-    ours = (config.get(OUR_KEY) or {}).get("patching")
-    rule = None if ours is None else PatchRule.of(ours)
-    if not config.get("patch_in_forward", True):
+    rule, fields = own_fields(config)["patching"], read_fields(config, PATCHING, _WHERE)
+    if not fields["patch_in_forward"]:
         return rule
     _require(config, "patching_mode", "entropy")
-    threshold = config.get("patching_threshold", DEFAULT_THRESHOLD)
-    if not isinstance(threshold, int | float):
-        raise HFConfigError(f"patching_threshold = {threshold!r}, must be a number of nats")
     if rule is None:
-        rule = PatchRule("global", max_patch_bytes=config.get("max_patch_length") or 512)
+        rule = PatchRule("global", max_patch_bytes=fields["max_patch_length"] or 512)
     if rule.rule != "global":
         raise HFConfigError(f"{OUR_KEY}.patching.rule = {rule.rule!r}, but patch_in_forward = true means 'global'")
-    return replace(rule, threshold=float(threshold))
+    return replace(rule, threshold=float(fields["patching_threshold"]))
 
 
 def hf_config(
@@ -160,6 +195,7 @@ def hf_config(
     *,
     dtype: torch.dtype = torch.float32,
     entropies: str = "",
+    entropy_model: str = "",
 ) -> dict[str, Any]:
     """Write the shape of a BLT, and of its entropy model if it has one, as `config.json` holds it.
 
@@ -169,6 +205,7 @@ def hf_config(
         rule: where patches begin; None leaves the threshold of the released models.
         dtype: of the weights.
         entropies: the fingerprint of the entropy model that the training text was cut with, if that is known.
+        entropy_model: the fingerprint of the one that becomes the patcher.
 
     Raises:
         HFConfigError: naming what `transformers` cannot express.
@@ -238,7 +275,8 @@ def hf_config(
     if entropy_args is not None:
         config["patcher_config"] = entropy_config(entropy_args)
     if rule is not None:
-        config[OUR_KEY] = {"patching": rule.as_dict()} | ({"entropies": entropies} if entropies else {})
+        fingerprints = {"entropies": entropies, "entropy_model": entropy_model}
+        config[OUR_KEY] = {"patching": rule.as_dict()} | {key: value for key, value in fingerprints.items() if value}
     return config
 
 
@@ -279,16 +317,10 @@ def _rope_fields(theta: float) -> dict[str, Any]:
 
 
 def _stack(config: dict[str, Any], name: str) -> dict[str, Any]:
-    stack = config.get(name)
-    if not isinstance(stack, dict):
-        raise HFConfigError(f"{name} is missing")
-    for field in ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size"):
-        if stack.get(field) is None:
-            raise HFConfigError(
-                f"{name}.{field} is missing; the defaults of other libraries differ, so it must be there"
-            )
+    """Read the fields of a stack; the defaults of other libraries differ, so its sizes must be there."""
+    stack = read_fields(config, {name: section(STACKS[name])}, _WHERE)[name]
     heads = stack["num_attention_heads"]
-    if stack.get("num_key_value_heads") not in (None, heads):
+    if stack["num_key_value_heads"] not in (None, heads):
         raise HFConfigError(
             f"{name}.num_key_value_heads = {stack['num_key_value_heads']}: grouped-query attention is not supported, "
             f"it must be {heads}"
@@ -298,17 +330,16 @@ def _stack(config: dict[str, Any], name: str) -> dict[str, Any]:
     return stack
 
 
-def _theta(config: dict[str, Any], name: str) -> float:
-    stack = config[name]
-    rope = stack.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
+def _theta(stack: Mapping[str, Any], name: str) -> float:
+    rope = stack["rope_parameters"] or {"rope_type": "default", "rope_theta": None}
+    if rope["rope_type"] != "default":
         raise HFConfigError(f"{name}.rope_parameters.rope_type = {rope['rope_type']!r}: only 'default' is supported")
-    return float(rope.get("rope_theta") or stack.get("rope_theta") or _DEFAULT_THETA.get(name, 500_000.0))
+    return float(rope["rope_theta"] or stack["rope_theta"] or _DEFAULT_THETA.get(name, 500_000.0))
 
 
 def _require(config: dict[str, Any], field: str, value: Any, prefix: str = "") -> None:
     if config.get(field, value) != value:
-        raise HFConfigError(f"{prefix}{field} = {config[field]!r}, must be {value!r}")
+        raise HFConfigError(f"{prefix}{field} = {reprlib.repr(config[field])}, must be {value!r}")
 
 
 def _same(field: str, encoder: dict[str, Any], decoder: dict[str, Any]) -> None:

@@ -3,12 +3,11 @@
 import math
 import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from blt_titan.inference.checkpoint import CheckpointError, find_checkpoint, load_entropy_model, load_weights
+from blt_titan.inference.checkpoint import CheckpointError, holds_checkpoint, load_entropy_model, load_model
 from blt_titan.interop.export import Weights, check_entropy_model, stored_weights, with_threshold
 from blt_titan.interop.pretrained import BLT, EntropyModel, Pretrained
 from blt_titan.interop.tensors import ModuleTensors
@@ -59,20 +58,22 @@ def load_for_inference(
         raise ValueError(f"device {device}: cannot be used here ({' '.join(str(error).split())[:150]})") from error
     if threshold is not None and not math.isfinite(threshold):
         raise ValueError(f"threshold {threshold}: must be a number of nats")
-    if _is_checkpoint(path):
+    if holds_checkpoint(path):
         weights = stored_weights(path)
         if not isinstance(weights.args, BLTArgs):
             raise CheckpointError(f"{weights.origin}: holds an entropy model, not a BLT")
-        model = BareBLT(weights.args)
-        load_weights(model, weights.origin)
+        model = load_model(lambda: BareBLT(weights.args), weights.origin)
         rule, inside, origin, fingerprint = weights.rule, None, weights.origin, weights.entropies
     else:
         pretrained = Pretrained(path)
         model, rule, origin = BLT.from_pretrained(pretrained.directory), pretrained.rule, str(path)
-        fingerprint = pretrained.entropies
+        fingerprint = pretrained.fingerprint
         inside = pretrained.directory if pretrained.has_entropy_model else None
+    other_patches = False
     if threshold is not None:
+        as_trained = rule
         rule, fingerprint = with_threshold(rule, fingerprint, threshold, origin)
+        other_patches = rule != as_trained
     if rule is None:
         raise CheckpointError(
             f"{origin}: does not say where its patches begin, as older checkpoints and directories of others may not; "
@@ -80,7 +81,7 @@ def load_for_inference(
         )
     entropy_model = None
     if rule.by_entropy:
-        entropy_model = _entropy_model(entropy or inside, origin, rule)
+        entropy_model = _entropy_model(entropy or inside, origin, rule, other_patches)
         if entropy is not None:
             found = Weights(entropy_model.args, ModuleTensors(entropy_model), str(entropy))
             check_entropy_model(fingerprint, found, rule)
@@ -94,17 +95,13 @@ def _of_any_shape(model: Any) -> Any:
     return model
 
 
-def _entropy_model(path: str | os.PathLike[str] | None, origin: str, rule: PatchRule) -> BareEntropyModel:
+def _entropy_model(
+    path: str | os.PathLike[str] | None, origin: str, rule: PatchRule, allow_changed: bool
+) -> BareEntropyModel:
     if path is None:
         raise CheckpointError(
             f"{origin}: its patches begin by entropy (rule {rule.rule!r}); name the entropy model, --entropy-checkpoint"
         )
-    return load_entropy_model(path) if _is_checkpoint(path) else EntropyModel.from_pretrained(path)
-
-
-def _is_checkpoint(path: str | os.PathLike[str]) -> bool:
-    try:
-        find_checkpoint(Path(path))
-    except CheckpointError:
-        return False
-    return True
+    if holds_checkpoint(path):
+        return load_entropy_model(path)
+    return EntropyModel.from_pretrained(path, allow_changed=allow_changed)

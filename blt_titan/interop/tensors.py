@@ -11,7 +11,6 @@ import io
 import json
 import math
 import os
-import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,11 @@ import numpy as np
 import torch
 import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from tqdm import tqdm
 
-from blt_titan.inference.checkpoint import CheckpointError, fill_state
+from blt_titan.inference.checkpoint import fill_state
+from blt_titan.inference.safe_checkpoint import CheckpointError, SafeReader, brief
 
 _BLOCK_BYTES = 32 * 1024**2
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -49,20 +48,27 @@ class TensorSource(Protocol):
         ...
 
 
-class ModuleTensors:
+class NamedTensors:
+    """Tensors by name, in memory."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]):
+        self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+    def rows(self, name: str, begin: int, end: int) -> torch.Tensor:
+        """Return some rows of a tensor, on the CPU."""
+        return self._tensors[name][begin:end].cpu()
+
+    def whole(self, name: str) -> torch.Tensor:
+        """Return a tensor, on the CPU."""
+        return self._tensors[name].cpu()
+
+
+class ModuleTensors(NamedTensors):
     """The parameters of a module that is whole on one device."""
 
     def __init__(self, module: nn.Module):
-        self._parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
-
-    def rows(self, name: str, begin: int, end: int) -> torch.Tensor:
-        """Return some rows of a parameter, on the CPU."""
-        return self._parameters[name][begin:end].cpu()
-
-    def whole(self, name: str) -> torch.Tensor:
-        """Return a parameter, on the CPU."""
-        return self._parameters[name].cpu()
+        super().__init__(dict(module.named_parameters()))
 
 
 class StoredTensors:
@@ -77,13 +83,8 @@ class StoredTensors:
 
     def __init__(self, checkpoint: str | os.PathLike[str]):
         self._folder = Path(checkpoint)
-        try:
-            metadata = FileSystemReader(checkpoint).read_metadata()
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
-            raise CheckpointError(
-                f"{checkpoint}/.metadata: cannot be read ({error}); take another checkpoint"
-            ) from error
-        self._storage: Mapping[MetadataIndex, Any] = metadata.storage_data
+        metadata = SafeReader(checkpoint).read_metadata()
+        self._storage: Any = metadata.storage_data
         self._tensors = {
             name: stored
             for name, stored in metadata.state_dict_metadata.items()
@@ -108,7 +109,7 @@ class StoredTensors:
             beside = tuple(
                 slice(offset, offset + size) for offset, size in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True)
             )
-            part = self._chunk_rows(MetadataIndex(name, chunk.offsets), low - first, high - first)
+            part = self._chunk_rows(MetadataIndex(name, chunk.offsets), chunk.sizes, low - first, high - first)
             out[(slice(low - begin, high - begin), *beside)] = part
         return out
 
@@ -123,12 +124,18 @@ class StoredTensors:
         fill_state(state, self._folder)
         return state[name]
 
-    def _chunk_rows(self, index: MetadataIndex, begin: int, end: int) -> torch.Tensor:
+    def _chunk_rows(self, index: MetadataIndex, sizes: torch.Size, begin: int, end: int) -> torch.Tensor:
         path, offset, layout = self._layout(index)
+        if layout.shape != sizes:
+            raise CheckpointError(
+                f"{path}: {index.fqn} is {tuple(layout.shape)}, its metadata says {tuple(sizes)}; take another one"
+            )
         row_bytes = layout.stride(0) * layout.element_size()
         # One row's elements may lie apart, but rows follow each other: a slice of columns is stored as its own tensor.
         last = sum((n - 1) * s for n, s in zip(layout.shape[1:], layout.stride()[1:], strict=True)) + 1
         n_bytes = (end - begin - 1) * row_bytes + last * layout.element_size()
+        if n_bytes > self._storage[index].length:
+            raise CheckpointError(f"{path}: {index.fqn} is larger than its place; take another checkpoint")
         content = bytearray(n_bytes)
         with open(path, "rb") as file:
             file.seek(offset + begin * row_bytes)
@@ -140,7 +147,9 @@ class StoredTensors:
     def _layout(self, index: MetadataIndex) -> tuple[Path, int, torch.Tensor]:
         """Return a chunk's file, where its first element lies there, and a tensor without numbers of its layout."""
         if index not in self._layouts:
-            info = self._storage[index]
+            info = self._storage.get(index)
+            if info is None:
+                raise CheckpointError(f"{self._folder}: {index.fqn} is in no file; take another checkpoint")
             path = self._folder / info.relative_path
             if getattr(info, "transform_descriptors", None):
                 raise CheckpointError(f"{path}: is compressed, which is not read here; save it without")
@@ -148,10 +157,15 @@ class StoredTensors:
                 with FakeTensorMode(), open(path, "rb") as file:
                     part: Any = _Part(file, info.offset, info.length)
                     layout = torch.load(part, map_location="cpu", weights_only=True)
-            except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-                reason = " ".join(str(error).split())[:200]
-                raise CheckpointError(f"{path}: cannot be read ({reason}); take another checkpoint") from error
-            begin = layout.untyped_storage()._checkpoint_offset + layout.storage_offset() * layout.element_size()
+                    if not isinstance(layout, torch.Tensor) or layout.layout is not torch.strided:
+                        raise TypeError(f"{index.fqn} is no dense tensor")
+            # What damaged bytes raise is of many kinds.
+            except Exception as error:
+                raise CheckpointError(f"{path}: cannot be read ({brief(error)}); take another checkpoint") from error
+            place = layout.untyped_storage()._checkpoint_offset
+            if place is None or layout.is_quantized:
+                raise CheckpointError(f"{path}: {index.fqn} is stored in a way that is not read here")
+            begin = place + layout.storage_offset() * layout.element_size()
             if layout.ndim and layout.stride(0) < math.prod(layout.shape[1:]):
                 raise CheckpointError(f"{path}: {index.fqn} is stored by columns, which is not read here")
             self._layouts[index] = (path, info.offset + begin, layout)

@@ -6,14 +6,16 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from blt_titan.byte_vocab import document_ids
 from blt_titan.data.loader import HeldOutRows, RowSource
 from blt_titan.data.packing import RowShape
 from blt_titan.data.prepare import prepare
 from blt_titan.data.shards import ShardSet
-from blt_titan.inference.checkpoint import latest_checkpoint, load_weights
+from blt_titan.inference.checkpoint import find_checkpoint, latest_checkpoint, load_weights
 from blt_titan.inference.evaluate import batch_scorer, score_batches
+from blt_titan.inference.safe_checkpoint import CheckpointError
 from blt_titan.model.blt import BLT
 from blt_titan.model.sizes import BLTArgs
 from blt_titan.patching import rule_patch_starts, starts_to_lengths
@@ -73,19 +75,29 @@ def test_held_out_score_equals_documents_alone(model, tmp_path):
     assert score.loss_nats == pytest.approx((byte_nats + eos_nats) / (n_bytes + len(DOCUMENTS)), rel=NATS_RTOL)
 
 
-def test_latest_checkpoint_skips_what_is_half_written(tmp_path):
+def test_latest_checkpoint_skips_what_is_half_written(model, tmp_path, caplog):
     with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
         latest_checkpoint(tmp_path)
     for step, complete_ in ((2, True), (10, True), (30, False)):
-        (tmp_path / f"step-{step}").mkdir()
-        if complete_:
-            (tmp_path / f"step-{step}" / ".metadata").touch()
+        save(model.decoder.state_dict(), checkpoint_id=str(tmp_path / f"step-{step}"), no_dist=True)
+        if not complete_:
+            (tmp_path / f"step-{step}" / ".metadata").unlink()
     assert latest_checkpoint(tmp_path).name == "step-10"
+    # What a killed machine leaves is passed over aloud; named directly, it is refused.
+    (tmp_path / "step-10" / ".metadata").write_bytes(b"")
+    assert find_checkpoint(tmp_path).name == "step-2"
+    assert "step-10 is passed over" in caplog.text
+    with pytest.raises(CheckpointError, match=r"step-10/\.metadata: is empty"):
+        find_checkpoint(tmp_path / "step-10")
+    (tmp_path / "step-2" / ".metadata").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="none of its checkpoints is sound"):
+        find_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is a model directory"):
+        find_checkpoint(tmp_path)
 
 
 def test_weights_come_back_from_a_checkpoint(model, tmp_path):
-    from torch.distributed.checkpoint.state_dict_saver import save
-
     save(model.state_dict(), checkpoint_id=str(tmp_path), no_dist=True)
     other = BLT(model.args)
     load_weights(other, tmp_path)

@@ -52,12 +52,14 @@ def resume_with_other_settings(out: str, overrides: list[str]) -> dict:
     train(out, *overrides, "--training.steps=2", "--optimizer.lr=0.25", "--optimizer.weight_decay=0.3")
     other = ["--optimizer.lr=1e-3", "--optimizer.weight_decay=0.01", "--optimizer.beta1=0.8", "--optimizer.beta2=0.9"]
     other += ["--optimizer.eps=1e-6", "--optimizer.name=Adam", "--optimizer.implementation=for-loop"]
+    other += ["--training.max_norm=inf"]
     fresh = make_trainer(f"{out}/fresh", *overrides, *other)
     wanted = [
         {k: v for k, v in group.items() if k != "params"} for group in fresh.optimizers.optimizers[0].param_groups
     ]
     schedule = fresh.lr_schedulers.schedulers[0].lr_lambdas[0]
     fresh.close()
+    train(out, *overrides, *other, "--training.steps=3", "--checkpoint.interval=1")
     trainer = make_trainer(out, *overrides, *other, "--training.steps=4")
     trainer.train()
     groups = [{k: v for k, v in g.items() if k != "params"} for g in trainer.optimizers.optimizers[0].param_groups]
@@ -80,7 +82,8 @@ def test_a_resume_keeps_the_optimizer_settings_that_the_run_says(small_run, tmp_
     assert "resumed with lr 0.001 (was 0.25)" in found["said"]
     assert "resumed with weight_decay 0.01 (was 0.3)" in found["said"]
     assert "resumed with name 'Adam' (was 'AdamW')" in found["said"]
-    assert "resumed with training.steps 4 (was 2)" in found["said"]
+    assert "resumed with training.max_norm 'inf' (was 1.0)" in found["said"]
+    assert found["said"][-1] == "resumed with training.steps 4 (was 3)"
 
 
 def resume_what_cannot_be(out: str, overrides: list[str]) -> dict[str, str]:

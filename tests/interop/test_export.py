@@ -231,6 +231,14 @@ def test_the_command_verifies(checkpoints, tmp_path, capsys):
     assert sum(lengths) == len("some text, and more") + 2
 
 
+@pytest.mark.parametrize("content", ["[1]", "{}", '{"cut_share": "x"}', '{"cut_share": NaN}', "[" * 100_000])
+def test_damaged_patch_lengths_are_named(checkpoints, tmp_path, capsys, content):
+    (tmp_path / "lengths.json").write_text(content)
+    arguments = ["--checkpoint", str(checkpoints / "blt"), "--out", str(tmp_path / "hf"), "--force"]
+    assert convert_to_hf.main([*arguments, "--patch-lengths", str(tmp_path / "lengths.json")]) == 2
+    assert capsys.readouterr().err.startswith(f"convert_to_hf: error: {tmp_path / 'lengths.json'}: ")
+
+
 def test_checkpoints_that_do_not_fit_are_named(checkpoints, tmp_path):
     blt = stored_weights(checkpoints / "blt")
     with pytest.raises(CheckpointError, match="missing tensors"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from blt_titan.interop import pretrained as pretrained_module
+from blt_titan.interop import directory as directory_module
 from blt_titan.interop.export import stored_weights
 from blt_titan.interop.hf_config import HFConfigError
 from blt_titan.interop.original import blt_name_to_original
@@ -274,7 +274,7 @@ def test_a_repository_is_fetched(tmp_path, monkeypatch):
         assert "*.safetensors" in allow_patterns
         return str(tmp_path / "snapshot")
 
-    monkeypatch.setattr(pretrained_module, "snapshot_download", snapshot)
+    monkeypatch.setattr(directory_module, "snapshot_download", snapshot)
     assert_same(BLT.from_pretrained("someone/blt", revision="abc"), model)
     assert asked == [("someone/blt", "abc")]
     with pytest.raises(FileNotFoundError, match="no such directory, and not the name of a repository"):
