@@ -366,7 +366,7 @@ def main() -> None:
         if os.environ.get("NODE_RANK", "0") == "0":
             RunLock(config.job.dump_folder).release()
     except (RunConfigError, RunFolderError, DataError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

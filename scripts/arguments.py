@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Say what is wrong, without the usage, and end with exit code 2."""
         said = re.sub(rf"^argument (\S+): (?!{_ARGPARSE_SAYS})", r"\1 ", message).removeprefix("argument ")
-        self.exit(2, f"{self.prog}: error: {said}\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(said.splitlines())}\n")
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,7 @@ def _sentence(error: BaseException) -> str:
 
 
 def _say(name: str, message: str, code: int) -> int:
+    message = " ".join(message.splitlines())  # a name may hold line ends, and so may what a library says
     with contextlib.suppress(OSError):  # nobody may be reading it
         print(f"{name}: {message}", file=sys.stderr, flush=True)
     _silence()

@@ -67,6 +67,7 @@ class Sampling:
             sorted_BV, order_BV = p_BV.sort(-1, descending=True)
             # A byte is kept if those before it do not reach top_p yet.
             kept_BV = (sorted_BV.cumsum(-1) - sorted_BV) < self.top_p
+            kept_BV[:, 0] = True  # whatever becomes of a tiny top_p in fp32
             p_BV = torch.zeros_like(p_BV).scatter(-1, order_BV, sorted_BV * kept_BV)
             p_BV = p_BV / p_BV.sum(-1, keepdim=True)
         return p_BV

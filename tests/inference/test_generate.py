@@ -92,6 +92,7 @@ def test_probabilities_by_hand():
     assert drawn(temperature=0.5) == {100: 0.725, 101: 0.181, 102: 0.065, EOS_ID: 0.029}
     assert drawn(top_k=2) == {100: 0.667, 101: 0.333}
     assert drawn(top_p=0.49) == {100: 1.0}
+    assert drawn(top_p=1e-320) == {100: 1.0}, "the likeliest stays, whatever becomes of a tiny share in fp32"
     assert drawn(top_p=0.51) == {100: 0.667, 101: 0.333}
     assert drawn(top_p=0.91) == {100: 0.5, 101: 0.25, 102: 0.15, EOS_ID: 0.1}
     for changes in ({"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}):

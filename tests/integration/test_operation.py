@@ -143,7 +143,7 @@ def test_what_cannot_be_resumed_is_refused_by_key_and_damage_is_passed_over(smal
     assert "metrics.jsonl: 1 lines are damaged" in found["passed over"]
     assert found["same again"] == "True"
     assert "CheckpointError: " in found["none"]
-    assert "no sound checkpoint" in found["none"]
+    assert "none of its checkpoints is sound" in found["none"]
     assert "begin anew" in found["none"]
 
 
