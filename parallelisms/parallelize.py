@@ -94,13 +94,20 @@ def compiles_model(job_config: Any) -> bool:
 
 
 def apply_compile(model: nn.Module, *, backend: str) -> None:
-    """Compile each transformer block on its own, global and local: one graph per kind of block, no recompilation."""
+    """Compile each transformer block on its own, global and local: one graph per kind of block, no recompilation.
+
+    All blocks share one code object, of which Dynamo compiles at most eight variants
+    (`torch._dynamo.config.recompile_limit`; one more is an error, by `fullgraph`). A run has four: local and global
+    blocks, in training and in validation, each of one shape; checkpointed blocks have a code object of their own.
+    `dynamic=False`, because Dynamo would take what differs between the two kinds, sizes of heads included, for
+    symbols: kernels without aligned loads, and FlexAttention, whose scale is then a symbol, fails to compile.
+    """
     parts = [getattr(model, name, None) for name in ("encoder", "decoder")]
     stacks = [model.get_submodule("layers"), *(part.get_submodule("layers") for part in parts if part is not None)]
     for stack in stacks:
         for block in stack.children():
             # In place: the block keeps its name, and with it its parameters' names.
-            block.compile(backend=backend, fullgraph=True)
+            block.compile(backend=backend, fullgraph=True, dynamic=False)
 
 
 def run_halo_slices(job_config: Any, window_bytes: int) -> int:

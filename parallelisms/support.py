@@ -5,8 +5,6 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 import blt_titan.titan_device  # noqa: F401
 
 # isort: split
@@ -196,7 +194,6 @@ def _check_float8(job_config: Any, model_args: Any, dp_shard: int) -> Iterator[s
 
 
 def _check_compile(job_config: Any, model_args: Any, dp_shard: int) -> Iterator[str]:
-    tp = job_config.parallelism.tensor_parallel_degree
     if not compiles_model(job_config):
         return
     schedule = job_config.parallelism.pipeline_parallel_schedule
@@ -205,8 +202,19 @@ def _check_compile(job_config: Any, model_args: Any, dp_shard: int) -> Iterator[
             f"compile.enable = true with parallelism.pipeline_parallel_schedule = {schedule!r}: torch cannot split the "
             "backward of compiled blocks; use 1F1B or Interleaved1F1B, or turn compile off"
         )
-    if tp > 1 and torch.__version__ >= "2.13":
+    cp, tp, _ = _degrees(job_config)
+    backend = model_args.attention_backend
+    if tp == 1 or backend == "flex" or (backend == "auto" and device_type == "cuda"):
+        return
+    # torch sorts the random state that it keeps for such an SDPA, dropout or not, behind the tensor-parallel mesh.
+    checkpointing = job_config.activation_checkpoint
+    why = "torch cannot compile an SDPA that backward computes again, and FlexAttention needs a GPU"
+    if cp > 1:
+        yield f"compile.enable = true with {TENSOR} = {tp} and {CONTEXT} = {cp}: {why}; turn compile off"
+    elif checkpointing.mode == "full" or (
+        checkpointing.mode == "selective" and checkpointing.selective_ac_option != "op"
+    ):
         yield (
-            f"compile.enable = true with {TENSOR} = {tp}: torch {torch.__version__} fails to compile tensor-parallel "
-            "blocks; turn one of them off"
+            f"compile.enable = true with {TENSOR} = {tp} and activation_checkpoint.mode = {checkpointing.mode!r}: "
+            f"{why}; use mode 'none' or 'selective' with selective_ac_option = 'op', or turn compile off"
         )

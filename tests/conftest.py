@@ -11,6 +11,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.fixture(autouse=True)
+def _gpu_tests_begin_with_nothing_compiled(request):
+    """FlexAttention has a limited number of variants in a process; a test uses up its own only."""
+    if request.node.get_closest_marker("gpu"):
+        import torch
+
+        torch._dynamo.reset()
+
+
 @pytest.fixture(scope="session")
 def stdlib_data(tmp_path_factory) -> Path:
     """About 400 KB of the standard library as byte shards, with a held-out split: enough for a few steps."""

@@ -8,8 +8,9 @@ entropies are those of the whole document, and a short one costs its own length:
     lane 0   <s> a b c </s> <s> d | e f g h </s> <s> i | ...        chunk = 7
     lane 1   <s> o n e   l o n  g | d o c u m e  n   t | ...
 
-Lanes take pieces (some whole documents of one request) from one queue as they run dry. Shapes are fixed until the queue
-is empty; then lanes that are done are left out, down to powers of two, so that there are few shapes to compile for.
+Lanes take pieces (some whole documents of one request) from one queue as they run dry. Once the queue is empty, lanes
+that are done are left out, down to powers of two, if attention is SDPA. FlexAttention would be compiled again for each
+number of lanes, so there they stay as padding: a scorer has one shape from its first forward to its last.
 
 Letters: B lanes, C ids of a chunk, W window, H heads, K head size.
 """
@@ -27,7 +28,7 @@ from blt_titan.batch import PADDING
 from blt_titan.byte_vocab import BOS_ID, BOUNDARY_ID
 from blt_titan.data.packing import MarkPatchStarts, frame_documents
 from blt_titan.data.shards import RecordBatch
-from blt_titan.model.attention import attend, window_mask
+from blt_titan.model.attention import attend, resolve_backend, window_mask
 from blt_titan.model.entropy_model import EntropyModel
 from blt_titan.model.layers import rotary_angles
 from blt_titan.patching.rounding import Storage, from_storage, to_storage
@@ -105,6 +106,7 @@ class EntropyScorer:
         self.slots_run = 0
         """Byte slots computed so far, padding included."""
         self.device = model.tok_embeddings.weight.device
+        self._keeps_lanes = resolve_backend(model.args.attention_backend, self.device) == "flex"
         self._attention = [_CarriedAttention(model.args.window) for _ in model.layers]
 
     def score(self, ids: np.ndarray) -> np.ndarray:
@@ -145,7 +147,7 @@ class EntropyScorer:
                     carried.kv_BWHX = None
                 return
             enough = 1 << (len(busy) - 1).bit_length()
-            if enough < len(lanes):
+            if enough < len(lanes) and not self._keeps_lanes:
                 idle = [number for number, lane in enumerate(lanes) if not lane.waiting]
                 kept = torch.tensor(sorted(busy + idle[: enough - len(busy)]))
                 lanes = [lanes[number] for number in kept.tolist()]

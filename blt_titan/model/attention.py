@@ -21,7 +21,7 @@ Letters: B rows, S slots (bytes or patches), T slots of keys, H heads, K head si
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,16 @@ AttentionBackend = Literal["auto", "sdpa", "flex"]
 
 FLEX_BLOCK = 128
 """Rows and columns of one tile of a FlexAttention block mask."""
+
+FLEX_VARIANTS = 16
+"""How many kernels of FlexAttention a process may compile, one for each combination of shapes and of with or without
+gradient. A run whose blocks are not compiled needs five: windowed and causal attention, in training and in validation,
+and the entropy scorer's. The rest is for programs that call models themselves; what has rows of any length takes SDPA.
+"""
+
+
+class FlexVariantsError(RuntimeError):
+    """FlexAttention was asked for more kernels than `FLEX_VARIANTS`."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,7 @@ def window_mask(
         backend: "auto" takes FlexAttention on CUDA and SDPA elsewhere.
         before_doc_BW: documents of the W - 1 bytes before the first slot, whose keys then precede the slots' own.
     """
-    match _resolve(backend, doc_BS.device):
+    match resolve_backend(backend, doc_BS.device):
         case "sdpa":
             return _block_local_mask(doc_BS, window, before_doc_BW)
         case "flex":
@@ -117,7 +127,7 @@ def causal_mask(
     S = doc_BS.shape[1]
     asking = queries or range(S)
     query_doc_BQ = doc_BS[:, asking.start : asking.stop]
-    match _resolve(backend, doc_BS.device):
+    match resolve_backend(backend, doc_BS.device):
         case "sdpa":
             slot_S = torch.arange(S, device=doc_BS.device)
             causal_QS = slot_S[asking.start : asking.stop, None] >= slot_S
@@ -140,6 +150,9 @@ def attend(q_BSHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHK: torch.Tensor, mas
     """Apply scaled dot-product attention under `mask`: [B, S, H, K] in, [B, S, H, K] out, scale K^-0.5.
 
     Keys and values may be longer than the queries, as the mask says.
+
+    Raises:
+        FlexVariantsError: the mask is FlexAttention's, outside a compiled region, and of one shape too many.
     """
     match mask:
         case BlockLocalMask():
@@ -149,22 +162,40 @@ def attend(q_BSHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHK: torch.Tensor, mas
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.visible).transpose(1, 2)
         case BlockMask():
             q, k, v = (x.transpose(1, 2).contiguous() for x in (q_BSHK, k_BTHK, v_BTHK))
-            attention = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+            attention = flex_attention if torch.compiler.is_compiling() else _attend_fused
             return attention(q, k, v, block_mask=mask).transpose(1, 2)  # pyright: ignore[reportAttributeAccessIssue]
         case other:
             raise TypeError(f"attend() knows no mask of type {type(other).__name__}")
 
 
-def _resolve(backend: AttentionBackend, device: torch.device) -> str:
+def resolve_backend(backend: AttentionBackend, device: torch.device) -> str:
+    """Return the backend that "auto" stands for on a device; others as they are."""
     if backend == "auto":
         return "flex" if device.type == "cuda" else "sdpa"
     return backend
 
 
 @cache
-def _compiled_flex_attention():
-    # Uncompiled FlexAttention computes S x S scores, so it is never called outside a compiled region.
-    return torch.compile(flex_attention, dynamic=False)
+def _compiled_flex_attention() -> Any:
+    # Without fullgraph, one variant too many would run uncompiled, with S x S scores, after no more than a warning.
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+def _attend_fused(q_BHSK: torch.Tensor, k_BHTK: torch.Tensor, v_BHTK: torch.Tensor, block_mask: BlockMask):
+    """Call FlexAttention as a compiled region of its own; `FlexVariantsError` if it has too many shapes."""
+    # Here, because importing it takes a second and a half.
+    from torch._dynamo import config
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    try:
+        with config.patch(recompile_limit=FLEX_VARIANTS):
+            return _compiled_flex_attention()(q_BHSK, k_BHTK, v_BHTK, block_mask=block_mask)
+    except FailOnRecompileLimitHit as error:
+        raise FlexVariantsError(
+            f"FlexAttention was compiled for {FLEX_VARIANTS} combinations of shapes in this process and is asked for "
+            f"one more, queries {list(q_BHSK.shape)} and keys {list(k_BHTK.shape)}: pad rows to few lengths, or set "
+            "attention_backend = 'sdpa' in the model's arguments"
+        ) from error
 
 
 def _block_local_mask(doc_BS: torch.Tensor, window: int, before_doc_BW: torch.Tensor | None) -> BlockLocalMask:

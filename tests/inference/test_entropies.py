@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 
 from blt_titan.byte_vocab import document_ids
 from blt_titan.inference.entropies import EntropyScorer, entropy_nats
+from blt_titan.model import attention
 from tests.small_entropy_model import ARGS, ENTROPY_ATOL, model_of, scored_alone
 
 
@@ -70,8 +72,8 @@ def test_little_is_padded():
     assert scorer.slots_run <= 1.05 * n_ids
 
 
-def test_few_shapes_are_run_as_lanes_run_dry():
-    scorer = EntropyScorer(model_of(), lanes=11, chunk=16)
+def shapes_of_forwards(scorer: EntropyScorer, n_documents: int) -> set[tuple[int, ...]]:
+    """Score documents whose lanes run dry one by one, check the entropies, and return the shapes that were run."""
     shapes, forward = set(), scorer._forward
 
     def watched(ids_BC, *others):
@@ -79,13 +81,27 @@ def test_few_shapes_are_run_as_lanes_run_dry():
         return forward(ids_BC, *others)
 
     scorer._forward = watched
-    each = documents([40 * i for i in range(1, 30)])
+    each = documents([40 * i for i in range(1, n_documents + 1)])
     expected = [scored_alone(model_of(), ids) for ids in each]
     for number, entropies in scorer.score_all(enumerate(each)):
         np.testing.assert_allclose(entropies, expected[number], atol=ENTROPY_ATOL, rtol=0)
+    assert all(carried.kv_BWHX is None for carried in scorer._attention), "nothing is held between calls"
+    return shapes
+
+
+def test_few_shapes_are_run_as_lanes_run_dry():
+    shapes = shapes_of_forwards(EntropyScorer(model_of(), lanes=11, chunk=16), n_documents=29)
     assert (11, 16) in shapes
     assert shapes <= {(lanes, 16) for lanes in (11, 8, 4, 2, 1)}
-    assert all(carried.kv_BWHX is None for carried in scorer._attention), "nothing is held between calls"
+    assert len(shapes) > 1
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_is_run_in_one_shape(monkeypatch):
+    """Each further shape would be compiled anew, and a run has other uses for FlexAttention's few variants."""
+    monkeypatch.setattr(attention, "_compiled_flex_attention", lambda: flex_attention)
+    scorer = EntropyScorer(model_of(attention_backend="flex"), lanes=5, chunk=64)
+    assert shapes_of_forwards(scorer, n_documents=9) == {(5, 64)}
 
 
 def test_an_autocast_around_it_changes_nothing():

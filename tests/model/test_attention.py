@@ -1,12 +1,22 @@
 """Windowed and causal attention against a dense masked softmax; FlexAttention's block lists against the dense rule."""
 
+from functools import cache, partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from tensor_watch import LargestTensor, NoHostRead
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from blt_titan.model.attention import FLEX_BLOCK, BlockLocalMask, attend, causal_mask, window_mask
+from blt_titan.model import attention
+from blt_titan.model.attention import (
+    FLEX_BLOCK,
+    BlockLocalMask,
+    FlexVariantsError,
+    attend,
+    causal_mask,
+    window_mask,
+)
 
 CPU_ATOL = 2e-6
 """fp32 softmax over at most 300 keys of unit scale, summed in another order."""
@@ -249,6 +259,33 @@ def test_unknown_backends_and_masks_are_refused():
         causal_mask(doc_BS, backend="fast")
     with pytest.raises(TypeError, match="Tensor"):
         attend(*leaves(3, 8), torch.ones(8, 8))
+
+
+@pytest.fixture
+def eager_kernels(monkeypatch):
+    """FlexAttention compiled as on CUDA up to the kernels, two variants of it at most."""
+    compiled = partial(torch.compile, backend="eager")
+    monkeypatch.setattr(attention, "_compiled_flex_attention", cache(attention._compiled_flex_attention.__wrapped__))
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(attention, "FLEX_VARIANTS", 2)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def test_one_variant_of_flex_too_many_is_an_error(eager_kernels):
+    def attended(S):
+        q, k, v = (x.detach() for x in leaves(3, S))
+        return attend(q, k, v, window_mask(documents(S), window=40, backend="flex"))
+
+    for S in (256, 200, 256, 200):
+        attended(S)
+    with pytest.raises(FlexVariantsError, match=r"2 combinations .* \[3, 2, 300, 16\] .* attention_backend = 'sdpa'"):
+        attended(300)
+    # Those that were compiled still are.
+    qkv = [x.detach() for x in leaves(3, 200)]
+    expected = attend(*qkv, window_mask(documents(200), window=40))
+    torch.testing.assert_close(attended(200), expected, atol=CPU_ATOL, rtol=CPU_ATOL)
 
 
 @pytest.mark.gpu

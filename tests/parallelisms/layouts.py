@@ -26,6 +26,7 @@ class Layout:
     short: bool = False
     """Context slices shorter than the window: a byte's window begins up to four slices back."""
     hash_sharding: str = "columns"
+    compiled: bool = False
     quick: bool = False
     """Part of `make test`; the rest is run by `make test-full`."""
 
@@ -44,6 +45,7 @@ class Layout:
         extras += [f"micro{self.micro_rows}"] if self.micro_rows > 1 else []
         extras += ["short"] if self.short else []
         extras += ["fsdp_tables"] if self.hash_sharding == "fsdp" else []
+        extras += ["compiled"] if self.compiled else []
         return "-".join(degrees + extras)
 
     @property
@@ -71,7 +73,8 @@ class Layout:
             "data.segment_patches": 12 if self.short else 20,
             "patching.max_patch_bytes": 16 if self.short else 32,
         }
-        return [f"--{key}={value}" for key, value in lines.items()]
+        compiled = ["--compile.enable", "--compile.components=model", "--activation_checkpoint.mode=none"]
+        return [*(f"--{key}={value}" for key, value in lines.items()), *(compiled if self.compiled else [])]
 
 
 SINGLE = Layout()
@@ -114,6 +117,11 @@ LAYOUTS = [
     # The tables sharded by FSDP, for comparison and as fallback.
     Layout(dp_shard=2, hash_sharding="fsdp"),
     Layout(dp_replicate=2, tp=2, hash_sharding="fsdp"),
+    # Compiled blocks.
+    Layout(dp_shard=2, compiled=True),
+    Layout(tp=2, compiled=True, quick=True),
+    Layout(dp_shard=2, tp=2, compiled=True),
+    Layout(tp=2, pp=2, compiled=True),
 ]
 
 SHORT_LAYOUTS = [
@@ -134,6 +142,7 @@ def matrix() -> str:
         remarks = ["`make test`"] if layout.quick else []
         remarks += ["slices shorter than the window"] if layout.short else []
         remarks += ['`hash_embedding.sharding = "fsdp"`'] if layout.hash_sharding == "fsdp" else []
+        remarks += ["`compile.enable = true`"] if layout.compiled else []
         remarks += [f"micro-batches of {layout.micro_rows} rows"] if layout.micro_rows > 1 else []
         degrees = (layout.dp_replicate, layout.dp_shard, layout.cp, layout.tp, layout.pp)
         cells = [layout.ranks, *degrees, layout.schedule if layout.pp > 1 else "", ", ".join(remarks)]

@@ -16,6 +16,7 @@ from blt_titan.loss import ByteCrossEntropy
 from blt_titan.model.blt import BLT
 from blt_titan.model.sizes import BLT_FLAVORS
 from parallelisms.activation_checkpointing import checkpoint_global_blocks, checkpoint_local_blocks
+from parallelisms.parallelize import apply_compile
 from tests.distributed import run_distributed
 from tests.integration.runs import losses, make_trainer, plain_name, train
 from tests.saved_memory import LiveBytes
@@ -118,6 +119,31 @@ def test_cross_attention_is_inside_what_is_checkpointed():
     }
 
 
+def test_no_compiled_graph_has_symbolic_inputs():
+    """Local and global blocks share a code object; what differs between them must not become a symbol."""
+    graphs = []
+
+    def look(graph, inputs):
+        values = [node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"]
+        sizes = [size for x in values for size in (x.shape if isinstance(x, torch.Tensor) else [x])]
+        graphs.append([size for size in sizes if isinstance(size, torch.SymInt)])
+        return graph
+
+    torch._dynamo.reset()
+    model: Any = BLT(BLT_FLAVORS["debug"])
+    model.init_weights()
+    apply_compile(model, backend=look)  # pyright: ignore[reportArgumentType]
+    for _ in range(2):
+        for shape, training in ((SHAPE, True), (RowShape(1, 512, 160), False)):
+            inputs, _ = collate_rows(word_rows(1, shape), shape)
+            with torch.set_grad_enabled(training):
+                logits = model(inputs.pop("input"), **inputs)
+            if training:
+                logits.sum().backward()
+    torch._dynamo.reset()
+    assert graphs == [[]] * 4, "local and global, in training and in validation"
+
+
 COMPILE_VARIANTS = {
     1: {
         "compile": COMPILED,
@@ -128,6 +154,7 @@ COMPILE_VARIANTS = {
         "compile_fsdp2": [*COMPILED, "--parallelism.data_parallel_shard_degree=2"],
         "compile_fsdp2_full": [*COMPILED, "--parallelism.data_parallel_shard_degree=2", *CHECKPOINTING["full"], LOCAL],
         "compile_cp2": [*COMPILED, "--parallelism.context_parallel_degree=2"],
+        "compile_tp2": [*COMPILED, *LAYOUTS[2]["tp2"], *CHECKPOINTING["selective_op"], LOCAL],
         "compile_pp2": [*COMPILED, *LAYOUTS[2]["pp2"]],
     },
 }

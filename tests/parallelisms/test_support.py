@@ -1,7 +1,6 @@
 """What is refused at start-up, in one sentence that names the settings."""
 
 import pytest
-import torch
 
 from blt_titan.model.sizes import BLT_FLAVORS
 from blt_titan.run_config import RunConfigError, check_run, load_run_config
@@ -70,11 +69,12 @@ def check(settings: list[str], small_run: list[str], ranks: int) -> None:
         ([*FLOAT8], 1, ["quantize.linear.float8.emulate = false", "8.9"]),
         ([*FLOAT8, "quantize.linear.float8.emulate", "compile.enable"], 1, ["emulate = true", "compile.enable"]),
         ([*FLOAT8, "quantize.linear.float8.emulate", "quantize.linear.float8.filter_fqns=wq"], 1, ["filter_fqns"]),
-        pytest.param(
-            ["compile.enable", "parallelism.tensor_parallel_degree=2"], 2,
-            ["compile.enable = true", "tensor_parallel_degree = 2"],
-            marks=pytest.mark.skipif(torch.__version__ < "2.13", reason="torch before 2.13 compiles it"),
-        ),
+        (["compile.enable", "parallelism.tensor_parallel_degree=2", "activation_checkpoint.mode=full"], 2,
+         ["compile.enable = true", "tensor_parallel_degree = 2", "activation_checkpoint.mode = 'full'"]),
+        (["compile.enable", "parallelism.tensor_parallel_degree=2", "activation_checkpoint.mode=selective",
+          "activation_checkpoint.selective_ac_option=2"], 2, ["activation_checkpoint.mode = 'selective'", "'op'"]),
+        (["compile.enable", "parallelism.tensor_parallel_degree=2", "parallelism.context_parallel_degree=2",
+          "training.seq_len=512"], 4, ["compile.enable = true", "tensor_parallel_degree = 2", "context_parallel"]),
     ],
     ids=lambda value: "-".join(value)[-60:] if isinstance(value, list) else str(value),
 )  # fmt: skip
@@ -87,8 +87,10 @@ def test_refusals_name_the_settings(settings, ranks, named, small_run):
 
 @pytest.mark.parametrize("also", [[], [*FLOAT8, "quantize.linear.float8.emulate"]], ids=["plain", "float8"])
 def test_what_is_not_refused(also, small_run):
-    """No layout of the table, alone or with float8."""
+    """No layout of the table, alone or with emulated float8, which is not compiled."""
     for layout in [*LAYOUTS, *SHORT_LAYOUTS]:
+        if layout.compiled and also:
+            continue
         settings = [override.removeprefix("--") for override in layout.overrides]
         config = load_run_config(
             [f"--{s}" for s in ["data.streams=8", "training.global_batch_size=8", *settings, *also]]
