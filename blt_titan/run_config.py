@@ -19,14 +19,11 @@ import blt_titan.titan_device  # noqa: F401
 # isort: split
 from torchtitan.tools.utils import device_type
 
-from blt_titan.config.keys import refused_values
+from blt_titan.config.keys import refused_values, shown
 from blt_titan.config.read import RunConfigError, load_run_config
-from blt_titan.data.entropies import fingerprint_of
 from blt_titan.data.errors import DataError
 from blt_titan.data.loader import check_continues
 from blt_titan.inference.checkpoint import CheckpointError, load_entropy_model
-from blt_titan.inference.entropies import OnlineEntropies
-from blt_titan.inference.score_data import sidecar_settings
 from blt_titan.interop.export import check_entropy_model, stored_weights
 from blt_titan.interop.hf_config import HFConfigError, hf_config, why_not_by_itself
 from blt_titan.model.entropy_model import EntropyModel
@@ -35,12 +32,13 @@ from blt_titan.run_folder import RunFolderError, RunLock
 from blt_titan.train_spec import (
     TRAIN_SPECS,
     dataset_paths,
+    entropies_fingerprint,
     goes_by_entropy,
     open_shards,
     open_sidecars,
     patch_rule,
-    row_source,
     stream_order,
+    what_decides_patches,
 )
 from parallelisms.float8 import CONVERTER, uses_float8
 from parallelisms.support import unsupported_settings
@@ -50,13 +48,14 @@ __all__ = ["RunConfigError", "check_run", "load_run_config"]
 _MOST_RANKS_NAMED = 4096
 
 
-def check_run(config: Any, *, world_size: int, verify_data: bool) -> None:
+def check_run(config: Any, *, world_size: int, verify_data: bool, look_at_checkpoint: bool = True) -> None:
     """Check that the settings fit each other, the data and the number of ranks.
 
     Args:
         config: as `load_run_config` returns it.
         world_size: ranks of the whole job.
         verify_data: also read small data in full (`data.verify_bytes_at_start`); once per node is enough.
+        look_at_checkpoint: also find the checkpoint that the run begins from, and whether it can; likewise.
 
     Raises:
         RunConfigError: naming the keys, their values and what is allowed.
@@ -82,7 +81,7 @@ def check_run(config: Any, *, world_size: int, verify_data: bool) -> None:
     _check_schedule(config)
     _check_device(config)
     _check_imports(config)
-    checkpoint = checkpoint_to_load(config)
+    checkpoint = checkpoint_to_load(config) if look_at_checkpoint else None
     if checkpoint is not None:
         check_model(checkpoint, config, spec)
     _check_data(config, dp, verify_data)
@@ -117,7 +116,7 @@ def _settings_without_effect(config: Any) -> Iterator[str]:
             ("emulate", False),
         ):
             if (value := getattr(float8, name)) != default:
-                yield f"quantize.linear.float8.{name} = {value!r} needs model.converters = ['{CONVERTER}']"
+                yield f"quantize.linear.float8.{name} = {shown(value)} needs model.converters = ['{CONVERTER}']"
     if config.model.name != "blt_entropy" and config.entropy_model.reset_at_newline:
         yield f"entropy_model.reset_at_newline = true with model.name = {config.model.name!r}: only blt_entropy has it"
     if config.model.name != "blt" and config.hash_embedding.sharding != "columns":
@@ -164,10 +163,13 @@ def _check_position(config: Any, checkpoint: Path) -> None:
     seed = checkpoint.name == "step-0" and not begins_anew
     if seed or (begins_anew and settings.initial_load_model_only) or "dataloader" in settings.exclude_from_loading:
         return
-    source = row_source(config, "train", config.training.seq_len)
-    order = stream_order(config, open_shards(config, "train"))
+    shards = open_shards(config, "train")
+    order = stream_order(config, shards)
+    patching = what_decides_patches(config, entropies_fingerprint(config, shards))
+    may_change = config.patching.allow_change
     try:
-        check_continues(saved_identity(checkpoint), source, order, patching_may_change=config.patching.allow_change)
+        saved = saved_identity(checkpoint)
+        check_continues(saved, shards.fingerprint, order, patching, patching_may_change=may_change)
     except DataError as error:
         raise RunConfigError(f"{checkpoint}: {error}") from error
 
@@ -283,11 +285,8 @@ def _check_export(config: Any, model_args: Any) -> None:
             "export.entropy_checkpoint if that is missing, or export.force = true to need explicit patch_lengths there"
         )
     if checkpoint and not alone:
-        if config.patching.source == "sidecar":
-            fingerprint = open_sidecars(config, open_shards(config, "train")).fingerprint
-        else:
-            scorer = load_entropy_model(config.patching.entropy_checkpoint)
-            fingerprint = fingerprint_of(sidecar_settings(scorer, OnlineEntropies.storage, "float32"))
+        fingerprint = entropies_fingerprint(config, open_shards(config, "train"))
+        assert fingerprint is not None  # else transformers could not cut texts for it
         try:
             check_entropy_model(fingerprint, stored_weights(checkpoint))
         except CheckpointError as error:

@@ -32,7 +32,12 @@ def main() -> None:
             raise RunConfigError(f"{', '.join(missing)} not set: start it with ./run_train.sh, or under torchrun")
         config = load_run_config(sys.argv[1:])
         is_first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
-        check_run(config, world_size=int(os.environ.get("WORLD_SIZE", "1")), verify_data=is_first_of_node)
+        check_run(
+            config,
+            world_size=int(os.environ["WORLD_SIZE"]),
+            verify_data=is_first_of_node,
+            look_at_checkpoint=is_first_of_node,
+        )
         trainer = BLTTrainer(config)
         if config.checkpoint.create_seed_checkpoint:
             trainer.checkpointer.save(curr_step=0, last_step=True)

@@ -69,22 +69,41 @@ def row_source(job_config: Any, split: str, seq_len: int) -> RowSource:
     shape = RowShape(seq_len // data.segment_bytes, data.segment_bytes, data.segment_patches)
     shards, rule = open_shards(job_config, split), patch_rule(job_config)
     if not rule.by_entropy:
-        return RowSource(shards, rule.mark, shape, patching=_patching(job_config, None))
+        return RowSource(shards, rule.mark, shape, patching=what_decides_patches(job_config, None))
     read_entropies = _read_entropies(job_config, shards)
     return RowSource(
         shards,
         partial(_mark_by_entropy, rule=rule),
         shape,
         read_entropies,
-        patching=_patching(job_config, read_entropies),
+        patching=what_decides_patches(job_config, getattr(read_entropies, "fingerprint", None)),
     )
 
 
-def _patching(job_config: Any, read_entropies: ReadEntropies | None) -> dict[str, Any]:
+def what_decides_patches(job_config: Any, entropies: str | None) -> dict[str, Any]:
+    """Return what decides where a run's patches begin, by name.
+
+    Args:
+        job_config: the run's settings.
+        entropies: the fingerprint of the model that they go by, if they do.
+    """
     found: dict[str, Any] = {f"patching.{key}": value for key, value in patch_rule(job_config).as_settings().items()}
-    if isinstance(read_entropies, EntropySidecars | OnlineEntropies):
-        found["entropies (of the model)"] = read_entropies.fingerprint
-    return found
+    return found if entropies is None else found | {"entropies (of the model)": entropies}
+
+
+def entropies_fingerprint(job_config: Any, shards: ShardSets) -> str | None:
+    """Return the fingerprint of the model that a run's patches go by; None if they go by none.
+
+    Raises:
+        DataError: a sidecar is missing, incomplete or of another text.
+        CheckpointError: the entropy model cannot be loaded.
+    """
+    if not goes_by_entropy(job_config):
+        return None
+    if job_config.patching.source == "sidecar":
+        return open_sidecars(job_config, shards).fingerprint
+    model = load_entropy_model(job_config.patching.entropy_checkpoint)
+    return fingerprint_of(sidecar_settings(model, OnlineEntropies.storage, "float32"))
 
 
 def dataset_paths(job_config: Any) -> list[str]:

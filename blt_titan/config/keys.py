@@ -339,12 +339,13 @@ def refused_values(config: Any) -> Iterator[str]:
         rule = known[key]
         if rule.is_refused:
             if value != defaults[key]:
-                yield f"{key} = {_shortened(value)} is refused: {rule.allowed}; leave it out"
+                yield f"{key} = {shown(value)} is refused: {rule.allowed}; leave it out"
         elif not rule.allows(value):
-            yield f"{key} = {_shortened(value)}: must be {rule.allowed}"
+            yield f"{key} = {shown(value)}: must be {rule.allowed}"
 
 
-def _shortened(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return a value as messages show it: on one line, not too long, booleans as in TOML."""
     if isinstance(value, bool):
         return str(value).lower()
     try:

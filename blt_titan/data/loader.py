@@ -316,11 +316,14 @@ class RowLoader:
         own = torch.full(self._positions.shape, -1, dtype=torch.int64)
         own[self.dp_rank :: self.dp_size] = torch.from_numpy(self._positions)[self.dp_rank :: self.dp_size]
         whole = self._merge_positions(own) if self._merge_positions else own
+        identity = _identity(self.source.shards.fingerprint, self.order)
         return {
             # An array, not a tensor: DCP refuses a tensor of another size before the identity below can say why.
             "positions": whole.numpy(),
             "rows_served": self._rows_served,
-            "identity": json.dumps(_identity(self.source, self.order) | {"patching": dict(self.source.patching)}),
+            "identity": json.dumps(
+                _identity(self.source.shards.fingerprint, self.order) | {"patching": dict(self.source.patching)}
+            ),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -330,7 +333,9 @@ class RowLoader:
             DataError: if the state belongs to other data, to another order or to other patches; names what differs.
         """
         saved = json.loads(state_dict["identity"])
-        for changed in check_continues(saved, self.source, self.order, patching_may_change=self._patching_may_change):
+        fingerprint, patching = self.source.shards.fingerprint, self.source.patching
+        may_change = self._patching_may_change
+        for changed in check_continues(saved, fingerprint, self.order, patching, patching_may_change=may_change):
             logger.warning(changed)
         rows_served = int(state_dict["rows_served"])
         if rows_served % self.dp_size:
@@ -348,24 +353,30 @@ class RowLoader:
         self._rows_served = rows_served
 
 
-def _identity(source: RowSource, order: StreamOrder | MixtureOrder) -> dict[str, Any]:
+def _identity(fingerprint: str, order: StreamOrder | MixtureOrder) -> dict[str, Any]:
     return {
         "data.streams": order.streams,
         "data.seed": order.seed,
-        "training.dataset_path (fingerprint)": source.shards.fingerprint,
+        "training.dataset_path (fingerprint)": fingerprint,
         **({"data.mixture (shares)": list(order.shares)} if isinstance(order, MixtureOrder) else {}),
     }
 
 
 def check_continues(
-    saved: Mapping[str, Any], source: RowSource, order: StreamOrder | MixtureOrder, *, patching_may_change: bool
+    saved: Mapping[str, Any],
+    fingerprint: str,
+    order: StreamOrder | MixtureOrder,
+    patching: Mapping[str, Any],
+    *,
+    patching_may_change: bool,
 ) -> list[str]:
     """Check that a run can go on in the data of a saved state.
 
     Args:
         saved: what the state says of its data.
-        source: the run's data and patches.
+        fingerprint: of the run's data.
         order: the run's streams.
+        patching: what decides where its patches begin, by name.
         patching_may_change: go on with other patches.
 
     Returns:
@@ -374,14 +385,14 @@ def check_continues(
     Raises:
         DataError: if the state belongs to other data, to another order or to other patches; names what differs.
     """
-    for key, value in _identity(source, order).items():
+    for key, value in _identity(fingerprint, order).items():
         if saved.get(key) != value:
             raise DataError(
                 f"the checkpoint's data order cannot be continued: it was written with {key} = {saved.get(key)!r}, "
                 f"this run has {value!r}; set it as it was, or begin in another job.dump_folder"
             )
     changed, before = [], saved.get("patching", {})
-    for key, value in source.patching.items():
+    for key, value in patching.items():
         if before.get(key) == value:
             continue
         said = f"the checkpoint was written with {key} = {before.get(key)!r}, this run has {value!r}"
