@@ -316,14 +316,12 @@ class RowLoader:
         own = torch.full(self._positions.shape, -1, dtype=torch.int64)
         own[self.dp_rank :: self.dp_size] = torch.from_numpy(self._positions)[self.dp_rank :: self.dp_size]
         whole = self._merge_positions(own) if self._merge_positions else own
-        identity = _identity(self.source.shards.fingerprint, self.order)
+        identity = _identity(self.source.shards.fingerprint, self.order) | {"patching": dict(self.source.patching)}
         return {
             # An array, not a tensor: DCP refuses a tensor of another size before the identity below can say why.
             "positions": whole.numpy(),
             "rows_served": self._rows_served,
-            "identity": json.dumps(
-                _identity(self.source.shards.fingerprint, self.order) | {"patching": dict(self.source.patching)}
-            ),
+            "identity": json.dumps(identity),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
