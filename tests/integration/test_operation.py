@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from blt_titan.config.read import RunConfigError
 from blt_titan.inference.checkpoint import CheckpointError
 from blt_titan.run_folder import RunFolderError, RunLock
 from blt_titan.trainer import NonFiniteLossError
+from tests.attacks import Attack
 from tests.distributed import run_distributed
 from tests.integration.runs import losses, make_trainer, metrics, train
 
@@ -118,6 +120,12 @@ def resume_what_cannot_be(out: str, overrides: list[str]) -> dict[str, str]:
     for step in ("step-2", "step-4"):
         (Path(out) / "checkpoint" / step / ".metadata").write_bytes(b"")
     found["none"] = refusal(train, out, *overrides)
+    for step in ("step-2", "step-4"):
+        (Path(out) / "checkpoint" / step / ".metadata").write_bytes(pickle.dumps(Attack(Path(out) / "executed")))
+    found["strange"] = refusal(train, out, *overrides)
+    begin_from = f"--checkpoint.initial_load_path={out}/checkpoint/step-2"
+    found["strange initial"] = refusal(train, f"{out}/3", *overrides, begin_from)
+    found["executed"] = str((Path(out) / "executed").exists())
     return found
 
 
@@ -145,6 +153,9 @@ def test_what_cannot_be_resumed_is_refused_by_key_and_damage_is_passed_over(smal
     assert "CheckpointError: " in found["none"]
     assert "none of its checkpoints is sound" in found["none"]
     assert "begin anew" in found["none"]
+    assert "none of its checkpoints is sound" in found["strange"]
+    assert "RunConfigError: checkpoint.initial_load_path = " in found["strange initial"]
+    assert found["executed"] == "False", "a checkpoint ran code"
 
 
 def operate(out: str, overrides: list[str]) -> dict:
