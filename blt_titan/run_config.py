@@ -28,7 +28,7 @@ from blt_titan.interop.export import check_entropy_model, stored_weights
 from blt_titan.interop.hf_config import HFConfigError, hf_config, why_not_by_itself
 from blt_titan.model.entropy_model import EntropyModel
 from blt_titan.resume import check_model, checkpoint_to_load, saved_identity
-from blt_titan.run_folder import RunFolderError, RunLock
+from blt_titan.run_folder import RunFolderError, try_folder
 from blt_titan.train_spec import (
     TRAIN_SPECS,
     dataset_paths,
@@ -363,7 +363,7 @@ def main() -> None:
         check_run(config, world_size=world_size, verify_data=True)
         # On the node of rank 0, before ranks start: whether the folder can be had.
         if os.environ.get("NODE_RANK", "0") == "0":
-            RunLock(config.job.dump_folder).release()
+            try_folder(config.job.dump_folder)
     except (RunConfigError, RunFolderError, DataError, CheckpointError) as error:
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         sys.exit(2)

@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,40 +42,79 @@ class RunLock:
     """
 
     def __init__(self, dump_folder: str | os.PathLike[str]):
-        folder = Path(dump_folder)
-        path = folder / LOCK_NAME
+        self._folder = Path(dump_folder)
+        self._descriptor: int | None = None
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            while not self._lock():
+                pass
+        except _HeldError as held:
+            raise RunFolderError(
+                f"job.dump_folder = {str(self._folder)!r}: another run writes there ({held}); wait for it, stop it, or "
+                "choose another job.dump_folder"
+            ) from None
         except (OSError, ValueError) as error:
-            raise RunFolderError(_cannot_write(folder, error)) from error
+            self.release()
+            if isinstance(error, OSError) and error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise RunFolderError(
+                    f"job.dump_folder = {str(self._folder)!r}: {LOCK_NAME} cannot be locked ({error.strerror}), so two "
+                    "runs could write there; choose a folder on a file system with locks"
+                ) from error
+            why = getattr(error, "strerror", None) or error
+            raise RunFolderError(
+                f"job.dump_folder = {str(self._folder)!r}: cannot be written ({why}); choose another, or make room"
+            ) from error
+
+    @property
+    def _path(self) -> Path:
+        return self._folder / LOCK_NAME
+
+    def _lock(self) -> bool:
+        """Take the lock; False if its file was removed meanwhile, by `try_folder` of another process."""
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, (json.dumps(held) + "\n").encode(), 0)
-            os.fsync(self._descriptor)
         except (BlockingIOError, PermissionError):
             holder = _holder(os.pread(self._descriptor, 4096, 0))
             self.release()
-            raise RunFolderError(
-                f"job.dump_folder = {str(folder)!r}: another run writes there ({holder}); wait for it, stop it, or "
-                "choose another job.dump_folder"
-            ) from None
-        except OSError as error:
+            raise _HeldError(holder) from None
+        if not self._path.exists() or not os.path.samestat(os.fstat(self._descriptor), os.stat(self._path)):
             self.release()
-            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise RunFolderError(
-                    f"job.dump_folder = {str(folder)!r}: {path} cannot be locked ({error.strerror}), so two runs could "
-                    "write there; choose a folder on a file system with locks"
-                ) from error
-            raise RunFolderError(_cannot_write(folder, error)) from error
+            return False
+        held = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, (json.dumps(held) + "\n").encode(), 0)
+        os.fsync(self._descriptor)
+        return True
 
-    def release(self) -> None:
-        """Let others have the folder."""
+    def release(self, *, remove: bool = False) -> None:
+        """Let others have the folder; `remove` also its file."""
         if self._descriptor is not None:
+            if remove:
+                self._path.unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = None
+
+
+class _HeldError(Exception):
+    """Another process holds the lock; the message says which."""
+
+
+def try_folder(dump_folder: str | os.PathLike[str]) -> None:
+    """Check that a run could have a folder, and leave it as it was.
+
+    Raises:
+        RunFolderError: as `RunLock`.
+    """
+    folder = Path(dump_folder)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    had_lock = (folder / LOCK_NAME).exists()
+    try:
+        RunLock(folder).release(remove=not had_lock)
+    finally:
+        for path in made:
+            with suppress(OSError):  # not made after all, or used by now
+                path.rmdir()
 
 
 def _holder(written: bytes) -> str:
@@ -83,11 +123,6 @@ def _holder(written: bytes) -> str:
         return f"process {holder['pid']} on host {holder['host']}, since {holder['since']}"
     except (ValueError, KeyError, TypeError):
         return f"{LOCK_NAME} does not say which"
-
-
-def _cannot_write(folder: Path, error: Exception) -> str:
-    why = getattr(error, "strerror", None) or error
-    return f"job.dump_folder = {str(folder)!r}: cannot be written ({why}); choose another, or make room"
 
 
 def record_settings(
@@ -118,7 +153,9 @@ def record_settings(
             path.rename(path.with_name(f"config-{time.strftime('%Y%m%d-%H%M%S')}.toml"))
         write_atomically(path, (header + settings).encode())
     except OSError as error:
-        raise RunFolderError(_cannot_write(path.parent, error)) from error
+        raise RunFolderError(
+            f"{path}: cannot be written ({error.strerror}); make room, or choose another job.dump_folder"
+        ) from error
     return path
 
 

@@ -36,6 +36,12 @@ class Parser(argparse.ArgumentParser):
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(prog=prog, description=description, formatter_class=formatter, **options)
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        # Before Python 3.12.5 argparse takes the value of `--option=--` for the mark that ends the options.
+        if action.nargs is None and action.option_strings and arg_strings == ["--"]:
+            return self._get_value(action, "--")
+        return super()._get_values(action, arg_strings)
+
     def error(self, message: str) -> NoReturn:
         """Say what is wrong, without the usage, and end with exit code 2."""
         said = re.sub(rf"^argument (\S+): (?!{_ARGPARSE_SAYS})", r"\1 ", message).removeprefix("argument ")

@@ -6,6 +6,7 @@ what refers to data or to the number of ranks, is checked elsewhere (`run_config
 """
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -78,15 +79,23 @@ def unused(why: str) -> Rule:
     return Rule(lambda value: False, why, is_refused=True)
 
 
+def _is_path(value: str) -> bool:
+    try:
+        parts = os.fsencode(value).split(b"/")
+    except UnicodeEncodeError:
+        return False
+    return value != "" and "\0" not in value and len(value) < 4096 and max(map(len, parts)) < 256
+
+
 def _is_inside(value: str) -> bool:
     path = PurePosixPath(value)
-    return "\0" not in value and bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    return _is_path(value) and bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 FOLDER = Rule(_is_inside, "a path inside job.dump_folder, without '..'")
 FILE = Rule(lambda v: v is None or _is_inside(v), FOLDER.allowed)
 PLAIN_NAME = Rule(is_plain, "a plain name: letters, digits, '.', '_' and '-', first a letter or a digit")
-PATH = Rule(lambda v: v is None or (v != "" and "\0" not in v), "a path, not empty")
+PATH = Rule(lambda v: v is None or _is_path(v), "a path: not empty, and of names that a file system takes")
 
 
 def _is_ac_option(value: str) -> bool:

@@ -140,15 +140,26 @@ def _joined_records(line: str) -> list[Any]:
     return records
 
 
+def kind_of(value: Any) -> str:
+    """Say what a value of JSON is.
+
+    >>> kind_of(None), kind_of([1]), kind_of(True)
+    ('null', 'an array', 'true')
+    """
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return {dict: "an object", list: "an array", str: "a string"}.get(type(value), "a number")
+
+
 def _text_of(record: Any, text_column: str, errors: str) -> bytes:
     if not isinstance(record, dict):
-        raise BadRecordError(f"expected an object with a key {text_column!r}, got {type(record).__name__}")
+        raise BadRecordError(f"expected an object with a key {text_column!r}, got {kind_of(record)}")
     if text_column not in record:
         raise BadRecordError(f"no key {text_column!r} among {sorted(record)}; name the text's key with --text-column")
     text = record[text_column]
     if not isinstance(text, str):
         raise BadRecordError(
-            f"{text_column!r} is {type(text).__name__}, expected a string; correct the line, or name another key with "
+            f"{text_column!r} is {kind_of(text)}, expected a string; correct the line, or name another key with "
             "--text-column"
         )
     try:

@@ -18,6 +18,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from blt_titan.data.json_lines import kind_of
 from blt_titan.model.attention import AttentionBackend
 from blt_titan.model.hash_embedding import HASH_PRIMES
 from blt_titan.model.initialization import DepthScaling
@@ -155,7 +156,7 @@ def parse_object(content: str | bytes, where: str) -> dict[str, Any]:
     except ValueError as error:
         raise FieldError(f"{where}: is not JSON ({str(error)[:200]})") from error
     if not isinstance(parsed, dict):
-        raise FieldError(f"{where}: holds {type(parsed).__name__}, expected an object")
+        raise FieldError(f"{where}: holds {kind_of(parsed)}, expected an object")
     return parsed
 
 

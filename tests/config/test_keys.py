@@ -34,7 +34,7 @@ def kinds_of(hint: Any) -> set[Any]:
 BAD_VALUES = {
     int: [-(10**30), 10**30, -2],
     float: [float("nan"), float("-inf"), -1e300],
-    str: ["", "\0", "../outside", "/", "no such thing"],
+    str: ["", "\0", "../outside", "/", "no such thing", "x" * 300],
     list: [["no such thing"]],
     dict: [{"data": -1.0}, {"data": float("nan")}],
 }

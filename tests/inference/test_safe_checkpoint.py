@@ -181,7 +181,7 @@ def test_an_entry_that_runs_code_is_refused(tmp_path):
     ("described", "sentence"),
     [
         ("{", "is not JSON"),
-        ("[1]", "holds list, expected an object"),
+        ("[1]", "holds an array, expected an object"),
         ("[" * 100_000, "is nested too deep"),
         ('{"name": "blt_entropy", "name": "blt"}', "holds 'name' twice"),
         ('{"name": "llama", "args": {}}', "holds a model 'llama'"),

@@ -31,6 +31,7 @@ ENTROPY_RUN = [
     "--data.segment_patches=128",
     "--training.seq_len=256",
     "--training.steps=30",
+    "--lr_scheduler.total_steps=30",
     "--entropy_model.reset_at_newline",
 ]
 SHARED_ROWS = {

@@ -16,7 +16,7 @@ import torch
 
 from blt_titan.config.read import RunConfigError
 from blt_titan.inference.checkpoint import CheckpointError
-from blt_titan.run_folder import RunFolderError, RunLock
+from blt_titan.run_folder import RunFolderError, RunLock, try_folder
 from blt_titan.trainer import NonFiniteLossError
 from tests.attacks import Attack
 from tests.distributed import run_distributed
@@ -256,8 +256,22 @@ def test_a_second_run_in_a_folder_is_refused_and_a_killed_one_leaves_no_lock(tmp
 def test_a_folder_that_cannot_be_written_is_one_sentence(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
-    with pytest.raises(RunFolderError, match=rf"job\.dump_folder = '{folder}': cannot be written"):
-        RunLock(folder)
+    for take in (RunLock, try_folder):
+        with pytest.raises(RunFolderError, match=r"job\.dump_folder = '.*': cannot be written"):
+            take(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_try_leaves_a_folder_as_it_was(tmp_path):
+    try_folder(tmp_path / "not/yet/there")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "run").mkdir()
+    try_folder(tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
+    lock = RunLock(tmp_path / "run")
+    lock.release()
+    try_folder(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.lock"]
 
 
 @pytest.mark.skipif(not shutil.which("mount") or os.geteuid() != 0, reason="to fill a disk, run as root on Linux")
