@@ -1,11 +1,13 @@
 """Activation checkpointing: torchtitan's on the global blocks, a switch of its own for the local models."""
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch._higher_order_ops import flex_attention
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import blt_titan.titan_device  # noqa: F401
 
@@ -30,6 +32,10 @@ see: it is computed again.
 """
 
 
+RECEIVED = [torch.ops._c10d_functional.all_to_all_single.default]
+"""How the bytes before a slice come from other ranks."""
+
+
 def checkpoint_global_blocks(model: nn.Module, settings: Any, *, compiled: bool, dump_folder: str) -> None:
     """Wrap the blocks in `layers` as `[activation_checkpoint]` says."""
     apply_ac(
@@ -41,12 +47,21 @@ def checkpoint_global_blocks(model: nn.Module, settings: Any, *, compiled: bool,
     )
 
 
-def checkpoint_local_blocks(model: nn.Module) -> None:
-    """Wrap every block and every cross-attention of encoder and decoder: each is computed again in backward."""
+def checkpoint_local_blocks(model: nn.Module, *, keep_received: bool = False) -> None:
+    """Wrap every block and every cross-attention of encoder and decoder: each is computed again in backward.
+
+    Args:
+        model: by the names of its parts.
+        keep_received: keep the keys and values that came from other ranks. Compiled slices need it: the first rank of a
+            row receives nothing, so its compiler would leave the exchange out of backward, and the others would wait.
+    """
+    kept: dict[str, Any] = (
+        {"context_fn": partial(create_selective_checkpoint_contexts, RECEIVED)} if keep_received else {}
+    )
     for name in ("encoder", "decoder"):
         part = getattr(model, name, None)
         if part is None:
             continue
         for stack in (part.layers, part.cross_attention):
             for key, module in list(stack.named_children()):
-                stack.register_module(key, checkpoint_wrapper(module, preserve_rng_state=False))
+                stack.register_module(key, checkpoint_wrapper(module, preserve_rng_state=False, **kept))

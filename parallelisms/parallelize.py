@@ -63,7 +63,8 @@ def parallelize_part(model: Any, meshes: Meshes | None, job_config: Any) -> nn.M
             model, job_config.activation_checkpoint, compiled=compile_model, dump_folder=job_config.job.dump_folder
         )
     if job_config.local_blocks.activation_checkpoint == "full":
-        checkpoint_local_blocks(model)
+        sliced = meshes is not None and meshes.context.size() > 1
+        checkpoint_local_blocks(model, keep_received=compile_model and sliced)
     if compile_model:
         apply_compile(model, backend=job_config.compile.backend)
     if meshes is not None:

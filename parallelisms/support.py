@@ -203,11 +203,16 @@ def _check_compile(job_config: Any, model_args: Any, dp_shard: int) -> Iterator[
             "backward of compiled blocks; use 1F1B or Interleaved1F1B, or turn compile off"
         )
     cp, tp, _ = _degrees(job_config)
+    checkpointing = job_config.activation_checkpoint
+    if tp > 1 and checkpointing.mode == "memory_budget":
+        yield (
+            f"compile.enable = true with {TENSOR} = {tp} and activation_checkpoint.mode = 'memory_budget': torch "
+            "cannot weigh what tensor-parallel blocks keep; use another mode"
+        )
     backend = model_args.attention_backend
     if tp == 1 or backend == "flex" or (backend == "auto" and device_type == "cuda"):
         return
     # torch sorts the random state that it keeps for such an SDPA, dropout or not, behind the tensor-parallel mesh.
-    checkpointing = job_config.activation_checkpoint
     why = "torch cannot compile an SDPA that backward computes again, and FlexAttention needs a GPU"
     if cp > 1:
         yield f"compile.enable = true with {TENSOR} = {tp} and {CONTEXT} = {cp}: {why}; turn compile off"

@@ -69,6 +69,8 @@ def check(settings: list[str], small_run: list[str], ranks: int) -> None:
         ([*FLOAT8], 1, ["quantize.linear.float8.emulate = false", "8.9"]),
         ([*FLOAT8, "quantize.linear.float8.emulate", "compile.enable"], 1, ["emulate = true", "compile.enable"]),
         ([*FLOAT8, "quantize.linear.float8.emulate", "quantize.linear.float8.filter_fqns=wq"], 1, ["filter_fqns"]),
+        (["compile.enable", "parallelism.tensor_parallel_degree=2", "activation_checkpoint.mode=memory_budget"], 2,
+         ["compile.enable = true", "tensor_parallel_degree = 2", "activation_checkpoint.mode = 'memory_budget'"]),
         (["compile.enable", "parallelism.tensor_parallel_degree=2", "activation_checkpoint.mode=full"], 2,
          ["compile.enable = true", "tensor_parallel_degree = 2", "activation_checkpoint.mode = 'full'"]),
         (["compile.enable", "parallelism.tensor_parallel_degree=2", "activation_checkpoint.mode=selective",
