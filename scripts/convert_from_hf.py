@@ -51,9 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.out:
         blt = BLT.from_pretrained(pretrained.directory)
         with writing(args.out):
-            written = write_checkpoint(
-                blt, "blt", pretrained.blt_args, args.out, rule=rule, entropies=pretrained.entropies
-            )
+            written = write_checkpoint(blt, "blt", blt.args, args.out, rule=rule, entropies=pretrained.entropies)
         print(f"{written}: the BLT")
         if rule is not None:
             settings = " ".join(f"--patching.{k}={v}" for k, v in rule.as_settings().items() if v is not None)

@@ -14,7 +14,6 @@ warning.
 import json
 import os
 import shutil
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -54,7 +53,7 @@ class BLT(BareBLT):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], *, revision: str | None = None) -> "BLT":
-        """Load a BLT, fp32 on the CPU, in evaluation mode; it attends by SDPA on every device.
+        """Load a BLT, fp32 on the CPU, in evaluation mode.
 
         Args:
             path: a directory, or the name of a repository on the hub, of either layout.
@@ -66,9 +65,7 @@ class BLT(BareBLT):
             ValueError: naming tensors that are missing, left over or of another shape.
         """
         pretrained = Pretrained(path, revision=revision)
-        # Rows of any length come here, and FlexAttention would be compiled for each.
-        args = replace(pretrained.blt_args, attention_backend="sdpa")
-        model = build_meta(lambda: cls(args))
+        model = build_meta(lambda: cls(pretrained.blt_args))
         pretrained.fill_blt(model)
         model.rule, model.entropies = pretrained.rule, pretrained.entropies
         return model.eval()

@@ -49,7 +49,7 @@ def test_a_run_writes_directories_beside_its_checkpoints(small_run, checkpoints,
     assert sorted(path.name for path in hf.iterdir()) == ["step-4", "step-6"]
     # As if it had been killed before an export; the same patches go on, others must be asked for.
     shutil.rmtree(hf / "step-4")
-    assert "threshold = 2.5, this run has 2.4" in run(1, "--training.steps=8", "--patching.threshold=2.4")
+    assert "threshold = 2.5, this run has 2.4" in run(2, "--training.steps=8", "--patching.threshold=2.4")
     run(0, "--training.steps=8", "--patching.threshold=2.4", "--patching.allow_change")
     assert sorted(path.name for path in hf.iterdir()) == ["step-4", "step-6", "step-8"]
     thresholds = [BLT.from_pretrained(hf / f"step-{step}").rule.threshold for step in (4, 6, 8)]
