@@ -65,7 +65,9 @@ class RunCheckpoints(CheckpointManager):
         try:
             super().save(curr_step, last_step)
         except _SAVE_ERRORS as error:
-            cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+            cause: BaseException = error
+            if isinstance(error, CheckpointException) and error.failures:
+                cause = next(iter(error.failures.values()))[0]
             raise CheckpointError(
                 f"{self.folder}: a checkpoint could not be written at step {curr_step} ({brief(cause)}); the steps "
                 "before it are sound: make room there, or see that it can be written, and start again"

@@ -72,8 +72,11 @@ class JsonLines:
         try:
             if not self._opened:
                 self._open()
+            written = json.dumps(line) + "\n"
+            if self._lost and self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
+                written = "\n" + written  # a full disk took half a line
             with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(written)
         except OSError as error:
             if not self._lost:
                 logger.warning(f"{self.path}: metrics cannot be written ({error.strerror}); the run goes on without")
@@ -117,7 +120,13 @@ class BLTMetrics(MetricsProcessor):
     """torchtitan's metrics processor with our figures; every rank has one, one of them writes."""
 
     def __init__(self, job_config: Any, parallel_dims: ParallelDims, model_args: Any):
-        super().__init__(job_config, parallel_dims)
+        try:
+            super().__init__(job_config, parallel_dims)
+        except OSError as error:
+            logger.warning(f"TensorBoard's files cannot be made ({error}); the run goes on without")
+            job_config.metrics.enable_tensorboard = False
+            super().__init__(job_config, parallel_dims)
+        self._tensorboard_failed = False
         self.model_args = model_args
         self.world_size = parallel_dims.world_size
         self.n_slices = parallel_dims.cp * parallel_dims.tp
@@ -231,11 +240,20 @@ class BLTMetrics(MetricsProcessor):
         self.time_last_log = time.perf_counter()
         self.device_memory_monitor.reset_peak_stats()
 
+    def close(self) -> None:
+        """Close what torchtitan writes to."""
+        try:
+            super().close()
+        except OSError as error:  # of what could not be written before
+            logger.warning(f"TensorBoard's file is not whole ({error.strerror})")
+
     def _write(self, step: int, metrics: dict[str, float]) -> None:
         try:
             self.logger.log(metrics, step)
         except OSError as error:
-            logger.warning(f"step {step}: TensorBoard's file cannot be written ({error.strerror}); the run goes on")
+            if not self._tensorboard_failed:
+                logger.warning(f"TensorBoard's file cannot be written ({error.strerror}); the run goes on without")
+            self._tensorboard_failed = True
         if self.json_lines is not None:
             # JSON has no NaN; a figure that does not exist is null.
             finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}

@@ -13,15 +13,17 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
-from blt_titan.config.keys import KEYS
+from blt_titan.config.keys import KEYS, shown
 from blt_titan.config.read import RunConfigError, settings_of
-from blt_titan.data.loader import IDENTITY_KEY
+from blt_titan.data.loader import IDENTITY_KEY, ROWS_KEY
 from blt_titan.inference.checkpoint import MODEL_KEY, describe_model, fill_state, latest_checkpoint
 from blt_titan.inference.json_fields import FieldError, parse_object
 from blt_titan.inference.safe_checkpoint import CheckpointError, SafeReader, damage
 
 NOT_OF_THE_MODEL = ("init_seed", "attention_backend", "nominal_patch_bytes")
 """Arguments that change neither weights nor what is computed with them."""
+RESET = "reset_at_newline"
+"""The one argument that is a setting of its own."""
 _RECORDED = (
     *(f"optimizer.{name}" for name in KEYS["optimizer"]),
     *(f"lr_scheduler.{name}" for name in KEYS["lr_scheduler"]),
@@ -104,13 +106,22 @@ def run_checkpoints(config: Any) -> Path:
     return Path(config.job.dump_folder) / config.checkpoint.folder
 
 
-def check_model(checkpoint: Path, config: Any, spec: Any) -> None:
+def loads_weights_only(config: Any, checkpoint: Path) -> bool:
+    """Tell whether of a checkpoint that a run begins from nothing but weights is loaded."""
+    settings = config.checkpoint
+    if checkpoint.parent == run_checkpoints(config):
+        return checkpoint.name == "step-0"
+    return settings.initial_load_model_only
+
+
+def check_model(checkpoint: Path, config: Any, spec: Any, *, weights_only: bool = False) -> None:
     """Check that a checkpoint is of the model that the run says.
 
     Args:
         checkpoint: `step-N`.
         config: the run's settings.
         spec: the model's registration, with its class and its flavors.
+        weights_only: what is computed with the weights may be another thing than before.
 
     Raises:
         RunConfigError: naming the key, what the checkpoint has and what the run says.
@@ -120,7 +131,8 @@ def check_model(checkpoint: Path, config: Any, spec: Any) -> None:
     args = spec.model_args[config.model.flavor]
     if isinstance(metadata.get(MODEL_KEY), BytesStorageMetadata):
         saved = describe_model(checkpoint)
-        if fault := other_model(saved, {"name": config.model.name, "args": plain_args(args, config)}):
+        here = {"name": config.model.name, "args": {} if weights_only else plain_args(args, config)}
+        if fault := other_model(saved if not weights_only else saved | {"args": {}}, here):
             like = [
                 flavor
                 for flavor, its in spec.model_args.items()
@@ -128,9 +140,11 @@ def check_model(checkpoint: Path, config: Any, spec: Any) -> None:
                 and other_model(saved, {"name": saved["name"], "args": plain_args(its, config)}) is None
             ]
             key = "model.name" if saved["name"] != config.model.name else "model.flavor"
+            if f" {RESET} = " in fault:
+                key = f"entropy_model.{RESET}"
             meant = f" (it is model.flavor = {like[0]!r})" if like else ""
             raise RunConfigError(
-                f"{key} = {getattr(config.model, key[6:])!r}: {checkpoint} {fault}{meant}; set it as it was, or begin "
+                f"{key} = {shown(settings_of(config)[key])}: {checkpoint} {fault}{meant}; set it as it was, or begin "
                 "in another job.dump_folder"
             )
     with torch.device("meta"):
@@ -163,17 +177,23 @@ def other_model(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str | None
     return None
 
 
-def saved_identity(checkpoint: Path) -> dict[str, Any]:
-    """Return what a checkpoint says of the data that its run reads.
+def saved_position(checkpoint: Path) -> tuple[dict[str, Any], int]:
+    """Return what a checkpoint says of the data that its run reads, and how many rows all ranks have read.
 
     Raises:
-        CheckpointError: it cannot be read, or has no position in the data.
+        CheckpointError: it cannot be read, or holds weights alone.
     """
-    state = {IDENTITY_KEY: ""}
+    if IDENTITY_KEY not in SafeReader(checkpoint).read_metadata().state_dict_metadata:
+        raise CheckpointError(
+            f"{checkpoint}: holds weights alone (checkpoint.last_save_model_only, or an import), so no run can go on "
+            "from it; go back to an earlier step with checkpoint.load_step, or begin from it in another "
+            "job.dump_folder with checkpoint.initial_load_path"
+        )
+    state: dict[str, Any] = {IDENTITY_KEY: "", ROWS_KEY: 0}
     fill_state(state, checkpoint)
     try:
-        return parse_object(state[IDENTITY_KEY], f"{checkpoint}: {IDENTITY_KEY}")
-    except FieldError as error:
+        return parse_object(state[IDENTITY_KEY], f"{checkpoint}: {IDENTITY_KEY}"), int(state[ROWS_KEY])
+    except (FieldError, TypeError) as error:
         raise CheckpointError(str(error)) from error
 
 

@@ -27,7 +27,7 @@ from blt_titan.inference.checkpoint import CheckpointError, load_entropy_model
 from blt_titan.interop.export import check_entropy_model, stored_weights
 from blt_titan.interop.hf_config import HFConfigError, hf_config, why_not_by_itself
 from blt_titan.model.entropy_model import EntropyModel
-from blt_titan.resume import check_model, checkpoint_to_load, saved_identity
+from blt_titan.resume import check_model, checkpoint_to_load, loads_weights_only, run_checkpoints, saved_position
 from blt_titan.run_folder import RunFolderError, try_folder
 from blt_titan.train_spec import (
     TRAIN_SPECS,
@@ -68,10 +68,8 @@ def check_run(config: Any, *, world_size: int, verify_data: bool, look_at_checkp
         raise RunConfigError(
             f"model.flavor = {config.model.flavor!r}: {config.model.name} has {', '.join(spec.model_args)}"
         )
-    if config.checkpoint.create_seed_checkpoint and (world_size > 1 or not config.checkpoint.enable):
-        raise RunConfigError(
-            "checkpoint.create_seed_checkpoint = true needs one rank (NGPU=1) and checkpoint.enable = true"
-        )
+    if config.checkpoint.create_seed_checkpoint:
+        _check_seed_checkpoint(config, world_size)
     dp_replicate, dp_shard = _check_degrees(config, world_size)
     dp = dp_replicate * dp_shard
     _check_batch(config, dp)
@@ -82,12 +80,26 @@ def check_run(config: Any, *, world_size: int, verify_data: bool, look_at_checkp
     _check_device(config)
     _check_imports(config)
     checkpoint = checkpoint_to_load(config) if look_at_checkpoint else None
+    weights_only = checkpoint is not None and loads_weights_only(config, checkpoint)
     if checkpoint is not None:
-        check_model(checkpoint, config, spec)
+        check_model(checkpoint, config, spec, weights_only=weights_only)
     _check_data(config, dp, verify_data)
-    if checkpoint is not None:
-        _check_position(config, checkpoint)
+    if checkpoint is not None and not weights_only and "dataloader" not in config.checkpoint.exclude_from_loading:
+        _check_position(config, checkpoint, dp)
     _check_export(config, spec.model_args[config.model.flavor])
+
+
+def _check_seed_checkpoint(config: Any, world_size: int) -> None:
+    settings, key = config.checkpoint, "checkpoint.create_seed_checkpoint = true"
+    if world_size > 1 or not settings.enable:
+        raise RunConfigError(f"{key} needs one rank (NGPU=1) and checkpoint.enable = true")
+    for name, default in (("load_only", False), ("initial_load_path", None), ("load_step", -1)):
+        if (value := getattr(settings, name)) != default:
+            raise RunConfigError(
+                f"{key} with checkpoint.{name} = {shown(value)}: a seed checkpoint begins from nothing"
+            )
+    if (path := run_checkpoints(config) / "step-0").exists():
+        raise RunConfigError(f"{key}: {path} is there already; remove it, or choose another job.dump_folder")
 
 
 def _settings_without_effect(config: Any) -> Iterator[str]:
@@ -102,11 +114,6 @@ def _settings_without_effect(config: Any) -> Iterator[str]:
         yield (
             f"checkpoint.export_dtype = {checkpoint.export_dtype!r} needs checkpoint.last_save_model_only = true: a "
             "checkpoint that can be continued keeps its weights as they are"
-        )
-    if "train_state" in checkpoint.exclude_from_loading and "lr_scheduler" not in checkpoint.exclude_from_loading:
-        yield (
-            f"checkpoint.exclude_from_loading = {checkpoint.exclude_from_loading}: without 'train_state' steps are "
-            "counted from 0, so name 'lr_scheduler' too"
         )
     if not uses_float8(config):
         for name, default in (
@@ -156,22 +163,22 @@ def _check_imports(config: Any) -> None:
         ) from error
 
 
-def _check_position(config: Any, checkpoint: Path) -> None:
+def _check_position(config: Any, checkpoint: Path, dp: int) -> None:
     """Check that the run's data can be read on from where a checkpoint is."""
-    settings = config.checkpoint
-    begins_anew = settings.initial_load_path is not None and checkpoint == Path(settings.initial_load_path)
-    seed = checkpoint.name == "step-0" and not begins_anew
-    if seed or (begins_anew and settings.initial_load_model_only) or "dataloader" in settings.exclude_from_loading:
-        return
     shards = open_shards(config, "train")
     order = stream_order(config, shards)
     patching = what_decides_patches(config, entropies_fingerprint(config, shards))
     may_change = config.patching.allow_change
     try:
-        saved = saved_identity(checkpoint)
+        saved, rows_served = saved_position(checkpoint)
         check_continues(saved, shards.fingerprint, order, patching, patching_may_change=may_change)
     except DataError as error:
         raise RunConfigError(f"{checkpoint}: {error}") from error
+    if rows_served % dp:
+        raise RunConfigError(
+            f"parallelism: {dp} data-parallel ranks do not divide the {rows_served} rows that {checkpoint} has served; "
+            "choose degrees whose product over replicas and shards does"
+        )
 
 
 def _check_degrees(config: Any, world_size: int) -> tuple[int, int]:
@@ -274,6 +281,10 @@ def _check_export(config: Any, model_args: Any) -> None:
         raise RunConfigError(
             f"export.hf_every = {export.hf_every} needs checkpoint.enable = true: checkpoints it reads"
         )
+    if config.checkpoint.load_only:
+        raise RunConfigError(
+            f"export.hf_every = {export.hf_every} with checkpoint.load_only = true: no checkpoint is written to export"
+        )
     key = "export" if export.entropy_checkpoint else "patching"
     checkpoint = export.entropy_checkpoint or config.patching.entropy_checkpoint
     entropy_args = _entropy_model(f"{key}.entropy_checkpoint", checkpoint).args if checkpoint else None
@@ -290,7 +301,7 @@ def _check_export(config: Any, model_args: Any) -> None:
         try:
             check_entropy_model(fingerprint, stored_weights(checkpoint))
         except CheckpointError as error:
-            raise RunConfigError(f"export.entropy_checkpoint = {export.entropy_checkpoint!r}: {error}") from error
+            raise RunConfigError(f"{key}.entropy_checkpoint = {checkpoint!r}: {error}") from error
     try:
         hf_config(model_args, None if alone else entropy_args, rule)
     except HFConfigError as error:

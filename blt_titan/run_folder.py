@@ -24,6 +24,12 @@ from blt_titan.config.read import CONFIG_FILE_KEY, settings_of
 from blt_titan.data.atomic_file import write_atomically
 
 CONFIG_NAME = "config.toml"
+_OF_ONE_START = (
+    CONFIG_FILE_KEY,
+    "checkpoint.load_step",
+    "checkpoint.exclude_from_loading",
+    "checkpoint.create_seed_checkpoint",
+)
 LOCK_NAME = "run.lock"
 
 
@@ -142,16 +148,17 @@ def record_settings(
     settings = tomli_w.dumps(effective_table(config))
     arguments = sys.argv[1:] if command is None else command
     ranks = " ".join(f"{key}={environment[key]}" for key in ("NGPU", "NNODES") if key in environment)
+    said = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shlex.join(arguments))
     header = (
         f"# The settings of a run, started {time.strftime('%Y-%m-%d %H:%M:%S')} by\n"
-        f"#   {ranks + ' ' if ranks else ''}./run_train.sh {shlex.join(arguments)}\n"
-        f"# in {os.getcwd()} on {socket.gethostname()}, {environment.get('WORLD_SIZE', '1')} ranks. To resume it:\n"
+        f"#   {ranks + ' ' if ranks else ''}./run_train.sh {said}\n"
+        f"# in {os.getcwd()!a} on {socket.gethostname()}, {environment.get('WORLD_SIZE', '1')} ranks. To resume it:\n"
         f"#   {ranks + ' ' if ranks else ''}CONFIG_FILE={shlex.quote(str(path))} ./run_train.sh\n\n"
     )
     try:
         if path.exists() and not path.read_text(errors="replace").endswith("\n\n" + settings):
             path.rename(path.with_name(f"config-{time.strftime('%Y%m%d-%H%M%S')}.toml"))
-        write_atomically(path, (header + settings).encode())
+        write_atomically(path, (header + settings).encode(errors="backslashreplace"))
     except OSError as error:
         raise RunFolderError(
             f"{path}: cannot be written ({error.strerror}); make room, or choose another job.dump_folder"
@@ -160,10 +167,14 @@ def record_settings(
 
 
 def effective_table(config: Any) -> dict[str, Any]:
-    """Return all settings as nested tables; those that are not set are left out, as TOML has no null."""
+    """Return all settings as nested tables.
+
+    Left out are those that are not set, as TOML has no null, and those that are of one start and not of the run: from
+    which step it goes back, say, would go back again at each resume.
+    """
     table: dict[str, Any] = {}
     for key, value in settings_of(config).items():
-        if value is None or key == CONFIG_FILE_KEY:
+        if value is None or key in _OF_ONE_START:
             continue
         *sections, name = key.split(".")
         section = table

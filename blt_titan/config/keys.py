@@ -6,7 +6,6 @@ what refers to data or to the number of ranks, is checked elsewhere (`run_config
 """
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -36,7 +35,7 @@ class Rule:
 
 ANY = Rule(lambda value: True, "anything of its type")
 """Booleans, choices that the type already bounds, free text."""
-TEXT = Rule(lambda value: "\0" not in value, "text without NUL characters")
+TEXT = Rule(lambda value: _is_unicode(value) and "\0" not in value, "text of UTF-8 without NUL characters")
 
 
 def whole(low: int, high: int = _MAX_COUNT, *, or_value: int | None = None, why: str = "") -> Rule:
@@ -79,20 +78,32 @@ def unused(why: str) -> Rule:
     return Rule(lambda value: False, why, is_refused=True)
 
 
-def _is_path(value: str) -> bool:
+def _is_unicode(value: str) -> bool:
     try:
-        parts = os.fsencode(value).split(b"/")
-    except UnicodeEncodeError:
+        value.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, as a name that is not UTF-8 has
         return False
-    return value != "" and "\0" not in value and len(value) < 4096 and max(map(len, parts)) < 256
+    return True
+
+
+def _is_path(value: str) -> bool:
+    return (
+        _is_unicode(value)
+        and value != ""
+        and "\0" not in value
+        and len(value.encode()) < 4096
+        and max(len(part.encode()) for part in value.split("/")) < 256
+    )
 
 
 def _is_inside(value: str) -> bool:
     path = PurePosixPath(value)
-    return _is_path(value) and bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    inside = _is_path(value) and bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    return inside and path.parts[0] not in _RESERVED
 
 
-FOLDER = Rule(_is_inside, "a path inside job.dump_folder, without '..'")
+_RESERVED = ("config.toml", "run.lock", "metrics.jsonl", "quarantined.jsonl", "hf")
+FOLDER = Rule(_is_inside, f"a path inside job.dump_folder, without '..', and not {', '.join(_RESERVED)}")
 FILE = Rule(lambda v: v is None or _is_inside(v), FOLDER.allowed)
 PLAIN_NAME = Rule(is_plain, "a plain name: letters, digits, '.', '_' and '-', first a letter or a digit")
 PATH = Rule(lambda v: v is None or _is_path(v), "a path: not empty, and of names that a file system takes")
@@ -222,7 +233,7 @@ KEYS: dict[str, dict[str, Rule]] = {
         "async_mode": ANY,
         "keep_latest_k": whole(2, or_value=0, why=" to keep all: of one alone, the last may be half written"),
         "load_step": whole(0, 10**12, or_value=-1, why=" for the newest"),
-        "exclude_from_loading": some_of("optimizer", "lr_scheduler", "dataloader", "train_state"),
+        "exclude_from_loading": some_of("optimizer", "lr_scheduler", "dataloader"),
         "enable_first_step_checkpoint": ANY,
         "create_seed_checkpoint": ANY,
         "load_only": ANY,

@@ -117,8 +117,8 @@ def _overrides(args: list[str], cls: type) -> Iterator[tuple[str, Any]]:
                 raise RunConfigError(f"{name}: a value is missing; write {name}=VALUE, {_describe(hint)}")
         try:
             yield key, _parse(text, hint)
-        except ValueError as error:
-            raise RunConfigError(f"{name}={text}: is of the wrong type, must be {_describe(hint)}") from error
+        except (ValueError, RecursionError) as error:
+            raise RunConfigError(f"{name}={text[:100]}: is of the wrong type, must be {_describe(hint)}") from error
 
 
 def _find(name: str, cls: type, arg: str) -> tuple[str, Any, bool]:

@@ -51,6 +51,8 @@ Block = list[tuple[Row, np.ndarray]]
 
 IDENTITY_KEY = "dataloader.identity"
 """Where a checkpoint says what data its run reads: JSON, the keys that cannot change and `patching`."""
+ROWS_KEY = "dataloader.rows_served"
+"""Where it says how many rows all ranks together have read."""
 _NO_SNAPSHOTS = 1 << 62
 """torchdata's own state is not used: it refuses another number of workers."""
 _QUARANTINED_FIELD = POSITION_FIELDS.index("quarantined")

@@ -134,7 +134,11 @@ def test_all_faults_are_shown_at_once():
             "--checkpoint.no-enable --checkpoint.initial_load_path=x",
             r"initial_load_path = 'x' needs checkpoint\.enable",
         ),
-        ("--checkpoint.exclude_from_loading=train_state", r"counted from 0, so name 'lr_scheduler' too"),
+        ("--checkpoint.create_seed_checkpoint --checkpoint.load_only", r"with checkpoint\.load_only = true: a seed"),
+        (
+            "--export.hf_every=1 --export.force --checkpoint.load_only",
+            r"hf_every = 1 with checkpoint\.load_only = true",
+        ),
         ("--checkpoint.load_step=7", r"load_step = 7: .*checkpoint has no such step; it has none"),
     ],
 )

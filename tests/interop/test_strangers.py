@@ -154,7 +154,7 @@ def test_a_number_does_not_stand_for_a_large_tensor(sound, tmp_path):
     for content, sentence in (
         ({"layers.0.feed_forward.w1.weight": torch.zeros(1, 1).expand(2**19, 2**17)}, "more than the file"),
         ({"a": 5}, "a is no tensor"),
-        ([1], "holds an array"),
+        ([1], "holds list"),
         ({"a": torch.ones(2, dtype=torch.int8)}, "a is no tensor of floating-point numbers"),
     ):
         torch.save(content, path)
