@@ -307,3 +307,28 @@ def test_a_run_goes_on_by_what_it_recorded(small_run, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert list(losses(tmp_path / "a")) == [1, 2, 3]
     assert {step: loss for step, loss in losses(tmp_path / "a").items() if step < 3} == straight
+
+
+def resume_a_pipeline(out: str, overrides: list[str]) -> dict:
+    overrides = [*overrides, "--parallelism.pipeline_parallel_degree=2", "--training.local_batch_size=2"]
+    overrides += ["--parallelism.pipeline_parallel_schedule=Interleaved1F1B", "--training.global_batch_size=2"]
+    overrides += ["--checkpoint.interval=1"]
+    train(out, *overrides, "--training.steps=1", "--optimizer.lr=1e-2")
+    trainer = make_trainer(out, *overrides, "--training.steps=2", "--optimizer.lr=1e-3", "--optimizer.beta1=0.7")
+    trainer.train()
+    groups = [group for optimizer in trainer.optimizers.optimizers for group in optimizer.param_groups]
+    trainer.close()
+    (Path(out) / "checkpoint/step-2/.metadata").write_bytes(b"")
+    damaged = refusal(make_trainer(out, *overrides, "--training.steps=3", "--optimizer.lr=1e-3").train)
+    return {"betas": [group["betas"] for group in groups], "damaged": damaged}
+
+
+def test_two_stages_resume_with_the_settings_that_the_run_says(small_run, tmp_path):
+    """Each rank has two optimizers; rank 0 chooses the step for both."""
+    found = run_distributed(resume_a_pipeline, 2, str(tmp_path), small_run)
+    assert [rank["betas"] for rank in found] == [[(0.7, 0.95)] * 2] * 2
+    assert [rank["damaged"] for rank in found] == ["went on"] * 2
+    lr = {line["step"]: line["lr"] for line in metrics(tmp_path)}
+    assert lr[1] == 5e-3
+    assert lr[2] == 1e-3
+    assert 0 < lr[3] <= 1e-3
