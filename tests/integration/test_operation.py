@@ -16,6 +16,7 @@ import torch
 
 from blt_titan.config.read import RunConfigError
 from blt_titan.inference.checkpoint import CheckpointError
+from blt_titan.run_config import check_run, load_run_config
 from blt_titan.run_folder import RunFolderError, RunLock, try_folder
 from blt_titan.trainer import NonFiniteLossError
 from tests.attacks import Attack
@@ -181,8 +182,14 @@ def operate(out: str, overrides: list[str]) -> dict:
     (folder / "full/checkpoint").mkdir(parents=True)
     (folder / "full/checkpoint/step-2").write_text("in the way")
     (folder / "full/metrics.jsonl").mkdir()
-    found["full"] = refusal(train, f"{out}/full", *overrides, "--checkpoint.interval=2")
+    (folder / "full/tb").write_text("in the way")
+    found["full"] = refusal(train, f"{out}/full", *overrides, "--checkpoint.interval=2", "--metrics.enable_tensorboard")
     found["warned"] = [line for line in said.lines if "metrics cannot be written" in line]
+    found["warned of TensorBoard"] = [line for line in said.lines if "TensorBoard's files cannot be made" in line]
+
+    # Weights alone, and ranks that do not divide the rows that were served.
+    train(f"{out}/weights", *overrides, "--checkpoint.last_save_model_only")
+    found["weights"] = refusal(train, f"{out}/weights", *overrides, "--training.steps=4")
 
     # Steps after a step that is chosen again are kept aside; so is everything after a seed checkpoint.
     steps = [*overrides, "--training.steps=2", "--checkpoint.interval=1", "--metrics.log_freq=100"]
@@ -196,6 +203,11 @@ def operate(out: str, overrides: list[str]) -> dict:
     found["aside"] = sorted(path.name for path in aside.iterdir())
     found["steps"] = sorted(path.name for path in (folder / "seed/checkpoint").glob("step-*"))
     found["config"] = (folder / "seed/config.toml").read_text()
+    many = [*steps, "--training.global_batch_size=12", "--data.segment_bytes=128", f"--job.dump_folder={out}/seed"]
+    config = load_run_config(["--job.config_file=train_configs/debug.toml", *many])
+    found["many"] = refusal(lambda: check_run(config, world_size=12, verify_data=False))
+    seeds = ["--checkpoint.create_seed_checkpoint"]
+    found["seed"] = refusal(make_trainer, f"{out}/seed", *steps, *seeds)
     return found
 
 
@@ -206,6 +218,10 @@ def test_faults_while_it_runs(small_run, tmp_path):
     assert "CheckpointError: " in found["full"]
     assert "a checkpoint could not be written at step 2" in found["full"]
     assert len(found["warned"]) == 1, "said once"
+    assert len(found["warned of TensorBoard"]) == 1
+    assert "step-3: holds weights alone (checkpoint.last_save_model_only" in found["weights"]
+    assert "12 data-parallel ranks do not divide the 8 rows" in found["many"]
+    assert "step-0 is there already" in found["seed"]
     assert found["logged"] == [1, 2], "the first and the last step are logged, whatever log_freq is"
     assert found["aside"] == ["step-1", "step-2"]
     assert found["steps"] == ["step-0", "step-1", "step-2"]
