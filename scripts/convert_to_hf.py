@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from blt_titan.inference.json_fields import number, read_fields, read_object
+from blt_titan.inference.json_fields import FieldError, number, read_fields, read_object
 from blt_titan.interop.export import MAX_SHARD_BYTES, export_hf, stored_weights, with_threshold
 from blt_titan.interop.verify import verify_export
 from scripts.arguments import NATS, Parser, existing_directory, existing_file, output_directory, size_from, writing
@@ -98,7 +98,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _cut_share(path: Path) -> float:
-    return read_fields(read_object(path), {"cut_share": number(0, 1)}, f"{path}: ")["cut_share"]
+    """Read the share of patches that the limit cut, from what `calibrate_threshold --json` wrote."""
+    try:
+        return read_fields(read_object(path), {"cut_share": number(0, 1)}, f"{path}: ")["cut_share"]
+    except FieldError as error:
+        raise ValueError(f"--patch-lengths {error}; name what calibrate_threshold --json wrote") from error
 
 
 if __name__ == "__main__":

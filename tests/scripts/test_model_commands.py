@@ -74,7 +74,7 @@ def test_a_conversion_is_refused_before_a_model_is_loaded(loads_nothing, tmp_pat
     ):
         assert convert_from_hf.main(["--model", str(tmp_path), *options]) == 2
         assert said.format(tmp_path, tmp_path) in capsys.readouterr().err
-    for content, said in (("[]", "no cut_share"), ('{"cut_share": NaN}', "is nan"), ('{"cut_share": "x"}', "is 'x'")):
+    for content, said in (("[]", "an array"), ('{"cut_share": NaN}', "NaN"), ('{"cut_share": "x"}', "'x'")):
         (tmp_path / "lengths.json").write_text(content)
         options = ["--checkpoint", str(tmp_path), "--patch-lengths", f"{tmp_path}/lengths.json"]
         assert convert_to_hf.main([*options, *out]) == 2
