@@ -236,7 +236,7 @@ def test_damaged_patch_lengths_are_named(checkpoints, tmp_path, capsys, content)
     (tmp_path / "lengths.json").write_text(content)
     arguments = ["--checkpoint", str(checkpoints / "blt"), "--out", str(tmp_path / "hf"), "--force"]
     assert convert_to_hf.main([*arguments, "--patch-lengths", str(tmp_path / "lengths.json")]) == 2
-    assert capsys.readouterr().err.startswith(f"convert_to_hf: error: {tmp_path / 'lengths.json'}: ")
+    assert capsys.readouterr().err.startswith(f"convert_to_hf: error: --patch-lengths {tmp_path / 'lengths.json'}: ")
 
 
 def test_checkpoints_that_do_not_fit_are_named(checkpoints, tmp_path):
