@@ -115,6 +115,15 @@ def _settings_without_effect(config: Any) -> Iterator[str]:
             f"checkpoint.export_dtype = {checkpoint.export_dtype!r} needs checkpoint.last_save_model_only = true: a "
             "checkpoint that can be continued keeps its weights as they are"
         )
+    if not checkpoint.initial_load_model_only and checkpoint.initial_load_path is None:
+        yield "checkpoint.initial_load_model_only = false needs checkpoint.initial_load_path"
+    recompute = config.activation_checkpoint
+    if recompute.mode != "memory_budget":
+        for name, default in (("memory_budget", 0.5), ("visualize_memory_budget_pareto", False)):
+            if (value := getattr(recompute, name)) != default:
+                yield (
+                    f"activation_checkpoint.{name} = {shown(value)} needs activation_checkpoint.mode = 'memory_budget'"
+                )
     if not uses_float8(config):
         for name, default in (
             ("recipe_name", None),
