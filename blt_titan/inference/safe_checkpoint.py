@@ -54,15 +54,6 @@ _METADATA_CLASSES: dict[tuple[str, str], Any] = {
     ("pathlib", "PosixPath"): PurePosixPath,
     ("pathlib._local", "PosixPath"): PurePosixPath,
 }
-_RECONSTRUCT = np.zeros(0).__reduce__()[0]
-_ENTRY_CLASSES: list[Any] = [
-    # What the loader's positions, an array, are made of; before numpy 2 the module had another name.
-    np.ndarray,
-    np.dtype,
-    type(np.dtype(np.int64)),
-    (_RECONSTRUCT, "numpy._core.multiarray._reconstruct"),
-    (_RECONSTRUCT, "numpy.core.multiarray._reconstruct"),
-]
 _ENTRY_BEGINS, _ENTRY_ENDS, _END_BYTES = b"PK\x03\x04", b"PK\x05\x06", 22
 """Of each entry of a file, an archive of `torch.save`."""
 _MOST_LOOKS = 10_000
@@ -71,6 +62,68 @@ _MOST_LOOKS = 10_000
 
 class CheckpointError(ValueError):
     """A checkpoint that is not what was asked for; the message names it and says what it is."""
+
+
+class _NumberType:
+    """Stands for `numpy.dtype` in an entry: NumPy's own can say that numbers are pointers, and follows them."""
+
+    def __init__(self, name: Any, *_: Any):
+        if not isinstance(name, str) or not re.fullmatch(r"[biuf]\d{1,2}", name):
+            raise ValueError("an array of something else than numbers")
+        self.dtype = np.dtype(name)
+
+    def __setstate__(self, state: Any) -> None:
+        # Version, byte order; then of structures, sizes and flags, of which plain numbers have none.
+        if state not in tuple((3, order, None, None, None, -1, -1, 0) for order in "<|="):
+            raise ValueError("an array of numbers of another byte order or kind")
+
+
+class _Array:
+    """Stands for `numpy.ndarray` in an entry; `numbers` is made of the bytes that are there, by their count."""
+
+    numbers: np.ndarray
+
+    def __init__(self) -> None:
+        """Take no argument, so that no memory is named."""
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, kind, by_column, raw = state
+        if not isinstance(kind, _NumberType) or not isinstance(raw, bytes) or not isinstance(by_column, bool):
+            raise ValueError("an array that is none")
+        flat = np.frombuffer(raw, kind.dtype)
+        self.numbers = flat.reshape(shape, order="F" if by_column else "C").copy()
+
+
+def _new_array(kind: Any, *_: Any) -> _Array:
+    if kind is not _Array:
+        raise ValueError("an array of another class")
+    return _Array()
+
+
+def _plain(content: Any) -> Any:
+    """Return what an entry holds with arrays in place of what stood for them."""
+    if isinstance(content, _Array):
+        return content.numbers
+    if type(content) in (list, tuple):
+        return type(content)(map(_plain, content))
+    if isinstance(content, dict):
+        return {key: _plain(value) for key, value in content.items()}
+    if content is None or isinstance(content, bool | int | float | str | bytes | torch.Tensor):
+        return content
+    raise ValueError(f"an object {type(content).__name__}")
+
+
+_ENTRY_GLOBALS: list[Any] = [
+    (_Array, "numpy.ndarray"),
+    (_NumberType, "numpy.dtype"),
+    # Before numpy 2 the module had another name.
+    (_new_array, "numpy._core.multiarray._reconstruct"),
+    (_new_array, "numpy.core.multiarray._reconstruct"),
+    # To be asked for what they are when they are given a state.
+    _Array,
+    _NumberType,
+]
+"""What the loader's positions, an array, are made of."""
 
 
 class SafeReader(FileSystemReader):
@@ -102,8 +155,8 @@ class SafeLoadPlanner(DefaultLoadPlanner):
         """
         name = read_item.dest_index.fqn
         try:
-            with safe_globals(_ENTRY_CLASSES):
-                content = torch.load(value, map_location="cpu", weights_only=True)
+            with safe_globals(_ENTRY_GLOBALS):
+                content = _plain(torch.load(value, map_location="cpu", weights_only=True))
         # What damaged bytes raise is not documented, and is of many kinds.
         except Exception as error:
             raise CheckpointError(

@@ -2,6 +2,8 @@
 
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from blt_titan.inference.checkpoint import MODEL_KEY, describe_model, fill_state, load_entropy_model
 from blt_titan.inference.safe_checkpoint import CheckpointError, SafeLoadPlanner, SafeReader, damage
-from tests.attacks import Attack
+from tests.attacks import Attack, pointers
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -201,3 +203,43 @@ def test_what_a_checkpoint_says_is_checked(tmp_path, described, sentence):
     saved(tmp_path, {MODEL_KEY: described})
     with pytest.raises(CheckpointError, match=sentence):
         load_entropy_model(tmp_path)
+
+
+READ = """
+import sys
+from pathlib import Path
+from blt_titan.inference.checkpoint import MODEL_KEY, fill_state
+from blt_titan.inference.safe_checkpoint import CheckpointError
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    try:
+        fill_state({MODEL_KEY: ""}, folder)
+        print(f"{folder.name}: was read")
+    except CheckpointError as error:
+        print(f"{folder.name}: {'other objects' in str(error)}")
+    sys.stdout.flush()
+"""
+
+
+def test_no_array_of_an_entry_is_followed_to_memory(tmp_path):
+    """In a process of its own, which the numpy that believes such a file would end."""
+    attacks = pointers()
+    for name, attack in attacks.items():
+        save({MODEL_KEY: attack, "weight": torch.ones(2)}, checkpoint_id=str(tmp_path / name), no_dist=True)
+    done = subprocess.run([sys.executable, "-c", READ, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert done.stdout.splitlines() == [f"{name}: True" for name in sorted(attacks)]
+
+
+@pytest.mark.parametrize(
+    "array",
+    [np.arange(12).reshape(3, 4), np.asfortranarray(np.arange(12).reshape(3, 4)), np.array([True, False])],
+    ids=["rows", "columns", "booleans"],
+)
+def test_arrays_of_numbers_come_back(array, tmp_path):
+    saved(tmp_path / "c", {"positions": array, "more": {"deep": [array, (1, array)]}})
+    state: dict[str, Any] = {"positions": np.zeros(1), "more": {"deep": []}}
+    load(state, storage_reader=SafeReader(tmp_path / "c"), planner=SafeLoadPlanner(), no_dist=True)
+    for found in (state["positions"], state["more"]["deep"][0], state["more"]["deep"][1][1]):
+        assert found.dtype == array.dtype
+        np.testing.assert_array_equal(found, array)
+        assert found.flags.writeable
