@@ -72,7 +72,8 @@ def end_quietly_while_importing() -> None:
 
 def _stop_at_once(number: int, frame: Any) -> None:
     # No exception: torch's C++ code, which it could meet, aborts the process.
-    _say(sys.orig_argv[sys.orig_argv.index("-m") + 1].rpartition(".")[2], "stopped", 130)
+    module = next((word for word in sys.orig_argv if word.startswith("scripts.")), "scripts.command")
+    _say(module.rpartition(".")[2], "stopped", 130)
     os._exit(130)
 
 

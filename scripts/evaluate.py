@@ -50,6 +50,7 @@ def make_parser() -> Parser:
     )
     add("--split", default="validation", choices=["train", "validation"], help="of byte shards (default %(default)s)")
     add("--text-column", type=filled, default="text", help="of records in files (default %(default)s)")
+    add("--as-text", action="store_true", help="take files as texts even where they look like records")
     add("--max-documents", type=COUNT, metavar="N", help="of each --data, the first N")
     add(
         "--context-bytes",
@@ -130,7 +131,8 @@ def _documents(args: argparse.Namespace) -> Iterator[SourcedDocument]:
     with tqdm(unit="B", unit_scale=True, desc="reading") as bar:
         for path in args.data:
             for document in islice(
-                read_documents(path, split=args.split, text_column=args.text_column), args.max_documents
+                read_documents(path, split=args.split, text_column=args.text_column, as_text=args.as_text),
+                args.max_documents,
             ):
                 bar.update(len(document.text))
                 yield document

@@ -21,7 +21,9 @@ _COMPRESSED = re.compile(r"\.(gz|zst|bz2|xz)$", re.IGNORECASE)
 _NOT_READ = re.compile(r"\.(tar(\.\w+)?|tgz|tbz2?|txz|tzst|zip|7z|rar|lz4|lzma|br|snappy)$", re.IGNORECASE)
 _PIECE_BYTES = 64 * 1024
 """At a time: so much of what goes before a damage may be lost with it."""
-_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "Zstandard", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz"}
+_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "Zstandard", b"\xfd7zXZ\0": "xz"}
+_BZIP2 = re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)")
+"""Its three letters alone may begin a text."""
 
 
 class DamagedDataError(Exception):
@@ -51,6 +53,8 @@ def archive_suffix(path: str) -> str:
 
 def compressed_content(head: bytes) -> str:
     """Name how a file is compressed that begins so; nothing if it is not."""
+    if _BZIP2.match(head):
+        return "bzip2"
     return next((name for magic, name in _MAGIC.items() if head.startswith(magic)), "")
 
 

@@ -26,7 +26,7 @@ class SourcedDocument(NamedTuple):
 
 
 def read_documents(
-    path: str | os.PathLike[str], *, split: str = "validation", text_column: str = "text"
+    path: str | os.PathLike[str], *, split: str = "validation", text_column: str = "text", as_text: bool = False
 ) -> Iterator[SourcedDocument]:
     """Yield the documents of a data set, or of files; empty ones are left out.
 
@@ -34,6 +34,7 @@ def read_documents(
         path: a directory of byte shards, or what `prepare` takes as a source.
         split: of byte shards.
         text_column: of records in files.
+        as_text: take files as texts even where they look like records.
 
     Raises:
         DataError: nothing is there, a record is damaged, or it cannot be used.
@@ -43,7 +44,9 @@ def read_documents(
         return
     for source in resolve_sources([path]):
         for extent in list_extents([source]):
-            for item in read_extent(extent, text_column=text_column, max_record_bytes=MAX_RECORD_BYTES):
+            for item in read_extent(
+                extent, text_column=text_column, max_record_bytes=MAX_RECORD_BYTES, as_text=as_text
+            ):
                 if isinstance(item, Problem):
                     raise DataError(item.message)
                 if not isinstance(item, Document):

@@ -109,5 +109,5 @@ def _read_text(file: Any, extent: Extent, text_column: str | None, most_bytes: i
     if not what and text_column is not None:
         what = records_in(text, extent, text_column)
     if what:
-        return Problem(f"{path}: {what}, or have prepare_data read it as one text with --as-text")
+        return Problem(f"{path}: {what}, or have it read as one text with --as-text")
     return Document(extent.doc_id, text)

@@ -184,12 +184,16 @@ def prepare(
             _check_intact(target, existing)
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed while it did so
             return PrepareSummary(str(target), existing, already_done=True)
+        first_listing = None
         if not folder.exists():
-            # One that fits nothing is said before anything is made.
-            list_extents([source for source in resolved if source.kind == "pattern"], {})
+            # A source that holds nothing is said before anything is made.
+            listed = list_extents(resolved, revisions := {})
+            first_listing = (listed, revisions)
         target.make()
         with _locked(folder):
-            job = _Job(folder, target, existing, resolved, settings, workers, memory_bytes // workers, progress)
+            job = _Job(
+                folder, target, existing, resolved, settings, workers, memory_bytes // workers, progress, first_listing
+            )
             manifest = job.run()
             shutil.rmtree(folder, ignore_errors=True)
     except DataError:
@@ -218,6 +222,8 @@ class _Job:
     workers: int
     worker_bytes: int
     progress: bool
+    first_listing: tuple[list[Extent], dict[str, str]] | None = None
+    """The extents of all sources and the commits of the hub's, where nothing was begun before."""
 
     def __post_init__(self):
         self._revisions: dict[str, str] = {}
@@ -253,7 +259,11 @@ class _Job:
         same_work = {"format": _FORMAT, "target": os.path.abspath(str(self.target)), "settings": dict(self.settings)}
         # A data set of the hub is read as it was when the work began.
         revisions = dict(plan.get("revisions", {})) if plan.get("work") == same_work else {}
-        units = group(list_extents(self.sources, revisions))
+        if self.first_listing is not None:
+            extents, revisions = self.first_listing
+        else:
+            extents = list_extents(self.sources, revisions)
+        units = group(extents)
         for extent in (extent for unit in units for extent in unit):
             self._check_is_not_ours(extent)
         digest = hashlib.sha256(
@@ -384,7 +394,9 @@ class _Job:
         )
 
     def _skipped(self, done: Sequence[Done]) -> tuple[str, ...]:
-        return tuple(message for unit in done for message in unit.messages)[:MOST_SKIPPED_NAMED]
+        skipped = [message for unit in done for message in unit.messages]
+        passed_over = [message for unit in done for message in unit.passed_over_messages]
+        return (*skipped[:MOST_SKIPPED_NAMED], *passed_over[:MOST_SKIPPED_NAMED])
 
     def _check_names_are_free(self, moves: Mapping[str, Path]) -> None:
         replaceable = self.target.installing() | (self.existing.file_names() if self.existing else set())

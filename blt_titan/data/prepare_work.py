@@ -72,13 +72,23 @@ class Done:
     passed_over: dict[str, int] = field(default_factory=dict)
     """How many links and files of each kind."""
     messages: list[str] = field(default_factory=list)
-    """Of the first skipped records, and of what was passed over."""
+    """Of the first skipped records."""
+    passed_over_messages: list[str] = field(default_factory=list)
+    """Of the first links and files that were passed over."""
 
-    def name(self, what: str, message: str) -> None:
-        """Keep the first messages, and log them."""
-        if len(self.messages) < _MESSAGES_OF_UNIT:
+    def name_skipped(self, message: str) -> None:
+        """Keep and log the first messages of skipped records."""
+        self._name("skipped", message, self.messages)
+
+    def name_passed_over(self, message: str) -> None:
+        """Keep and log the first messages of what was passed over; many links must not hide a record."""
+        self._name("passed over", message, self.passed_over_messages)
+
+    @staticmethod
+    def _name(what: str, message: str, kept: list[str]) -> None:
+        if len(kept) < _MESSAGES_OF_UNIT:
             logger.warning(f"{what}: {message}")
-            self.messages.append(message)
+            kept.append(message)
 
     @classmethod
     def read(cls, path: Path) -> "Done | None":
@@ -190,11 +200,11 @@ def read_unit(unit: ReadUnit, report: Callable[[int], None]) -> Done:
                 elif isinstance(item, Problem):
                     if unit.on_error == "stop":
                         raise DataError(f"{item.message} (or pass over such records with --on-error skip)")
-                    done.name("skipped", item.message)
+                    done.name_skipped(item.message)
                     done.skipped += 1
                     counted[4] += 1
                 elif isinstance(item, PassedOver):
-                    done.name("passed over", item.message)
+                    done.name_passed_over(item.message)
                     done.passed_over[item.kind] = done.passed_over.get(item.kind, 0) + 1
                 else:
                     done.binary += 1

@@ -14,6 +14,7 @@ from blt_titan.data.file_systems import printable
 from blt_titan.data.sources import hub_dataset
 
 _ARROW_MAGIC = b"ARROW1"
+_MOST_PADDED_BYTES = 64
 _ROWS_AT_A_TIME = 64
 _BATCH_BYTES = 8 * 1024**2
 """Of a table's rows, about."""
@@ -64,7 +65,7 @@ def _record_batches(file: Any, extent: Extent, text_column: str) -> Iterator[tup
             source.seek(0)
             pa.ipc.open_file(source)  # or it says what is wrong with the end
             # What follows the magic is a stream. Its footer alone would not tell of another file in front of it.
-            place = 8
+            place = _begin_of_messages(source)
         while True:
             source.seek(place)
             schema = pa.ipc.open_stream(source).schema
@@ -80,6 +81,14 @@ def _record_batches(file: Any, extent: Extent, text_column: str) -> Iterator[tup
                 return
             if not _another_stream_follows(source, place, n_bytes):
                 return
+
+
+def _begin_of_messages(source: Any) -> int:
+    """Return where the first message of an Arrow file lies: writers pad the magic to 8 bytes, or to as many as 64."""
+    source.seek(0)
+    head = source.read(_MOST_PADDED_BYTES + 8)
+    words = range(8, _MOST_PADDED_BYTES + 1, 8)
+    return next((place for place in words if head[place : place + 8].strip(b"\0")), 8)
 
 
 def _check_footer_follows(source: Any, place: int, n_bytes: int) -> None:

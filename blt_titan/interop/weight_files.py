@@ -102,12 +102,22 @@ def _unpickled(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: holds {type(content).__name__}, expected tensors by name")
     for name, tensor in content.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or not _is_plain(tensor):
             raise ValueError(f"{path}: {str(name)[:100]} is no tensor of floating-point numbers")
     # One number can stand for a tensor of any size.
     if (n_bytes := sum(tensor.nbytes for tensor in content.values())) > path.stat().st_size:
         raise ValueError(f"{path}: its tensors are {n_bytes:,} bytes, more than the file")
     return dict(content)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor is of floating-point numbers in memory; sparse, nested and meta ones are not."""
+    return (
+        not tensor.is_nested
+        and tensor.layout is torch.strided
+        and tensor.device.type == "cpu"
+        and tensor.is_floating_point()
+    )
 
 
 def matched_parameters(

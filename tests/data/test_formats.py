@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from blt_titan.data import raw_records
 from blt_titan.data.extents import Document, Item, Problem
 from blt_titan.data.formats import read_extent
 from blt_titan.data.sources import list_extents, resolve_sources
@@ -194,15 +195,17 @@ def test_a_compressed_text(tmp_path, suffix):
     assert "more than 199999 bytes" in str(problem)
 
 
+WORDS = b"a text of some words, as records hold them"
 RECORDS = {
     "lines.json": b'{"text": "a"}\n{"text": "b"}\n',
     "of another key.json": b'\n{"body": "a"}\r\n{"body": "b"}',
     "lines": b'\xef\xbb\xbf{"text": "a"}\n\n{"text": "b"}',
     "one is damaged.txt": b'{"text": "a"}\n{"text": "b"}\n{"tex\n' * 3 + b'{"text": "c"}\n' * 7,
     "pretty.json": b'{\n  "text": "a"\n}\n{\n  "text": "b"\n}\n',
-    "array.json": b'[\n{"text": "a"},\n{"text": "b"}\n]\n',
-    "in an object.json": b'{"version": 1, "rows": [{"text": "a"}]}',
-    "columns.json": b'{"id": [1, 2], "text": ["a", "b"]}',
+    "array.json": b'[\n{"text": "%b"},\n{"text": "%b"}\n]\n' % (WORDS, WORDS),
+    "not English.json": json.dumps([{"id": 1, "text": "\u00e4\u00f6\u00fc\u00df " * 9}], ensure_ascii=False).encode(),
+    "in an object.json": b'{"version": 1, "rows": [{"text": "%b"}]}' % WORDS,
+    "columns.json": b'{"id": [1, 2], "text": ["%b", "%b"]}' % (WORDS, WORDS),
     "one.json": json.dumps({"id": 1, "text": "a long text of some words"}).encode(),
     "table.csv": b'id,"text"\r\n1,a\r\n',
     "table.tsv": b"text\tid\na\t1\n",
@@ -210,6 +213,10 @@ RECORDS = {
     "table.ipc.txt": b"ARROW1\0\0",
 }
 TEXT_OF_JSON = {
+    "menu.json": b'{"sidebar": [{"text": "Intro", "link": "/"}, {"text": "Guide", "link": "/guide"}]}',
+    "links.json": b'[{"text": "Guide", "link": "/guide"}]',
+    "buttons.json": b'{"buttons": [{"text": "OK", "id": 1}], "version": 1}',
+    "words of a version.json": b'{"version": 1, "text": ["a", "b"], "more": "than that"}',
     "package.json": b'{\n  "name": "x",\n  "files": [{"name": "y"}, {"name": "z"}]\n}\n',
     "words.json": b'{"text": "Text", "button": "Button", "cancel": "Cancel"}',
     "objects.json": b'[{"name": "x"}, {"name": "y"}]',
@@ -244,7 +251,7 @@ def test_records_are_not_read_as_text(tmp_path):
 
 
 def test_the_text_column_tells_records(tmp_path):
-    (tmp_path / "a.json").write_bytes(b'[{"body": "a"}]')
+    (tmp_path / "a.json").write_bytes(b'[{"body": "%b"}]' % WORDS)
     (tmp_path / "b.csv").write_bytes(b"id;body\n1;a\n")
     assert len(texts_of(tmp_path)) == 2
     assert {type(item) for item in items_of(tmp_path, text_column="body")} == {Problem}
@@ -382,3 +389,37 @@ def test_problems_of_tables(tmp_path, how):
     path.write_bytes(path.read_bytes()[:-40])
     *_, problem = items_of(path)
     assert f"{path}: cannot be read as {how.split()[0]} from row 1 on" in str(problem)
+
+
+def test_an_arrow_file_whose_magic_is_padded_to_64_bytes_is_read(tmp_path):
+    """As the writer of arrow-rs does; the format asks for 8."""
+    content = bytes_of_table(tmp_path, "arrow file", ["a", "b"])
+    path = tmp_path / "a.arrow"
+    path.write_bytes(content[:8] + bytes(56) + content[8:])
+    assert texts_of(path) == [b"a", b"b"]
+
+
+def test_a_text_that_begins_with_the_letters_of_bzip2_is_a_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"BZhu wrote this.")
+    assert texts_of(tmp_path / "a.txt") == [b"BZhu wrote this."]
+
+
+def test_a_column_whose_name_is_not_utf8_is_none_of_a_table(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"id,text\n1,a\n")
+    assert texts_of(tmp_path / "a.csv", text_column="\udcff") == [b"id,text\n1,a\n"]
+
+
+def test_of_a_large_document_the_beginning_tells_records(tmp_path, monkeypatch):
+    """To parse it whole would take many times its bytes."""
+    monkeypatch.setattr(raw_records, "_MOST_PARSED_BYTES", 4096)
+    rows = b",\n".join([b'{"text": "%b"}' % WORDS] * 1000)
+    for name, content in {"array": b"[" + rows + b"]", "object": b'{"rows": [' + rows + b"]}"}.items():
+        (tmp_path / name).write_bytes(content)
+        assert "looks like records of JSON" in str(items_of(tmp_path / name)), name
+    for name, content in {
+        "lists": b"[" + b", ".join([b"[]"] * 10_000) + b"]",
+        "menu": b"[" + b", ".join([b'{"text": "Guide", "link": "/guide"}'] * 1000) + b"]",
+    }.items():
+        (tmp_path / "tree" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "tree" / name).write_bytes(content)
+    assert len(texts_of(tmp_path / "tree")) == 2

@@ -237,6 +237,17 @@ def test_what_is_passed_over_is_counted_and_named(source, tmp_path, caplog):
     assert run(source, out).already_done
 
 
+def test_many_links_do_not_hide_a_record_that_was_skipped(tmp_path):
+    (tmp_path / "source").mkdir()
+    for number in range(120):
+        (tmp_path / "source" / f"{number:03d}").symlink_to("nowhere")
+    (tmp_path / "source" / "z.jsonl").write_text('{"text": "a"}\n{"text\n')
+    manifest = run(tmp_path / "source", tmp_path / "out", on_error="skip").manifest
+    assert (manifest.counts.skipped_records, manifest.counts.dangling_links) == (1, 120)
+    assert "z.jsonl, line 2" in manifest.skipped[0]
+    assert "000: is a link to nowhere" in manifest.skipped[1]
+
+
 def test_a_source_of_nothing_but_links_says_so(tmp_path):
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "loop").symlink_to("loop")

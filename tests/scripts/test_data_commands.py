@@ -61,6 +61,8 @@ def test_nothing_is_scored_into_a_folder_that_holds_no_data(option, given, data,
         ("--source", ["nothing"]),
         ("--source", ["no/*.txt"]),
         ("--source", ["texts/*.md"]),
+        ("--source", ["empty"]),
+        ("--source", ["texts", "empty"]),
         ("--out", [""]),
         ("--out", ["texts/a.txt"]),
         ("--out", ["texts/a.txt/out"]),
@@ -71,6 +73,7 @@ def test_nothing_is_scored_into_a_folder_that_holds_no_data(option, given, data,
 )
 def test_nothing_is_prepared_from_nothing_nor_to_nowhere(option, values, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("a text")
     before = everything_in(tmp_path)
@@ -79,7 +82,7 @@ def test_nothing_is_prepared_from_nothing_nor_to_nowhere(option, values, tmp_pat
     error = capsys.readouterr().err
     assert error.startswith("prepare_data: error: ")
     assert error.count("\n") == 1
-    assert (option if "" in values else values[0]) in error
+    assert (option if "" in values else values[-1]) in error
     assert everything_in(tmp_path) == before
 
 
