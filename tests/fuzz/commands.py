@@ -288,7 +288,7 @@ def serve_plots(draw: Draw, place: Place) -> Case:
         (place.folder / f"in/{RUN}/one").rename(
             place.folder / f"in/{RUN}" / draw.choice(FOLDER_NAMES).replace("/", "-")
         )
-    if draw.chance(0.1):
+    if draw.chance(0.1) and (place.folder / f"in/{RUN}").is_dir():  # damage may have made a file of it
         case.done += write_tree(draw, place.folder / f"in/{RUN}/tree")
     case.arguments = ["--dir", _perhaps_elsewhere(draw, case, place, place.path(f"in/{RUN}"))]
     return _finish(draw, case, [PORT])
