@@ -185,7 +185,7 @@ def _lie(draw: Draw, root: Path) -> str:
         index[number, -1] = zlib.crc32(shard[offset : offset + length])
         np.save(root / entry["index_file"], index)
         entry["index_sha256"] = hashlib.sha256((root / entry["index_file"]).read_bytes()).hexdigest()
-    except (KeyError, TypeError, ValueError, IndexError, OSError, AttributeError, struct.error):
+    except (KeyError, TypeError, ValueError, IndexError, OSError, EOFError, AttributeError, struct.error):
         return "its shards are damaged already"
     (root / entry["file"]).write_bytes(shard)
     (root / MANIFEST_NAME).write_text(json.dumps(manifest))
