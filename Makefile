@@ -4,7 +4,7 @@
 .PHONY: help setup setup-dev demo test test-full test-oldest check format
 
 VENV_PYTHON := .venv/bin/python
-OLDEST := from blt_titan.interop.model_card import OLDEST_TRANSFORMERS; print(OLDEST_TRANSFORMERS)
+OLDEST := from blt_titan.hf.model_card import OLDEST_TRANSFORMERS; print(OLDEST_TRANSFORMERS)
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
@@ -25,7 +25,7 @@ test-full: setup-dev
 	$(VENV_PYTHON) -m pytest
 
 # Beside the newest, which is in .venv, and before it on the path.
-.venv/.installed-oldest: .venv/.installed-dev blt_titan/interop/model_card.py
+.venv/.installed-oldest: .venv/.installed-dev blt_titan/hf/model_card.py
 	rm -rf .venv/oldest
 	$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/oldest \
 		transformers==$$($(VENV_PYTHON) -c "$(OLDEST)")
@@ -33,7 +33,7 @@ test-full: setup-dev
 
 test-oldest: .venv/.installed-oldest
 	TRANSFORMERS_RELEASE=$$($(VENV_PYTHON) -c "$(OLDEST)") PYTHONPATH=$(CURDIR)/.venv/oldest \
-		$(VENV_PYTHON) -m pytest -m "not slow" tests/interop
+		$(VENV_PYTHON) -m pytest -m "not slow" tests/hf
 
 check: setup-dev
 	.venv/bin/ruff format --check .

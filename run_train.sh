@@ -34,7 +34,7 @@ if [[ "$CONFIG_FILE" == train_configs/*debug.toml && ! -e data/stdlib/manifest.j
 fi
 
 # One sentence for what is wrong, before any rank starts.
-"$PYTHON" -m blt_titan.run_config --job.config_file "$CONFIG_FILE" "$@"
+"$PYTHON" -m blt_titan.config.check --job.config_file "$CONFIG_FILE" "$@"
 
 if [[ "$NNODES" == 1 && -z "${MASTER_PORT:-}" ]]; then
     rendezvous=(--rdzv_backend c10d --rdzv_endpoint localhost:0)

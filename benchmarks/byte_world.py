@@ -23,15 +23,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import blt_titan.titan_device  # noqa: F401
+import blt_titan.titan  # noqa: F401
 
 # isort: split
 from torchtitan.distributed import ParallelDims
 
 from benchmarks.result_file import write_result
 from blt_titan.batch import IGNORE_LABEL, ContextSlice
-from blt_titan.data.collate import collate_rows
-from blt_titan.data.packing import RowShape
+from blt_titan.data.rows.collate import collate_rows
+from blt_titan.data.rows.packing import RowShape
 from blt_titan.loss import ByteCrossEntropy
 from blt_titan.model.blt import BLT
 from blt_titan.model.sizes import BLT_FLAVORS
@@ -43,9 +43,9 @@ from parallelisms.hash_tables import columns_here, shard_columns
 from parallelisms.meshes import Meshes, build_meshes
 from parallelisms.tensor import apply_tensor_parallel
 from parallelisms.weights import write_shard
-from tests.distributed import run_distributed
-from tests.sent_bytes import SentBytes
-from tests.word_rows import word_rows
+from tests.helpers.distributed import run_distributed
+from tests.helpers.sent_bytes import SentBytes
+from tests.helpers.word_rows import word_rows
 
 SHAPE = RowShape(segments=8, segment_bytes=1024, segment_patches=320)
 WINDOW_REACH = 1  # slices hold more bytes than the window

@@ -23,11 +23,11 @@ import torch
 
 from benchmarks.result_file import write_result
 from blt_titan.byte_vocab import EOS_ID
+from blt_titan.hf.pretrained import BLT, ByteTokenizer, EntropyModel
+from blt_titan.hf.verify.verify import TEXT
 from blt_titan.inference.cached import CachedBLT
 from blt_titan.inference.caches import GROWTH_SLOTS
-from blt_titan.inference.generate import Sampling, generate
-from blt_titan.interop.pretrained import BLT, ByteTokenizer, EntropyModel
-from blt_titan.interop.verify import TEXT
+from blt_titan.inference.sample import Sampling, generate
 from blt_titan.model.sizes import BLT_FLAVORS, ENTROPY_FLAVORS
 from blt_titan.patching.rule import PatchRule
 

@@ -29,9 +29,13 @@ from tqdm import tqdm
 
 from benchmarks.result_file import write_result
 from blt_titan.batch import PADDING
-from blt_titan.data.calibration import calibrate, read_sample
-from blt_titan.data.collate import Batch
-from blt_titan.data.entropies import (
+from blt_titan.data.prepare.job import prepare
+from blt_titan.data.rows.collate import Batch
+from blt_titan.data.rows.loader import RowLoader, RowSource
+from blt_titan.data.rows.order import StreamOrder
+from blt_titan.data.rows.packing import RowShape
+from blt_titan.data.store.shards import ShardSet
+from blt_titan.data.store.sidecars import (
     EntropySidecar,
     SidecarSettings,
     SidecarWriter,
@@ -39,12 +43,8 @@ from blt_titan.data.entropies import (
     complete_sidecar,
     sidecar_directory,
 )
-from blt_titan.data.loader import RowLoader, RowSource
-from blt_titan.data.order import StreamOrder
-from blt_titan.data.packing import RowShape
-from blt_titan.data.prepare import prepare
-from blt_titan.data.shards import ShardSet
 from blt_titan.patching import entropy_patch_starts, rule_patch_starts
+from blt_titan.scoring.calibration import calibrate, read_sample
 
 MEAN_DOCUMENT_BYTES = 5000
 VOCABULARY_WORDS = 20_000

@@ -24,11 +24,11 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from benchmarks.result_file import write_result
-from blt_titan.data.loader import RowLoader, RowSource
-from blt_titan.data.manifest import Counts, Manifest, write_manifest
-from blt_titan.data.order import StreamOrder
-from blt_titan.data.packing import RowShape
-from blt_titan.data.shards import ShardSet, ShardWriter, install
+from blt_titan.data.rows.loader import RowLoader, RowSource
+from blt_titan.data.rows.order import StreamOrder
+from blt_titan.data.rows.packing import RowShape
+from blt_titan.data.store.manifest import Counts, Manifest, write_manifest
+from blt_titan.data.store.shards import ShardSet, ShardWriter, install
 from blt_titan.patching import rule_patch_starts
 
 SIZES = (4_500, 9_000, 18_000)

@@ -15,10 +15,10 @@ from typing import Any
 
 from benchmarks.generation import PROMPT, time_ours
 from benchmarks.result_file import write_result
-from blt_titan.data.documents import read_documents
-from blt_titan.inference.evaluate_documents import evaluate_documents
+from blt_titan.data.prepare.documents import read_documents
+from blt_titan.evaluation.documents import evaluate_documents
+from blt_titan.hf.load import load_for_inference
 from blt_titan.inference.likelihood import LikelihoodScorer
-from blt_titan.interop.loading import load_for_inference
 
 
 def quality(directory: Path, data: Path, threshold: float) -> dict[str, Any]:

@@ -9,14 +9,14 @@ import sys
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
 
-from blt_titan.data.errors import DataError
-from blt_titan.inference.checkpoint import CheckpointError
-from blt_titan.interop.in_training import ExportFailedError
-from blt_titan.resume import RunStateError
-from blt_titan.run_config import RunConfigError, check_run, load_run_config
-from blt_titan.run_folder import RunFolderError
-from blt_titan.train_spec import RowsDifferError
-from blt_titan.trainer import BLTTrainer, NonFiniteLossError
+from blt_titan.checkpoint.description import CheckpointError
+from blt_titan.config.check import RunConfigError, check_run, load_run_config
+from blt_titan.config.resume import RunStateError
+from blt_titan.data.store.errors import DataError
+from blt_titan.training.exports import ExportFailedError
+from blt_titan.training.run_folder import RunFolderError
+from blt_titan.training.spec import RowsDifferError
+from blt_titan.training.trainer import BLTTrainer, NonFiniteLossError
 
 # isort: split
 from torchtitan.tools.logging import init_logger, logger

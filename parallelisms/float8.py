@@ -9,7 +9,7 @@ import re
 
 import torch.nn as nn
 
-import blt_titan.titan_device  # noqa: F401
+import blt_titan.titan  # noqa: F401
 
 # isort: split
 from torchtitan.components.quantization.float8 import Float8LinearConverter

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from torch.distributed.device_mesh import DeviceMesh
 
-import blt_titan.titan_device  # noqa: F401
+import blt_titan.titan  # noqa: F401
 
 # isort: split
 from torchtitan.distributed import ParallelDims

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.nn as nn
 
-import blt_titan.titan_device  # noqa: F401
+import blt_titan.titan  # noqa: F401
 
 # isort: split
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig

@@ -16,7 +16,7 @@ import torch.nn as nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
-import blt_titan.titan_device  # noqa: F401
+import blt_titan.titan  # noqa: F401
 
 # isort: split
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig

@@ -5,7 +5,7 @@ A type is called with what the user wrote, before anything is made or loaded, an
     score_entropies: error: --lanes 0: must be a whole number from 1 to 4,096
     evaluate: error: --out '': must not be empty
 
-Every option of every command has one of these types or `choices`; `tests/scripts/test_arguments.py` walks them all.
+Every option of every command has one of these types or `choices`; `tests/commands/test_arguments.py` walks them all.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn
 
-from blt_titan.data.names import plain_name
+from blt_titan.data.store.names import plain_name
 
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 _ARGPARSE_SAYS = r"invalid choice|expected|not allowed|ignored"

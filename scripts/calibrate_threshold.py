@@ -17,7 +17,12 @@ from typing import get_args
 
 import numpy as np
 
-from blt_titan.data.calibration import (
+from blt_titan.data.store.errors import DataError
+from blt_titan.data.store.shards import ShardSet
+from blt_titan.data.store.sidecars import EntropySidecar
+from blt_titan.model.sizes import BLT_FLAVORS
+from blt_titan.patching import EntropyRule
+from blt_titan.scoring.calibration import (
     SEGMENT_PATCHES,
     Calibration,
     SegmentBudget,
@@ -26,11 +31,6 @@ from blt_titan.data.calibration import (
     histogram_text,
     read_sample,
 )
-from blt_titan.data.entropies import EntropySidecar
-from blt_titan.data.errors import DataError
-from blt_titan.data.shards import ShardSet
-from blt_titan.model.sizes import BLT_FLAVORS
-from blt_titan.patching import EntropyRule
 from scripts.arguments import (
     MOST_PATCH_BYTES,
     NATS,

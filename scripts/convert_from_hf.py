@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from blt_titan.interop.pretrained import BLT, EntropyModel, Pretrained
-from blt_titan.interop.to_checkpoint import require_free, write_checkpoint
+from blt_titan.hf.pretrained import BLT, EntropyModel, Pretrained
+from blt_titan.hf.to_checkpoint import require_free, write_checkpoint
 from scripts.arguments import Parser, filled, model, output_directory, writing
 from scripts.command import command
 

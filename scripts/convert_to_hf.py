@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from blt_titan.inference.json_fields import FieldError, number, read_fields, read_object
-from blt_titan.interop.export import MAX_SHARD_BYTES, export_hf, stored_weights, with_threshold
-from blt_titan.interop.verify import verify_export
+from blt_titan.checkpoint.json_fields import FieldError, number, read_fields, read_object
+from blt_titan.hf.export import MAX_SHARD_BYTES, export_hf, stored_weights, with_threshold
+from blt_titan.hf.verify.verify import verify_export
 from scripts.arguments import NATS, Parser, existing_directory, existing_file, output_directory, size_from, writing
 from scripts.command import command
 

@@ -23,23 +23,23 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from blt_titan.data.calibration import best_budgets, calibrate, read_sample
-from blt_titan.data.entropies import EntropySidecar
-from blt_titan.data.errors import DataError
-from blt_titan.data.loader import HeldOutRows
-from blt_titan.data.prepare import prepare
-from blt_titan.data.shards import ShardSet
-from blt_titan.inference.checkpoint import CheckpointError, latest_checkpoint, load_entropy_model, load_weights
-from blt_titan.inference.entropies import EntropyScorer
-from blt_titan.inference.evaluate import HeldOutScore, batch_scorer, score_batches
-from blt_titan.inference.generate import Sampling, complete
-from blt_titan.inference.patch_page import patch_page
-from blt_titan.inference.score_data import score_data, sidecar_settings
+from blt_titan.checkpoint.description import CheckpointError, latest_checkpoint, load_entropy_model, load_weights
+from blt_titan.config.check import load_run_config
+from blt_titan.data.prepare.job import prepare
+from blt_titan.data.rows.loader import HeldOutRows
+from blt_titan.data.store.errors import DataError
+from blt_titan.data.store.shards import ShardSet
+from blt_titan.data.store.sidecars import EntropySidecar
+from blt_titan.evaluation.rows import HeldOutScore, batch_scorer, score_batches
+from blt_titan.inference.sample import Sampling, complete
 from blt_titan.model.blt import BLT
 from blt_titan.model.entropy_model import EntropyModel
 from blt_titan.model.sizes import BLT_FLAVORS
-from blt_titan.run_config import load_run_config
-from blt_titan.train_spec import patch_rule, row_source
+from blt_titan.plots.patch_page import patch_page
+from blt_titan.scoring.calibration import best_budgets, calibrate, read_sample
+from blt_titan.scoring.entropies import EntropyScorer
+from blt_titan.scoring.score_data import score_data, sidecar_settings
+from blt_titan.training.spec import patch_rule, row_source
 from scripts.arguments import Parser, whole
 from scripts.command import command
 

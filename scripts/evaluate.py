@@ -15,12 +15,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from blt_titan.data.documents import SourcedDocument, read_documents
-from blt_titan.data.manifest import MANIFEST_NAME
-from blt_titan.data.sources import list_extents, resolve_sources
-from blt_titan.inference.evaluate_documents import DocumentScores, evaluate_documents
+from blt_titan.data.prepare.documents import SourcedDocument, read_documents
+from blt_titan.data.prepare.sources import list_extents, resolve_sources
+from blt_titan.data.store.manifest import MANIFEST_NAME
+from blt_titan.evaluation.documents import DocumentScores, evaluate_documents
+from blt_titan.evaluation.noise import NOISES
 from blt_titan.inference.likelihood import CONTEXT_BYTES, LikelihoodScorer
-from blt_titan.inference.noise import NOISES
 from scripts.arguments import (
     COUNT,
     MODEL_CONTEXT,

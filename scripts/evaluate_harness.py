@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from blt_titan.inference.noise import NOISE_ON, NOISES
+from blt_titan.evaluation.noise import NOISE_ON, NOISES
 from scripts.arguments import (
     BATCH,
     COUNT,
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from lm_eval.tasks import TaskManager
         from lm_eval.utils import make_table
 
-        from blt_titan.interop.harness import BLTHarness
+        from blt_titan.evaluation.harness import BLTHarness
     except ImportError as error:
         print(f"evaluate_harness: error: {error}; pip install 'blt_titan[harness]'", file=sys.stderr)
         return 2

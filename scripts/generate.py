@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 from blt_titan.byte_vocab import VOCAB_SIZE
 from blt_titan.inference.cached import CachedBLT
-from blt_titan.inference.generate import LEAST_TEMPERATURE, Sampling, TextStream, generate
 from blt_titan.inference.likelihood import CONTEXT_BYTES
+from blt_titan.inference.sample import LEAST_TEMPERATURE, Sampling, TextStream, generate
 from scripts.arguments import BATCH, SEED, Parser, existing_file, number, whole
 from scripts.command import command
 from scripts.model_options import add_model_options, load_models

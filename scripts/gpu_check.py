@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from blt_titan.data.errors import DataError
-from blt_titan.data.prepare import prepare
+from blt_titan.data.prepare.job import prepare
+from blt_titan.data.store.errors import DataError
 from blt_titan.model.sizes import BLT_FLAVORS
 from scripts.arguments import Parser, output_file, whole, write_output
 from scripts.command import command

@@ -18,12 +18,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from blt_titan.data.destination import destination, fetch_shard
-from blt_titan.data.entropies import DIRECTORY, EntropySidecar
-from blt_titan.data.errors import DataError
-from blt_titan.data.manifest import MANIFEST_NAME, SPLITS, Manifest, ShardEntry, read_manifest
-from blt_titan.data.shards import ShardSet
-from blt_titan.data.sources import is_remote
+from blt_titan.data.prepare.destination import destination, fetch_shard
+from blt_titan.data.prepare.sources import is_remote
+from blt_titan.data.store.errors import DataError
+from blt_titan.data.store.manifest import MANIFEST_NAME, SPLITS, Manifest, ShardEntry, read_manifest
+from blt_titan.data.store.shards import ShardSet
+from blt_titan.data.store.sidecars import DIRECTORY, EntropySidecar
 from scripts.arguments import Parser, directory_or_url, whole
 from scripts.command import command
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from blt_titan.interop.loading import Loaded, load_for_inference
-from blt_titan.interop.pretrained import Pretrained
+from blt_titan.hf.load import Loaded, load_for_inference
+from blt_titan.hf.pretrained import Pretrained
 from scripts.arguments import NATS, filled, model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

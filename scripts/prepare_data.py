@@ -22,16 +22,16 @@ import os
 import sys
 from collections.abc import Sequence
 
-from blt_titan.data.errors import DataError
-from blt_titan.data.prepare import (
+from blt_titan.data.prepare.job import (
     MAX_RECORD_BYTES,
     MAX_SETTABLE_RECORD_BATCH_BYTES,
     MEMORY_BYTES,
     least_memory_bytes,
     prepare,
 )
-from blt_titan.data.shards import MAX_RECORD_BATCH_BYTES, RECORD_BATCH_BYTES, SHARD_BYTES
-from blt_titan.data.sources import HUB_PRESETS
+from blt_titan.data.prepare.sources import HUB_PRESETS
+from blt_titan.data.store.errors import DataError
+from blt_titan.data.store.shards import MAX_RECORD_BATCH_BYTES, RECORD_BATCH_BYTES, SHARD_BYTES
 from scripts.arguments import (
     SEED,
     Parser,

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 
 from blt_titan.byte_vocab import BOS_ID, BYTE_OFFSET
-from blt_titan.data.calibration import quantization_disagreement
-from blt_titan.data.errors import DataError
-from blt_titan.data.manifest import read_manifest
-from blt_titan.inference.checkpoint import CheckpointError, load_entropy_model
-from blt_titan.inference.entropies import CHUNK, LANES, EntropyScorer
-from blt_titan.inference.score_data import score_data, sidecar_settings
+from blt_titan.checkpoint.description import CheckpointError, load_entropy_model
+from blt_titan.data.store.errors import DataError
+from blt_titan.data.store.manifest import read_manifest
+from blt_titan.scoring.calibration import quantization_disagreement
+from blt_titan.scoring.entropies import CHUNK, LANES, EntropyScorer
+from blt_titan.scoring.score_data import score_data, sidecar_settings
 from scripts.arguments import BATCH, Parser, existing_directory, plain, whole, writing
 from scripts.command import command
 from scripts.model_options import add_device_option

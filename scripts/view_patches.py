@@ -15,13 +15,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from blt_titan.byte_vocab import BYTE_OFFSET, document_ids
-from blt_titan.data.entropies import EntropySidecar
-from blt_titan.data.errors import DataError
-from blt_titan.data.shards import ShardSet
-from blt_titan.inference.checkpoint import CheckpointError, load_entropy_model
-from blt_titan.inference.entropies import EntropyScorer
-from blt_titan.inference.patch_page import patch_page
+from blt_titan.checkpoint.description import CheckpointError, load_entropy_model
+from blt_titan.data.store.errors import DataError
+from blt_titan.data.store.shards import ShardSet
+from blt_titan.data.store.sidecars import EntropySidecar
 from blt_titan.patching.rounding import from_storage, to_storage
+from blt_titan.plots.patch_page import patch_page
+from blt_titan.scoring.entropies import EntropyScorer
 from scripts.arguments import (
     MOST_PATCH_BYTES,
     NATS,

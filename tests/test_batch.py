@@ -9,8 +9,8 @@ import torch
 from blt_titan import batch
 from blt_titan.batch import IGNORE_LABEL, LAYOUT_FIELDS, PADDING
 from blt_titan.byte_vocab import BOS_ID, BOUNDARY_ID, BYTE_OFFSET, EOS_ID, document_ids
-from blt_titan.data.collate import collate_rows
-from blt_titan.data.packing import PatchedIds, RowShape, pack_row
+from blt_titan.data.rows.collate import collate_rows
+from blt_titan.data.rows.packing import PatchedIds, RowShape, pack_row
 from blt_titan.model.layout import layout_from_patch_lengths
 from blt_titan.patching import rule_patch_starts
 

@@ -2,7 +2,7 @@
 
 In: the settings. Out: a sentence for each key whose value is not allowed. A key that no table here names is an
 assertion, so that a section which gains a key cannot be ignored in silence. What two keys must be to each other, and
-what refers to data or to the number of ranks, is checked elsewhere (`run_config.py`, `parallelisms/support.py`).
+what refers to data or to the number of ranks, is checked elsewhere (`config/check.py`, `blt_titan/config/parallel.py`).
 """
 
 import math
@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from blt_titan.config.read import CONFIG_MODULE, run_config_class, settings_of
-from blt_titan.data.names import is_plain
+from blt_titan.data.store.names import is_plain
 
 MAX_SEED = 2**63 - 1
 _MAX_COUNT = 2**31 - 1

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import blt_titan.titan_device  # noqa: F401
+import blt_titan.titan  # noqa: F401
 
 # isort: split
 from torchtitan.config import ConfigManager

@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from blt_titan.batch import PADDING, PatchLayout
 from blt_titan.byte_vocab import BOS_ID, NEWLINE_ID
 from blt_titan.inference.caches import StackCache
-from blt_titan.inference.entropies import entropy_nats
 from blt_titan.inference.rows import Row, layout_rows, pad_ids
 from blt_titan.model.attention import causal_mask, window_mask
 from blt_titan.model.blt import BLT
@@ -33,6 +32,7 @@ from blt_titan.model.entropy_model import EntropyModel
 from blt_titan.model.layers import rotary_angles
 from blt_titan.patching import starts_to_lengths
 from blt_titan.patching.rule import PatchCursor, PatchRule
+from blt_titan.scoring.entropies import entropy_nats
 
 
 class CachedEntropyModel:

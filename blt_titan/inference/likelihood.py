@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 
 from blt_titan.byte_vocab import BYTE_OFFSET, EOS_ID, VOCAB_SIZE
-from blt_titan.inference.entropies import EntropyScorer
 from blt_titan.inference.rows import Row, layout_rows, pad_ids
 from blt_titan.model.blt import BLT
 from blt_titan.model.entropy_model import EntropyModel
 from blt_titan.patching.rule import PatchRule
+from blt_titan.scoring.entropies import EntropyScorer
 
 CONTEXT_BYTES = 8192
 _BATCH_SLOTS = 16_384

@@ -6,9 +6,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 import pytest
 import tomli_w
 
+from blt_titan.config.check import check_run
 from blt_titan.config.keys import ANY, refused_values, rules
 from blt_titan.config.read import RunConfigError, load_run_config, run_config_class, settings_of
-from blt_titan.run_config import check_run
 
 DEBUG = "train_configs/debug.toml"
 KEYS = sorted(settings_of(run_config_class()()))

@@ -3,7 +3,7 @@
 import pytest
 
 from blt_titan.config.read import RunConfigError, load_run_config, settings_of
-from blt_titan.run_folder import effective_table, record_settings
+from blt_titan.training.run_folder import effective_table, record_settings
 
 DEBUG = "train_configs/debug.toml"
 

@@ -5,9 +5,9 @@ import random
 import shutil
 from pathlib import Path
 
-from blt_titan.interop.export import export_hf, stored_weights
+from blt_titan.hf.export import export_hf, stored_weights
 from scripts import prepare_data, score_entropies
-from tests.interop.models import write_checkpoints
+from tests.helpers.hf_models import write_checkpoints
 
 STREAMS = 4
 DATA, MODELS, HF, RUN, SMALL = "data", "models", "hf", "run", "small"

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from blt_titan.data.manifest import MANIFEST_NAME
+from blt_titan.data.store.manifest import MANIFEST_NAME
 from tests.fuzz.draw import Draw
 
 ATTACK_FILE = "EXECUTED"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from blt_titan.run_config import load_run_config
+from blt_titan.config.check import load_run_config
 from tests.fuzz.base import DATA, MODELS, STREAMS
 from tests.fuzz.damage import damage
 from tests.fuzz.draw import ODD_STRINGS, Draw

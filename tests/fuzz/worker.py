@@ -56,9 +56,10 @@ def serve() -> None:
 def _import_everything() -> dict[str, Callable[[list[str]], Any]]:
     import starlette.testclient  # noqa: F401
 
-    import blt_titan.interop.verify
+    import blt_titan.hf.verify.verify
     import blt_titan.plots.app  # noqa: F401
-    from blt_titan import run_config, train
+    from blt_titan import train
+    from blt_titan.config import check as run_config
     from scripts import (
         calibrate_threshold,
         convert_from_hf,

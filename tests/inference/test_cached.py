@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from blt_titan.byte_vocab import BOS_ID, bytes_to_ids
+from blt_titan.hf.verify.verify import TEXT
 from blt_titan.inference.cached import CachedBLT
-from blt_titan.interop.verify import TEXT
 from blt_titan.model.blt import BLT
 from blt_titan.model.sizes import BLTArgs
 from blt_titan.patching.rounding import from_storage, to_storage
 from blt_titan.patching.rule import PatchRule
-from tests.small_entropy_model import model_of, scored_alone
+from tests.helpers.small_entropy_model import model_of, scored_alone
 
 LOGITS_ATOL = 1e-4
 """fp32 sums in another order, over caches whose slots are not in order; seen below 1e-5."""

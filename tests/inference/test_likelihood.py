@@ -8,22 +8,22 @@ import pytest
 import torch
 
 from blt_titan.byte_vocab import BYTE_OFFSET, EOS_ID, document_ids
-from blt_titan.data.documents import read_documents
-from blt_titan.data.errors import DataError
-from blt_titan.data.prepare import prepare
+from blt_titan.data.prepare.documents import read_documents
+from blt_titan.data.prepare.job import prepare
+from blt_titan.data.store.errors import DataError
+from blt_titan.evaluation.documents import bootstrap_interval, evaluate_documents
+from blt_titan.evaluation.noise import NOISES, add_noise
+from blt_titan.hf.export import export_hf, stored_weights
+from blt_titan.hf.to_checkpoint import write_checkpoint
+from blt_titan.hf.verify.verify import TEXT
 from blt_titan.inference.cached import CachedBLT
-from blt_titan.inference.evaluate_documents import bootstrap_interval, evaluate_documents
-from blt_titan.inference.generate import complete
 from blt_titan.inference.likelihood import LikelihoodScorer
-from blt_titan.inference.noise import NOISES, add_noise
-from blt_titan.interop.export import export_hf, stored_weights
-from blt_titan.interop.to_checkpoint import write_checkpoint
-from blt_titan.interop.verify import TEXT
+from blt_titan.inference.sample import complete
 from blt_titan.patching import starts_to_lengths
 from blt_titan.patching.rounding import from_storage, to_storage
 from scripts import evaluate as script
+from tests.helpers.small_entropy_model import model_of, scored_alone
 from tests.inference.test_cached import RULES, blt
-from tests.small_entropy_model import model_of, scored_alone
 
 NATS_ATOL = 1e-4
 """Of a byte; fp32 logits of padded batches and of rows alone differ by rounding."""

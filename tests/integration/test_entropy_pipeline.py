@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from blt_titan.data.errors import DataError
-from blt_titan.data.shards import ShardSet
-from blt_titan.inference.checkpoint import describe_model, find_checkpoint, load_entropy_model
-from blt_titan.train_spec import RowsDifferError
+from blt_titan.checkpoint.description import describe_model, find_checkpoint, load_entropy_model
+from blt_titan.data.store.errors import DataError
+from blt_titan.data.store.shards import ShardSet
+from blt_titan.training.spec import RowsDifferError
 from scripts.calibrate_threshold import main as calibrate_threshold
 from scripts.score_entropies import main as score_entropies
 from scripts.view_patches import main as view_patches
-from tests.distributed import run_distributed
-from tests.integration.runs import losses, metrics, train
+from tests.helpers.distributed import run_distributed
+from tests.helpers.training_runs import losses, metrics, train
 
 pytestmark = pytest.mark.slow
 

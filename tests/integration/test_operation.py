@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from blt_titan.checkpoint.description import CheckpointError
+from blt_titan.config.check import check_run, load_run_config
 from blt_titan.config.read import RunConfigError
-from blt_titan.inference.checkpoint import CheckpointError
-from blt_titan.run_config import check_run, load_run_config
-from blt_titan.run_folder import RunFolderError, RunLock, try_folder
-from blt_titan.trainer import NonFiniteLossError
-from tests.attacks import Attack
-from tests.distributed import run_distributed
-from tests.integration.runs import losses, make_trainer, metrics, train
+from blt_titan.training.run_folder import RunFolderError, RunLock, try_folder
+from blt_titan.training.trainer import NonFiniteLossError
+from tests.helpers.attacks import Attack
+from tests.helpers.distributed import run_distributed
+from tests.helpers.training_runs import losses, make_trainer, metrics, train
 
 pytestmark = pytest.mark.slow
 
@@ -32,9 +32,9 @@ class Said(logging.Handler):
     def __init__(self):
         super().__init__()
         self.lines: list[str] = []
-        for name in (None, "blt_titan.resume"):
+        for name in (None, "blt_titan.config.resume"):
             logging.getLogger(name).addHandler(self)
-        logging.getLogger("blt_titan.resume").setLevel(logging.INFO)
+        logging.getLogger("blt_titan.config.resume").setLevel(logging.INFO)
         logging.getLogger().setLevel(logging.INFO)
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -230,7 +230,7 @@ def test_faults_while_it_runs(small_run, tmp_path):
 
 HOLD = """
 import sys, time
-from blt_titan.run_folder import RunLock
+from blt_titan.training.run_folder import RunLock
 lock = RunLock(sys.argv[1])
 print("held", flush=True)
 time.sleep(60)
@@ -248,7 +248,7 @@ def test_a_second_run_in_a_folder_is_refused_and_a_killed_one_leaves_no_lock(tmp
             RunLock(tmp_path)
         check = subprocess.run(
             [
-                *(sys.executable, "-m", "blt_titan.run_config", "--job.config_file=train_configs/debug.toml"),
+                *(sys.executable, "-m", "blt_titan.config.check", "--job.config_file=train_configs/debug.toml"),
                 *(f"--training.dataset_path={stdlib_data}", "--data.streams=12", f"--job.dump_folder={tmp_path}"),
             ],
             capture_output=True,

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed import run_distributed
-from tests.integration.runs import losses, metrics, train
+from tests.helpers.distributed import run_distributed
+from tests.helpers.training_runs import losses, metrics, train
 
 pytestmark = pytest.mark.slow
 

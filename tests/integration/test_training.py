@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from blt_titan.data.order import StreamOrder
-from blt_titan.data.shards import ShardSet
-from blt_titan.inference.checkpoint import latest_checkpoint, load_weights
-from blt_titan.inference.evaluate import batch_scorer, score_batches
+from blt_titan.checkpoint.description import latest_checkpoint, load_weights
+from blt_titan.data.rows.order import StreamOrder
+from blt_titan.data.store.shards import ShardSet
+from blt_titan.evaluation.rows import batch_scorer, score_batches
 from blt_titan.model.blt import BLT
 from blt_titan.model.sizes import BLT_FLAVORS
-from tests.distributed import run_distributed
-from tests.integration.runs import CONFIG_FILE, losses, make_trainer, metrics, train
+from tests.helpers.distributed import run_distributed
+from tests.helpers.training_runs import CONFIG_FILE, losses, make_trainer, metrics, train
 
 pytestmark = pytest.mark.slow
 
@@ -33,9 +33,9 @@ def test_the_entropy_model_trains_by_the_same_trainer(small_run, tmp_path):
 
 
 def train_and_evaluate(out: str, overrides: list[str]) -> tuple[float, float]:
-    from blt_titan.data.loader import HeldOutRows
-    from blt_titan.run_config import load_run_config
-    from blt_titan.train_spec import row_source
+    from blt_titan.config.check import load_run_config
+    from blt_titan.data.rows.loader import HeldOutRows
+    from blt_titan.training.spec import row_source
 
     overrides = [*overrides, "--validation.enable", "--validation.local_batch_size=3"]
     train(out, *overrides)

@@ -5,7 +5,6 @@ from functools import cache, partial
 import pytest
 import torch
 import torch.nn.functional as F
-from tensor_watch import LargestTensor, NoHostRead
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from blt_titan.model import attention
@@ -17,6 +16,7 @@ from blt_titan.model.attention import (
     causal_mask,
     window_mask,
 )
+from tests.helpers.tensor_watch import LargestTensor, NoHostRead
 
 CPU_ATOL = 2e-6
 """fp32 softmax over at most 300 keys of unit scale, summed in another order."""

@@ -3,7 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import (
+
+from blt_titan.batch import IGNORE_LABEL
+from blt_titan.byte_vocab import BYTE_OFFSET, EOS_ID, VOCAB_SIZE, document_ids
+from blt_titan.data.rows.packing import RowShape, empty_row
+from blt_titan.model.blt import BLT
+from tests.helpers.small_models import (
     DOCUMENTS,
     batch_by_spaces,
     documents_by_spaces,
@@ -12,12 +17,7 @@ from small_models import (
     space_lengths,
     stack_rows,
 )
-from tensor_watch import NoHostRead
-
-from blt_titan.batch import IGNORE_LABEL
-from blt_titan.byte_vocab import BYTE_OFFSET, EOS_ID, VOCAB_SIZE, document_ids
-from blt_titan.data.packing import RowShape, empty_row
-from blt_titan.model.blt import BLT
+from tests.helpers.tensor_watch import NoHostRead
 
 LOGITS_ATOL = 1e-5
 """fp32, logits of order 1: sums over other shapes and RoPE at other positions; a leak shows above 1e-3."""

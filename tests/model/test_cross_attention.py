@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from small_models import small_blt
-from tensor_watch import LargestTensor
 
 from blt_titan.model.attention import window_mask
 from blt_titan.model.cross_attention import BytesReadPatches, PatchesReadBytes, gather_patches, max_bytes, sum_bytes
 from blt_titan.model.layers import rotary_angles
+from tests.helpers.small_models import small_blt
+from tests.helpers.tensor_watch import LargestTensor
 
 ATOL = 5e-6
 """fp32 softmax over at most 30 keys and projections of width 32, summed in another order."""

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from small_models import DOCUMENTS, packed, small_entropy_model, stack_rows
-from tensor_watch import NoHostRead
 
 from blt_titan.byte_vocab import document_ids
-from blt_titan.data.packing import RowShape, empty_row
+from blt_titan.data.rows.packing import RowShape, empty_row
+from tests.helpers.small_models import DOCUMENTS, packed, small_entropy_model, stack_rows
+from tests.helpers.tensor_watch import NoHostRead
 
 LOGITS_ATOL = 1e-5
 """fp32, logits of order 1: sums over other shapes and RoPE at other positions; a leak shows above 1e-3."""

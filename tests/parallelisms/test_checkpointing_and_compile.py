@@ -5,22 +5,22 @@ from typing import Any
 import pytest
 import torch
 
-import blt_titan.titan_device  # noqa: F401
+import blt_titan.titan  # noqa: F401
 
 # isort: split
 from torchtitan.config import ActivationCheckpoint
 
-from blt_titan.data.collate import collate_rows
-from blt_titan.data.packing import RowShape
+from blt_titan.data.rows.collate import collate_rows
+from blt_titan.data.rows.packing import RowShape
 from blt_titan.loss import ByteCrossEntropy
 from blt_titan.model.blt import BLT
 from blt_titan.model.sizes import BLT_FLAVORS
 from parallelisms.activation_checkpointing import checkpoint_global_blocks, checkpoint_local_blocks
 from parallelisms.parallelize import apply_compile
-from tests.distributed import run_distributed
-from tests.integration.runs import losses, make_trainer, plain_name, train
-from tests.saved_memory import LiveBytes
-from tests.word_rows import word_rows
+from tests.helpers.distributed import run_distributed
+from tests.helpers.saved_memory import LiveBytes
+from tests.helpers.training_runs import losses, make_trainer, plain_name, train
+from tests.helpers.word_rows import word_rows
 
 pytestmark = pytest.mark.slow
 

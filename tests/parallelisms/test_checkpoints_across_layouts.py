@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed import run_distributed
-from tests.integration.runs import losses, make_trainer, plain_name, train, whole
-from tests.parallelisms.layouts import SINGLE, Layout
+from tests.helpers.distributed import run_distributed
+from tests.helpers.layouts import SINGLE, Layout
+from tests.helpers.training_runs import losses, make_trainer, plain_name, train, whole
 
 pytestmark = pytest.mark.slow
 

@@ -7,8 +7,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from blt_titan.model.attention import attend, causal_mask
 from parallelisms.context import GatheredAttention
-from tests.distributed import run_distributed
-from tests.saved_memory import saved_bytes
+from tests.helpers.distributed import run_distributed
+from tests.helpers.saved_memory import saved_bytes
 
 pytestmark = pytest.mark.slow
 

@@ -5,8 +5,8 @@ import statistics
 import pytest
 import torch
 
-from tests.distributed import run_distributed
-from tests.integration.runs import losses, make_trainer, metrics, plain_name
+from tests.helpers.distributed import run_distributed
+from tests.helpers.training_runs import losses, make_trainer, metrics, plain_name
 
 pytest.importorskip("torchao", reason="float8 needs torchao: pip install 'blt_titan[float8]'")
 

@@ -10,8 +10,8 @@ from blt_titan.model import initialization
 from blt_titan.model.hash_embedding import HashEmbedding
 from parallelisms.hash_tables import columns_here, shard_columns
 from parallelisms.weights import write_shard
-from tests.distributed import run_distributed
-from tests.sent_bytes import SentBytes
+from tests.helpers.distributed import run_distributed
+from tests.helpers.sent_bytes import SentBytes
 
 pytestmark = pytest.mark.slow
 

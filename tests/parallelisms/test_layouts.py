@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tests.distributed import run_distributed
-from tests.integration.runs import make_trainer, plain_name, whole
-from tests.parallelisms.layouts import LAYOUTS, README, SHORT_LAYOUTS, SINGLE, SINGLE_SHORT, Layout, with_matrix
+from tests.helpers.distributed import run_distributed
+from tests.helpers.layouts import LAYOUTS, README, SHORT_LAYOUTS, SINGLE, SINGLE_SHORT, Layout, with_matrix
+from tests.helpers.training_runs import make_trainer, plain_name, whole
 
 FIRST_LOSS_ATOL = 1e-5
 """fp32 sums in another order: 12 units in the last place of a loss of 6."""
@@ -196,4 +196,4 @@ def test_the_table_covers_what_is_promised():
 
 def test_readme_shows_the_table():
     text = README.read_text()
-    assert with_matrix(text) == text, "run python -m tests.parallelisms.layouts --write"
+    assert with_matrix(text) == text, "run python -m tests.helpers.layouts --write"

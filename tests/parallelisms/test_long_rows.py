@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed import run_distributed
-from tests.integration.runs import make_trainer, plain_name, whole
-from tests.saved_memory import saved_bytes
+from tests.helpers.distributed import run_distributed
+from tests.helpers.saved_memory import saved_bytes
+from tests.helpers.training_runs import make_trainer, plain_name, whole
 
 pytestmark = [pytest.mark.slow, pytest.mark.full]
 

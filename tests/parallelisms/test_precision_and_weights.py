@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.distributed import run_distributed
-from tests.integration.runs import losses, make_trainer, plain_name, train, whole
+from tests.helpers.distributed import run_distributed
+from tests.helpers.training_runs import losses, make_trainer, plain_name, train, whole
 
 pytestmark = pytest.mark.slow
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from blt_titan.data.calibration import SEGMENT_PATCHES, Calibration, SegmentBudget
+from blt_titan.scoring.calibration import SEGMENT_PATCHES, Calibration, SegmentBudget
 from scripts.calibrate_threshold import _draw
 
 pytest.importorskip("matplotlib", reason="install the dev extra to draw")

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blt_titan.inference.patch_page import patch_page
-from tests.plots.browser import CHROMIUM, Browser
+from blt_titan.plots.patch_page import patch_page
+from tests.helpers.browser import CHROMIUM, Browser
 
 pytest.importorskip("starlette", reason="install the dev extra to serve plots")
 from starlette.testclient import TestClient

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blt_titan.inference.patch_page import patch_page
+from blt_titan.plots.patch_page import patch_page
 
 pytest.importorskip("starlette", reason="install the dev extra to serve plots")
 from starlette.testclient import TestClient

@@ -1,0 +1,1 @@
+"""What model a checkpoint holds, and reading it safely."""

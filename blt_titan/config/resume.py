@@ -1,0 +1,211 @@
+"""What a run begins from, and whether it can go on from there: looked at before any device work.
+
+In: the settings. Out: the checkpoint that will be loaded, and for each thing that cannot change on resume a sentence
+that names the key, what the checkpoint has and what the run says.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
+
+from blt_titan.checkpoint.description import MODEL_KEY, describe_model, fill_state, latest_checkpoint
+from blt_titan.checkpoint.json_fields import FieldError, parse_object
+from blt_titan.checkpoint.read import CheckpointError, SafeReader, damage
+from blt_titan.config.keys import KEYS, shown
+from blt_titan.config.read import RunConfigError, settings_of
+from blt_titan.data.rows.loader import IDENTITY_KEY, ROWS_KEY
+
+NOT_OF_THE_MODEL = ("init_seed", "attention_backend", "nominal_patch_bytes")
+"""Arguments that change neither weights nor what is computed with them."""
+RESET = "reset_at_newline"
+"""The one argument that is a setting of its own."""
+_RECORDED = (
+    *(f"optimizer.{name}" for name in KEYS["optimizer"]),
+    *(f"lr_scheduler.{name}" for name in KEYS["lr_scheduler"]),
+    *(f"training.{name}" for name in ("steps", "max_norm", "global_batch_size", "seq_len", "dtype")),
+)
+"""Settings that may change when a run resumes, and are logged when they do."""
+
+
+class RunStateError(RuntimeError):
+    """A checkpoint that this run cannot continue from."""
+
+
+def newest_sound(folder: str | Path) -> Path | None:
+    """Return the newest checkpoint `step-N` that is whole; damaged ones are named in the log and passed over.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is whole.
+    """
+    try:
+        return latest_checkpoint(folder)
+    except FileNotFoundError:
+        return None
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}. Restore it, remove {folder} to begin anew, or choose another job.dump_folder"
+        ) from error
+
+
+def saved_steps(folder: str | Path) -> list[int]:
+    """Return the steps that have a folder `step-N`, whole or not."""
+    names = [path.name[5:] for path in Path(folder).glob("step-*")]
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit() and name == str(int(name)))
+
+
+def checkpoint_to_load(config: Any) -> Path | None:
+    """Return the checkpoint that a run begins from; None if it begins from nothing.
+
+    Raises:
+        RunConfigError: the one that is asked for is not there, is damaged, or would be passed over.
+        CheckpointError: there are checkpoints, but none is whole.
+    """
+    settings, folder = config.checkpoint, run_checkpoints(config)
+    if not settings.enable:
+        for key, default in (("load_step", -1), ("initial_load_path", None)):
+            if (value := getattr(settings, key)) != default:
+                raise RunConfigError(f"checkpoint.{key} = {value!r} needs checkpoint.enable = true")
+        return None
+    if settings.load_step >= 0:
+        path = folder / f"step-{settings.load_step}"
+        there = ", ".join(map(str, saved_steps(folder))) or "none"
+        if not path.is_dir():
+            raise RunConfigError(
+                f"checkpoint.load_step = {settings.load_step}: {folder} has no such step; it has {there}"
+            )
+        if fault := damage(path):
+            raise RunConfigError(f"checkpoint.load_step = {settings.load_step}: {fault}; the steps there are {there}")
+        return path
+    newest = newest_sound(folder)
+    if newest is not None or settings.initial_load_path is None:
+        return newest
+    begin_from = settings.initial_load_path
+    if folder.exists():
+        raise RunConfigError(
+            f"checkpoint.initial_load_path = {begin_from!r} would be passed over, because {folder} is there, without a "
+            "complete checkpoint: remove it"
+        )
+    path = Path(begin_from)
+    if "://" in begin_from or not (path / ".metadata").is_file():
+        raise RunConfigError(
+            f"checkpoint.initial_load_path = {begin_from!r}: holds no complete checkpoint (a .metadata file); name a "
+            "step-N folder here, or what scripts.convert_from_hf wrote"
+        )
+    if fault := damage(path):
+        raise RunConfigError(f"checkpoint.initial_load_path = {begin_from!r}: {fault}")
+    return path
+
+
+def run_checkpoints(config: Any) -> Path:
+    """Return the folder of a run's checkpoints."""
+    return Path(config.job.dump_folder) / config.checkpoint.folder
+
+
+def loads_weights_only(config: Any, checkpoint: Path) -> bool:
+    """Tell whether of a checkpoint that a run begins from nothing but weights is loaded."""
+    settings = config.checkpoint
+    if checkpoint.parent == run_checkpoints(config):
+        return checkpoint.name == "step-0"
+    return settings.initial_load_model_only
+
+
+def check_model(checkpoint: Path, config: Any, spec: Any, *, weights_only: bool = False) -> None:
+    """Check that a checkpoint is of the model that the run says.
+
+    Args:
+        checkpoint: `step-N`.
+        config: the run's settings.
+        spec: the model's registration, with its class and its flavors.
+        weights_only: what is computed with the weights may be another thing than before.
+
+    Raises:
+        RunConfigError: naming the key, what the checkpoint has and what the run says.
+        CheckpointError: it cannot be read.
+    """
+    metadata = SafeReader(checkpoint).read_metadata().state_dict_metadata
+    args = spec.model_args[config.model.flavor]
+    if isinstance(metadata.get(MODEL_KEY), BytesStorageMetadata):
+        saved = describe_model(checkpoint)
+        here = {"name": config.model.name, "args": {} if weights_only else plain_args(args, config)}
+        if fault := other_model(saved if not weights_only else saved | {"args": {}}, here):
+            like = [
+                flavor
+                for flavor, its in spec.model_args.items()
+                if saved["name"] == config.model.name
+                and other_model(saved, {"name": saved["name"], "args": plain_args(its, config)}) is None
+            ]
+            key = "model.name" if saved["name"] != config.model.name else "model.flavor"
+            if f" {RESET} = " in fault:
+                key = f"entropy_model.{RESET}"
+            meant = f" (it is model.flavor = {like[0]!r})" if like else ""
+            raise RunConfigError(
+                f"{key} = {shown(settings_of(config)[key])}: {checkpoint} {fault}{meant}; set it as it was, or begin "
+                "in another job.dump_folder"
+            )
+    with torch.device("meta"):
+        wanted = {name: tuple(p.shape) for name, p in spec.model_cls(args).named_parameters()}
+    for name, shape in wanted.items():
+        found = metadata.get(name)
+        size = tuple(found.size) if isinstance(found, TensorStorageMetadata) else None
+        if size != shape:
+            has = "has no" if size is None else f"has {list(size)} for"
+            raise RunConfigError(
+                f"model.flavor = {config.model.flavor!r} of model.name = {config.model.name!r}: {checkpoint} {has} "
+                f"{name}, this run {list(shape)}: it is of another model"
+            )
+
+
+def plain_args(args: Any, config: Any) -> dict[str, Any]:
+    """Return a model's arguments as a checkpoint says them, with what the settings add."""
+    changed = type(args)(**{key: getattr(args, key) for key in asdict(args)})
+    changed.update_from_config(config)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(changed).items()}
+
+
+def other_model(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
+    """Say what a checkpoint's model has otherwise, if weights or what is computed with them differ."""
+    if saved["name"] != here["name"]:
+        return f"is of a model {saved['name']!r}"
+    for key, value in saved["args"].items():
+        if key not in NOT_OF_THE_MODEL and here["args"].get(key) != value:
+            return f"is of a model with {key} = {value!r}, this run has {here['args'].get(key)!r}"
+    return None
+
+
+def saved_position(checkpoint: Path) -> tuple[dict[str, Any], int]:
+    """Return what a checkpoint says of the data that its run reads, and how many rows all ranks have read.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds weights alone.
+    """
+    if IDENTITY_KEY not in SafeReader(checkpoint).read_metadata().state_dict_metadata:
+        raise CheckpointError(
+            f"{checkpoint}: holds weights alone (checkpoint.last_save_model_only, or an import), so no run can go on "
+            "from it; go back to an earlier step with checkpoint.load_step, or begin from it in another "
+            "job.dump_folder with checkpoint.initial_load_path"
+        )
+    state: dict[str, Any] = {IDENTITY_KEY: "", ROWS_KEY: 0}
+    fill_state(state, checkpoint)
+    try:
+        return parse_object(state[IDENTITY_KEY], f"{checkpoint}: {IDENTITY_KEY}"), int(state[ROWS_KEY])
+    except (FieldError, TypeError) as error:
+        raise CheckpointError(str(error)) from error
+
+
+def recorded_settings(config: Any) -> dict[str, Any]:
+    """Return the settings that a checkpoint keeps, to tell what changed when its run resumes."""
+    settings = settings_of(config)
+    # JSON has no infinity, as training.max_norm may be.
+    return {key: "inf" if settings[key] == math.inf else settings[key] for key in _RECORDED}
+
+
+def changed_settings(saved: Mapping[str, Any], config: Any) -> Iterator[str]:
+    """Yield a sentence for each recorded setting that is another than in the checkpoint."""
+    for key, value in recorded_settings(config).items():
+        if key in saved and saved[key] != value:
+            yield f"resumed with {key.removeprefix('optimizer.')} {value!r} (was {saved[key]!r})"

@@ -1,0 +1,1 @@
+"""Text to byte shards: sources, formats, a shuffle by sorted runs, and the job that writes them."""

@@ -1,0 +1,1 @@
+"""Shards to batches: the order of the data, packing into rows, collation and the stateful loader."""

@@ -1,0 +1,1 @@
+"""Byte shards and entropy sidecars on disk: written whole, read with every number checked."""

@@ -1,0 +1,1 @@
+"""Comparison of an exported directory with `transformers`."""

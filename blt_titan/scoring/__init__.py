@@ -1,0 +1,1 @@
+"""Entropies of documents by an entropy model: over shards, or while training."""

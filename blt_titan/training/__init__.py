@@ -1,0 +1,1 @@
+"""A run: its data, its steps, its metrics, its folder."""

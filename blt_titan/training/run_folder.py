@@ -1,0 +1,184 @@
+"""What a run holds of its folder: an exclusive lock, and the settings it runs with.
+
+<dump_folder>/run.lock      who holds the folder, as JSON; the lock itself is the kernel's and ends with the process
+<dump_folder>/config.toml   every setting in effect, and the command; `CONFIG_FILE=<dump_folder>/config.toml
+                            ./run_train.sh` is that run again
+"""
+
+import errno
+import fcntl
+import json
+import os
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from blt_titan.config.read import CONFIG_FILE_KEY, settings_of
+from blt_titan.data.store.atomic_file import write_atomically
+
+CONFIG_NAME = "config.toml"
+_OF_ONE_START = (
+    CONFIG_FILE_KEY,
+    "checkpoint.load_step",
+    "checkpoint.exclude_from_loading",
+    "checkpoint.create_seed_checkpoint",
+)
+LOCK_NAME = "run.lock"
+
+
+class RunFolderError(ValueError):
+    """The folder of a run cannot be used; the message says why."""
+
+
+class RunLock:
+    """An exclusive lock on the folder of a run, held until `release` or until the process ends, however it ends.
+
+    It is a record lock (`fcntl.lockf`): other hosts see it on file systems that share locks, and processes that this
+    one forks do not keep it alive.
+
+    Raises:
+        RunFolderError: another run holds it, named by host and process; or the folder cannot be written.
+    """
+
+    def __init__(self, dump_folder: str | os.PathLike[str]):
+        self._folder = Path(dump_folder)
+        self._descriptor: int | None = None
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            while not self._lock():
+                pass
+        except _HeldError as held:
+            raise RunFolderError(
+                f"job.dump_folder = {str(self._folder)!r}: another run writes there ({held}); wait for it, stop it, or "
+                "choose another job.dump_folder"
+            ) from None
+        except (OSError, ValueError) as error:
+            self.release()
+            if isinstance(error, OSError) and error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise RunFolderError(
+                    f"job.dump_folder = {str(self._folder)!r}: {LOCK_NAME} cannot be locked ({error.strerror}), so two "
+                    "runs could write there; choose a folder on a file system with locks"
+                ) from error
+            why = getattr(error, "strerror", None) or error
+            raise RunFolderError(
+                f"job.dump_folder = {str(self._folder)!r}: cannot be written ({why}); choose another, or make room"
+            ) from error
+
+    @property
+    def _path(self) -> Path:
+        return self._folder / LOCK_NAME
+
+    def _lock(self) -> bool:
+        """Take the lock; False if its file was removed meanwhile, by `try_folder` of another process."""
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            holder = _holder(os.pread(self._descriptor, 4096, 0))
+            self.release()
+            raise _HeldError(holder) from None
+        if not self._path.exists() or not os.path.samestat(os.fstat(self._descriptor), os.stat(self._path)):
+            self.release()
+            return False
+        held = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, (json.dumps(held) + "\n").encode(), 0)
+        os.fsync(self._descriptor)
+        return True
+
+    def release(self, *, remove: bool = False) -> None:
+        """Let others have the folder; `remove` also its file."""
+        if self._descriptor is not None:
+            if remove:
+                self._path.unlink(missing_ok=True)
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+class _HeldError(Exception):
+    """Another process holds the lock; the message says which."""
+
+
+def try_folder(dump_folder: str | os.PathLike[str]) -> None:
+    """Check that a run could have a folder, and leave it as it was.
+
+    Raises:
+        RunFolderError: as `RunLock`.
+    """
+    folder = Path(dump_folder)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    had_lock = (folder / LOCK_NAME).exists()
+    try:
+        RunLock(folder).release(remove=not had_lock)
+    finally:
+        for path in made:
+            with suppress(OSError):  # not made after all, or used by now
+                path.rmdir()
+
+
+def _holder(written: bytes) -> str:
+    try:
+        holder = json.loads(written)
+        return f"process {holder['pid']} on host {holder['host']}, since {holder['since']}"
+    except (ValueError, KeyError, TypeError):
+        return f"{LOCK_NAME} does not say which"
+
+
+def record_settings(
+    config: Any, *, command: list[str] | None = None, environment: Mapping[str, str] = os.environ
+) -> Path:
+    """Write the settings of a run into its folder; those of an earlier start, if they differ, stay beside them.
+
+    Args:
+        config: the run's settings.
+        command: overrides and options that it was started with; default those of this process.
+        environment: says how many ranks there are.
+
+    Raises:
+        RunFolderError: the file cannot be written.
+    """
+    path = Path(config.job.dump_folder) / CONFIG_NAME
+    settings = tomli_w.dumps(effective_table(config))
+    arguments = sys.argv[1:] if command is None else command
+    ranks = " ".join(f"{key}={environment[key]}" for key in ("NGPU", "NNODES") if key in environment)
+    said = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shlex.join(arguments))
+    header = (
+        f"# The settings of a run, started {time.strftime('%Y-%m-%d %H:%M:%S')} by\n"
+        f"#   {ranks + ' ' if ranks else ''}./run_train.sh {said}\n"
+        f"# in {os.getcwd()!a} on {socket.gethostname()}, {environment.get('WORLD_SIZE', '1')} ranks. To resume it:\n"
+        f"#   {ranks + ' ' if ranks else ''}CONFIG_FILE={shlex.quote(str(path))} ./run_train.sh\n\n"
+    )
+    try:
+        if path.exists() and not path.read_text(errors="replace").endswith("\n\n" + settings):
+            path.rename(path.with_name(f"config-{time.strftime('%Y%m%d-%H%M%S')}.toml"))
+        write_atomically(path, (header + settings).encode(errors="backslashreplace"))
+    except OSError as error:
+        raise RunFolderError(
+            f"{path}: cannot be written ({error.strerror}); make room, or choose another job.dump_folder"
+        ) from error
+    return path
+
+
+def effective_table(config: Any) -> dict[str, Any]:
+    """Return all settings as nested tables.
+
+    Left out are those that are not set, as TOML has no null, and those that are of one start and not of the run: from
+    which step it goes back, say, would go back again at each resume.
+    """
+    table: dict[str, Any] = {}
+    for key, value in settings_of(config).items():
+        if value is None or key in _OF_ONE_START:
+            continue
+        *sections, name = key.split(".")
+        section = table
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[name] = value
+    return table
