@@ -22,13 +22,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from blt_titan.data.prepare.job import (
-    MAX_RECORD_BYTES,
-    MAX_SETTABLE_RECORD_BATCH_BYTES,
-    MEMORY_BYTES,
-    least_memory_bytes,
-    prepare,
-)
+from blt_titan.data.prepare.checks import MAX_SETTABLE_RECORD_BATCH_BYTES, least_memory_bytes
+from blt_titan.data.prepare.job import MAX_RECORD_BYTES, MEMORY_BYTES, prepare
 from blt_titan.data.prepare.sources import HUB_PRESETS
 from blt_titan.data.store.errors import DataError
 from blt_titan.data.store.shards import MAX_RECORD_BATCH_BYTES, RECORD_BATCH_BYTES, SHARD_BYTES

@@ -5,6 +5,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from blt_titan.data.prepare import checks, passes
 from blt_titan.data.prepare import job as prepare_module
 from blt_titan.data.prepare import plan as prepare_plan
 from blt_titan.data.prepare import sources as sources_module
@@ -39,7 +40,7 @@ def test_the_splits_are_disjoint_and_complete(source, tmp_path):
 
 def hold_only(monkeypatch, text_bytes: int) -> None:
     """Let workers hold so much text only, as much larger data would."""
-    monkeypatch.setattr(prepare_module, "least_memory_bytes", lambda _: 0)
+    monkeypatch.setattr(checks, "least_memory_bytes", lambda _: 0)
     monkeypatch.setattr(prepare_work, "least_worker_bytes", lambda _: prepare_module.MEMORY_BYTES - text_bytes)
     monkeypatch.setattr(prepare_work, "_PROCESS_BYTES", prepare_module.MEMORY_BYTES - 2 * text_bytes)
 
@@ -53,10 +54,8 @@ def test_the_same_seed_gives_the_same_bytes_whatever_order_workers_and_memory(so
         with monkeypatch.context() as patch:
             hold_only(patch, text_bytes)
             run(source, tmp_path / f"memory {text_bytes}")
-    list_extents = prepare_module.list_extents
-    monkeypatch.setattr(
-        prepare_module, "list_extents", lambda sources, revisions: list_extents(sources, revisions)[::-1]
-    )
+    list_extents = passes.list_extents
+    monkeypatch.setattr(passes, "list_extents", lambda sources, revisions: list_extents(sources, revisions)[::-1])
     run(source, tmp_path / "backwards")
     run(source, tmp_path / "another seed", seed=1)
     assert len(list((tmp_path / "a").glob("train-*.arrow"))) > 1

@@ -13,9 +13,10 @@ import fsspec
 import numpy as np
 import pytest
 
-from blt_titan.data.prepare import job as prepare_module
+from blt_titan.data.prepare import passes
 from blt_titan.data.prepare import sources as sources_module
 from blt_titan.data.prepare.destination import LocalDestination
+from blt_titan.data.prepare.work_folder import locked
 from blt_titan.data.store.errors import DataError
 from blt_titan.data.store.manifest import MANIFEST_NAME
 from tests.helpers.prepared import files, run, write_source
@@ -65,7 +66,7 @@ def test_an_interruption_at_any_rename_changes_nothing(source, tmp_path, monkeyp
 
 def test_what_is_done_is_not_done_again(source, tmp_path, monkeypatch):
     monkeypatch.setattr(sources_module, "UNIT_BYTES", 25_000)
-    read, calls = prepare_module.read_unit, []
+    read, calls = passes.read_unit, []
 
     def stopping(unit, report):
         if len(calls) == 3:
@@ -73,7 +74,7 @@ def test_what_is_done_is_not_done_again(source, tmp_path, monkeypatch):
         calls.append(unit.number)
         return read(unit, report)
 
-    monkeypatch.setattr(prepare_module, "read_unit", stopping)
+    monkeypatch.setattr(passes, "read_unit", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(source, tmp_path / "out")
     units = tmp_path / "out" / ".prepare" / "units"
@@ -137,7 +138,7 @@ def test_kill_9_at_any_moment_loses_and_repeats_nothing(tmp_path):
 
 def test_one_run_at_a_time(source, tmp_path):
     with (
-        prepare_module._locked(tmp_path / "out" / ".prepare"),
+        locked(tmp_path / "out" / ".prepare"),
         pytest.raises(DataError, match="another process is preparing this data set"),
     ):
         run(source, tmp_path / "out")
@@ -177,7 +178,7 @@ def test_a_full_disk_is_one_sentence_and_what_was_done_stays(source, tmp_path, m
 
 def test_a_worker_that_is_killed_is_one_sentence(source, tmp_path, monkeypatch):
     monkeypatch.setattr(sources_module, "UNIT_BYTES", 25_000)
-    monkeypatch.setattr(prepare_module, "read_unit", die)
+    monkeypatch.setattr(passes, "read_unit", die)
     with pytest.raises(DataError, match=r"a worker process was killed.*start again to go on"):
         run(source, tmp_path / "out", workers=2)
 
