@@ -1,7 +1,7 @@
-"""The layouts that are compared with the single process, as data; README's support matrix is printed from it.
+"""The layouts that are compared with the single process, as data; docs/layouts.md is printed from it.
 
 python -m tests.helpers.layouts            # print the matrix
-python -m tests.helpers.layouts --write    # put it into README.md
+python -m tests.helpers.layouts --write    # put it into docs/layouts.md
 """
 
 import sys
@@ -151,17 +151,17 @@ def matrix() -> str:
 
 
 BEGIN, END = "<!-- layouts: python -m tests.helpers.layouts --write -->", "<!-- end of layouts -->"
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "layouts.md"
 
 
-def with_matrix(readme: str) -> str:
-    """Return the README's text with the matrix of today between its marks."""
-    before, rest = readme.split(BEGIN)
+def with_matrix(page: str) -> str:
+    """Return the page with the matrix of today between its marks."""
+    before, rest = page.split(BEGIN)
     return f"{before}{BEGIN}\n{matrix()}\n{END}{rest.split(END)[1]}"
 
 
 if __name__ == "__main__":
     if "--write" in sys.argv:
-        README.write_text(with_matrix(README.read_text()))
+        PAGE.write_text(with_matrix(PAGE.read_text()))
     else:
         print(matrix())

@@ -8,7 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tests.helpers.distributed import run_distributed
-from tests.helpers.layouts import LAYOUTS, README, SHORT_LAYOUTS, SINGLE, SINGLE_SHORT, Layout, with_matrix
+from tests.helpers.layouts import LAYOUTS, PAGE, SHORT_LAYOUTS, SINGLE, SINGLE_SHORT, Layout, with_matrix
 from tests.helpers.training_runs import make_trainer, plain_name, whole
 
 FIRST_LOSS_ATOL = 1e-5
@@ -195,5 +195,5 @@ def test_the_table_covers_what_is_promised():
 
 
 def test_readme_shows_the_table():
-    text = README.read_text()
+    text = PAGE.read_text()
     assert with_matrix(text) == text, "run python -m tests.helpers.layouts --write"
