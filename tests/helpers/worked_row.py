@@ -1,7 +1,11 @@
-"""The worked row of docs/batch.md, computed by the code that it explains: `python -m tests.helpers.worked_row --write`."""
+"""The worked row of docs/batch.md, computed by the code that it explains.
+
+python -m tests.helpers.worked_row --write    # put it into the page
+"""
 
 import sys
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
