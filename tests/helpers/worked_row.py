@@ -35,9 +35,7 @@ def worked_row() -> str:
     patched = patch_documents(text, offsets, partial(rule_patch_starts, rule="space", max_patch_bytes=12))
     row = laid_out(pack_row(patched, SHAPE), SHAPE)
     cuts = patched.cuts
-    patches = " | ".join(
-        " ".join(shown(int(i)) for i in patched.ids[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)
-    )
+    patches = " | ".join(" ".join(shown(int(i)) for i in patched.ids[a:b]) for a, b in pairwise(cuts))
     labels = ["-" if label == IGNORE_LABEL else shown(int(label)) for label in row.labels]
     lines = [
         f"{'slot':13}" + "".join(f"{slot:>4}" for slot in range(SHAPE.n_bytes)),
