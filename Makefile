@@ -16,7 +16,7 @@ setup-dev: .venv/.installed-dev
 	@scripts/setup.sh $*
 
 demo: setup
-	@OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(VENV_PYTHON) -m scripts.demo
+	@OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(VENV_PYTHON) -m blt_titan demo
 
 test: setup-dev
 	$(VENV_PYTHON) -m pytest -m "not full"
@@ -40,6 +40,7 @@ check: setup-dev
 	.venv/bin/ruff check .
 	.venv/bin/pyright --pythonpath $(VENV_PYTHON)
 	.venv/bin/lint-imports
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict
 
 format: setup-dev
 	.venv/bin/ruff format .

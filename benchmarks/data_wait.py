@@ -23,7 +23,7 @@ GOAL = 0.01
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="byte shards with a sidecar of entropies")
-    parser.add_argument("--threshold", type=float, required=True, help="nats, as scripts.calibrate_threshold prints it")
+    parser.add_argument("--threshold", type=float, required=True, help="nats, as `blt-titan calibrate` prints it")
     parser.add_argument("--flavor", default="20M", help="default %(default)s")
     parser.add_argument("--steps", type=int, default=20, help="default %(default)s")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the figures as JSON")

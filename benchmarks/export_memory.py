@@ -3,7 +3,7 @@
     python -m benchmarks.export_memory --flavor 1B --folder /tmp --out benchmarks/results/export_memory.json
 
 The weights are zeros, read from a file without content; what is measured does not look at them. One rank writes each
-tensor as one piece, which is the hardest case: the hash tables of 1B are a piece of 12 GB. `scripts.convert_to_hf` runs
+tensor as one piece, which is the hardest case: the hash tables of 1B are a piece of 12 GB. `blt-titan export` runs
 as a process of its own; memory is its VmHWM, looked at until it ends. It needs disk for 1.5 times the fp32 weights.
 """
 
@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name, model in models.items():
             fill_with_nothing(model, path / f"{name}.zeros")
             write_checkpoint(model, name, model.args, path / name, rule=rule)
-        command = [sys.executable, "-m", "scripts.convert_to_hf", "--checkpoint", str(path / "blt")]
+        command = [sys.executable, "-m", "blt_titan", "export", "--checkpoint", str(path / "blt")]
         command += ["--entropy-checkpoint", str(path / "blt_entropy"), "--out", str(path / "hf"), "--dtype", args.dtype]
         began = time.perf_counter()
         peak = peak_bytes(subprocess.Popen(command))

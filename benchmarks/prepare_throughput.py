@@ -2,7 +2,7 @@
 
     python -m benchmarks.prepare_throughput --out benchmarks/results/prepare_throughput.json
 
-Random words in documents of exponential lengths, as JSON lines in several files; `scripts.prepare_data` as a process of
+Random words in documents of exponential lengths, as JSON lines in several files; `blt-titan prepare` as a process of
 its own, with one worker and with two, for documents of mean 5 KB, 500 bytes and 30 bytes (a twentieth as much text,
 for the memory that documents take beside their text). Speed is bytes of text by the clock and
 by processor time of all its processes, start-up included. Memory is the sum of what its processes alone hold (their
@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.result_file import write_result
-from scripts.arguments import size
+from blt_titan.commands.arguments import size
 
 POOL_BYTES = 20_000_000
 FILES = 8
@@ -66,7 +66,7 @@ def held_bytes(pid: int) -> int:
 
 def run(source: Path, out: Path, workers: int, memory: str) -> dict[str, float]:
     """Prepare once; return its figures."""
-    command = [sys.executable, "-m", "scripts.prepare_data", "--source", str(source), "--out", str(out)]
+    command = [sys.executable, "-m", "blt_titan", "prepare", "--source", str(source), "--out", str(out)]
     command += ["--workers", str(workers), "--memory", memory, "--shard-bytes", "256MiB", "--no-progress"]
     command += ["--max-record-bytes", "16MiB"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -56,12 +56,12 @@ class Patching:
     stride: int | None = None
     """Bytes of a patch under rule = 'static'."""
     threshold: float | None = None
-    """Nats, of the rules by entropy; scripts.calibrate_threshold chooses it."""
+    """Nats, of the rules by entropy; `blt-titan calibrate` chooses it."""
     threshold_add: float | None = None
     """Nats, of rule = 'add'."""
     source: Literal["sidecar", "online"] = "sidecar"
     """
-    Where entropies come from. 'sidecar': from files that scripts.score_entropies made; 'online': from the model
+    Where entropies come from. 'sidecar': from files that `blt-titan score` made; 'online': from the model
     of `entropy_checkpoint`, which scores the text on the training device just before it is packed.
     """
     sidecar: str = "default"

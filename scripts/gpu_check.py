@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
+from blt_titan.commands.arguments import Parser, output_file, whole, write_output
+from blt_titan.commands.ending import command
 from blt_titan.data.prepare.job import prepare
 from blt_titan.data.store.errors import DataError
 from blt_titan.model.sizes import BLT_FLAVORS
-from scripts.arguments import Parser, output_file, whole, write_output
-from scripts.command import command
 
 CONFIG_FILE = "train_configs/debug.toml"
 

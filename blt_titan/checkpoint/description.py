@@ -93,7 +93,7 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
     if _is_hf_directory(path):
         raise CheckpointError(
             f"{path}: is a model directory (it has a config.json), where a training checkpoint is wanted; "
-            "scripts.convert_from_hf makes one of it"
+            "`blt-titan import` makes one of it"
         )
     if _is_complete(path):
         if (found := damage(path)) is not None:

@@ -265,7 +265,7 @@ def _check_entropy_rule(config: Any) -> None:
             needs = "needs" if patching.rule in rules else "takes no"
             raise RunConfigError(
                 f"patching.rule = {patching.rule!r} {needs} patching.{key}, in nats; `python -m "
-                "scripts.calibrate_threshold` prints the lines for your data"
+                "`blt-titan calibrate` prints the lines for your data"
             )
     if not goes_by_entropy(config):
         if patching.source == "online":
@@ -347,11 +347,11 @@ def _check_data(config: Any, dp: int, verify_data: bool) -> None:
             "directories: set one of them"
         )
     if not config.data.mixture and config.training.dataset_path is None:
-        raise RunConfigError("training.dataset_path is not set: name a directory made by scripts.prepare_data")
+        raise RunConfigError("training.dataset_path is not set: name a directory made by `blt-titan prepare`")
     for path in dataset_paths(config):
         if not Path(path).is_dir():
             key = f"data.mixture: {path!r}" if config.data.mixture else f"training.dataset_path = {path!r}"
-            raise RunConfigError(f"{key}: no such directory; make it with python -m scripts.prepare_data")
+            raise RunConfigError(f"{key}: no such directory; make it with blt-titan prepare")
     train = open_shards(config, "train")
     held_out = [open_shards(config, "validation")] if config.validation.enable else []
     stream_order(config, train)

@@ -123,7 +123,7 @@ _NO_EXPERTS = "a BLT has no experts"
 _NO_FAULT_TOLERANCE = "fault tolerance by torchft is not supported"
 _NO_MX = "of quantized training only model.converters = ['quantize.linear.float8'] is supported"
 _HELD_OUT = "held-out text is the 'validation' split of the training data"
-_HF_WEIGHTS = "use scripts.convert_from_hf and checkpoint.initial_load_path"
+_HF_WEIGHTS = "use `blt-titan import` and checkpoint.initial_load_path"
 
 KEYS: dict[str, dict[str, Rule]] = {
     "job": {
@@ -228,7 +228,7 @@ KEYS: dict[str, dict[str, Rule]] = {
         "initial_load_in_hf": unused(_HF_WEIGHTS),
         "initial_load_in_hf_quantized": unused(_HF_WEIGHTS),
         "last_save_model_only": ANY,
-        "last_save_in_hf": unused("use [export] hf_every, or scripts.convert_to_hf"),
+        "last_save_in_hf": unused("use [export] hf_every, or `blt-titan export`"),
         "export_dtype": ANY,
         "async_mode": ANY,
         "keep_latest_k": whole(2, or_value=0, why=" to keep all: of one alone, the last may be half written"),

@@ -94,7 +94,7 @@ def checkpoint_to_load(config: Any) -> Path | None:
     if "://" in begin_from or not (path / ".metadata").is_file():
         raise RunConfigError(
             f"checkpoint.initial_load_path = {begin_from!r}: holds no complete checkpoint (a .metadata file); name a "
-            "step-N folder here, or what scripts.convert_from_hf wrote"
+            "step-N folder here, or what `blt-titan import` wrote"
         )
     if fault := damage(path):
         raise RunConfigError(f"checkpoint.initial_load_path = {begin_from!r}: {fault}")

@@ -18,7 +18,6 @@ import torch
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
-from tqdm import tqdm
 
 from blt_titan.byte_vocab import BOS_ID, bytes_to_ids
 from blt_titan.evaluation.noise import NOISE_ON, NOISES, add_noise
@@ -26,6 +25,7 @@ from blt_titan.hf.load import load_for_inference
 from blt_titan.inference.cached import CachedBLT
 from blt_titan.inference.likelihood import CONTEXT_BYTES, LikelihoodScorer
 from blt_titan.inference.sample import Sampling, generate
+from blt_titan.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ class BLTHarness(LM):
         found, cut = [""] * len(requests), 0
         # Long ones together, and only those that are continued alike.
         order = sorted(range(len(requests)), key=lambda i: (str(requests[i].args[1]), -len(requests[i].args[0])))
-        with tqdm(total=len(requests), desc="generating", disable=disable_tqdm) as bar:
+        with ProgressBar(total=len(requests), desc="generating", disable=disable_tqdm) as bar:
             for batch in _batches(order, [str(request.args[1]) for request in requests], self._batch_size):
                 settings = normalize_gen_kwargs(dict(requests[batch[0]].args[1]), MOST_TOKENS)
                 prompts = [self._prompt(requests[i].args[0]) for i in batch]
@@ -191,7 +191,7 @@ class BLTHarness(LM):
         ]
 
     def _scored(self, ids: Sequence[np.ndarray], disable_tqdm: bool) -> Iterator[Any]:
-        with tqdm(total=len(ids), desc="scoring", disable=disable_tqdm) as bar:
+        with ProgressBar(total=len(ids), desc="scoring", disable=disable_tqdm) as bar:
             # BOS alone has no target: an empty text is certain.
             there = [number for number, of_text in enumerate(ids) if len(of_text) > 1]
             bar.update(len(ids) - len(there))

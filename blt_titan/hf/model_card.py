@@ -77,7 +77,7 @@ def model_card(
         "```",
         "",
         "With blt_titan, cached and many times as fast: "
-        f'`python -m scripts.generate --model THIS_DIRECTORY{_needs(alone, rule)} --prompt "The quick brown"`.',
+        f'`blt-titan generate --model THIS_DIRECTORY{_needs(alone, rule)} --prompt "The quick brown"`.',
         "",
         "## What to know",
         "",
@@ -108,7 +108,7 @@ def model_card(
             share = (
                 f"That concerned {cut_share:.3%} of the training text's patches."
                 if cut_share is not None
-                else "How many that concerned is not known here; `python -m scripts.calibrate_threshold` prints it."
+                else "How many that concerned is not known here; `blt-titan calibrate` prints it."
             )
             lines.append(
                 f"- In training patches longer than {rule.max_patch_bytes} bytes were split; transformers leaves them "

@@ -21,10 +21,10 @@ import torch
 import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
-from tqdm import tqdm
 
 from blt_titan.checkpoint.description import fill_state
 from blt_titan.checkpoint.read import CheckpointError, SafeReader, brief
+from blt_titan.progress import ProgressBar
 
 _BLOCK_BYTES = 32 * 1024**2
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -247,7 +247,7 @@ def write_safetensors(
     names = ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=not progress) as bar:
+    with ProgressBar(total=total, unit="B", unit_scale=True, desc="writing", disable=not progress) as bar:
         for name, shard in zip(names, shards, strict=True):
             _write_shard(folder / name, shard, bar)
     if len(shards) > 1:
@@ -257,7 +257,7 @@ def write_safetensors(
     return names
 
 
-def _write_shard(path: Path, entries: Sequence[Entry], bar: tqdm) -> None:
+def _write_shard(path: Path, entries: Sequence[Entry], bar: ProgressBar) -> None:
     # Wider numbers first, so that all are aligned.
     entries = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -1,8 +1,8 @@
 """What lies in a folder of runs, as figures: data in, lists of points out.
 
     outputs/demo/metrics.jsonl           curves of a run, and with others a point of the scaling figure
-    outputs/demo/patch_lengths.json      a histogram (scripts.calibrate_threshold --json, scripts.demo)
-    outputs/demo/patches.html            a page of its own (scripts.view_patches)
+    outputs/demo/patch_lengths.json      a histogram (`blt-titan calibrate` --json, `blt-titan demo`)
+    outputs/demo/patches.html            a page of its own (`blt-titan view`)
     outputs/demo/loss.png                an image
 
 Names are paths below the folder. What a name leads to outside of it, by `..` or by a link, does not exist. A file that

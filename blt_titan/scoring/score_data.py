@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from blt_titan.byte_vocab import BYTE_OFFSET
 from blt_titan.data.rows.packing import frame_documents
@@ -29,6 +28,7 @@ from blt_titan.data.store.sidecars import (
 from blt_titan.model.entropy_model import EntropyModel
 from blt_titan.model.sizes import EntropyModelArgs
 from blt_titan.patching.rounding import Storage
+from blt_titan.progress import ProgressBar
 from blt_titan.scoring.entropies import EntropyScorer
 
 
@@ -98,7 +98,7 @@ def score_data(
         withdraw_sidecar(data, name)
     n_bytes, before = 0, scorer.slots_run
     total = sum(shard.text_bytes for _, shard in own)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="scoring", disable=not progress) as bar:
+    with ProgressBar(total=total, unit="B", unit_scale=True, desc="scoring", disable=not progress) as bar:
         for split, shard in own:
             writer = SidecarWriter(directory, shard, settings.storage)
             try:

@@ -1,7 +1,6 @@
-"""What every option of every command takes and refuses, and the types of `scripts/arguments.py`."""
+"""What every option of every command takes and refuses, and the types of `blt_titan/commands/arguments.py`."""
 
 import argparse
-import importlib
 import math
 import os
 from pathlib import Path
@@ -9,25 +8,25 @@ from typing import Any
 
 import pytest
 
-import scripts
-from scripts import arguments
-from scripts.arguments import Number
+import blt_titan.commands
+from blt_titan.commands import arguments
+from blt_titan.commands.arguments import Number
+from tests.helpers.verbs import COMMANDS, module_of, program_of
 
-SOURCES = {path.stem: path.read_text() for path in Path(scripts.__path__[0]).glob("*.py")}
-COMMANDS = sorted(name for name, source in SOURCES.items() if '__name__ == "__main__"' in source)
+SOURCES = {path.stem: path.read_text() for path in Path(blt_titan.commands.__path__[0]).glob("*.py")}
 FREE_TEXT = {"--prompt"}
 """An empty prompt is one: the model begins a text."""
 BAD_NUMBERS = ["0", "-1", str(10**30), "nan", "inf", "-inf", "1e400", "", " ", "x", "1.5.2"]
 
 
 def options_of(command: str) -> list[argparse.Action]:
-    actions = importlib.import_module(f"scripts.{command}").make_parser()._actions
+    actions = module_of(command).make_parser()._actions
     return [action for action in actions if action.nargs != 0]
 
 
 def parsed_alone(command: str, action: argparse.Action, value: str) -> tuple[Any, int | str | None]:
     """Parse one option, of which nothing else is required; return the value, or how the command ended."""
-    parser = importlib.import_module(f"scripts.{command}").make_parser()
+    parser = module_of(command).make_parser()
     for other in parser._actions:
         other.required = False
         other.default = None
@@ -47,8 +46,8 @@ def test_every_command_has_a_parser_to_walk():
     assert len(COMMANDS) >= 12
     assert not [name for name, source in SOURCES.items() if "ArgumentParser(" in source and name != "arguments"]
     for command in COMMANDS:
-        module = importlib.import_module(f"scripts.{command}")
-        assert module.make_parser().prog == command
+        module = module_of(command)
+        assert module.make_parser().prog == program_of(command)
         assert module.main(["--no-such-option"]) == 2
 
 
@@ -66,7 +65,9 @@ def test_every_option_has_a_type_that_refuses(command, capsys, tmp_path, monkeyp
             said = capsys.readouterr().err
             if code is not None:
                 assert code == 2
-                assert said.startswith((f"{command}: error: {name} ", f"{command}: error: {name}: ")), said
+                assert said.startswith(
+                    (f"{program_of(command)}: error: {name} ", f"{program_of(command)}: error: {name}: ")
+                ), said
                 assert said.count("\n") == 1
                 continue
             assert isinstance(action.type, Number), f"{command} {name}: takes {value!r}"

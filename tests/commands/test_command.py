@@ -1,7 +1,6 @@
 """How commands end: Ctrl-C, a reader that has gone, a full disk, memory that ran out."""
 
 import errno
-import importlib
 import os
 import signal
 import subprocess
@@ -11,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from scripts.command import command
-from tests.commands.test_arguments import COMMANDS
+from blt_titan.commands.ending import command
+from tests.helpers.verbs import COMMANDS, module_of, program_of
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_ends_in_one_line(name, capsys, monkeypatch):
-    module = importlib.import_module(f"scripts.{name}")
+    module = module_of(name)
     for error, code, said in (
         (KeyboardInterrupt(), 130, ": stopped"),
         (OSError(errno.ENOSPC, "No space left on device", "out/x"), None, ": error: out/x: No space left on device\n"),
@@ -34,7 +33,7 @@ def test_every_command_ends_in_one_line(name, capsys, monkeypatch):
         assert module.main([]) in ((1, 2) if code is None else (code,))
         captured = capsys.readouterr()
         assert captured.out == ""
-        assert captured.err.startswith(name + said)
+        assert captured.err.startswith(program_of(name) + said)
         assert captured.err.count("\n") == 1
 
 
@@ -49,7 +48,7 @@ def test_a_fault_of_the_program_is_not_hidden():
 
 def run_until(program: str, **streams) -> subprocess.CompletedProcess:
     """Run a command made of `program` in a process of its own."""
-    head = "import sys\nfrom scripts.command import command\n@command('x')\ndef main(arguments=None):\n"
+    head = "import sys\nfrom blt_titan.commands.ending import command\n@command('x')\ndef main(arguments=None):\n"
     command = [sys.executable, "-c", f"{head}{program}\nsys.exit(main())"]
     return subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, **streams)
 
@@ -95,7 +94,7 @@ def test_what_a_terminal_cannot_show_is_escaped():
 def test_help_and_ctrl_c_while_modules_are_imported():
     """A moment when a part of torch is there and the command has not begun."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "scripts.generate", "--help"],
+        [sys.executable, "-m", "blt_titan", "generate", "--help"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -107,4 +106,4 @@ def test_help_and_ctrl_c_while_modules_are_imported():
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     out, said = process.communicate(timeout=60)
-    assert (process.returncode, out, said) == (130, "", "generate: stopped\n")
+    assert (process.returncode, out, said) == (130, "", "blt-titan generate: stopped\n")

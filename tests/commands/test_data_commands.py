@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from blt_titan.commands import calibrate as calibrate_threshold
+from blt_titan.commands import prepare as prepare_data
+from blt_titan.commands import score as score_entropies
+from blt_titan.commands import view as view_patches
 from blt_titan.config.check import check_run, load_run_config
 from blt_titan.data.prepare.job import prepare
 from blt_titan.data.store.errors import DataError
 from blt_titan.data.store.sidecars import sidecar_directory
 from blt_titan.scoring.calibration import best_budgets
-from scripts import calibrate_threshold, prepare_data, score_entropies, view_patches
 from tests.helpers.command_data import everything_in, scored_data
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +83,7 @@ def test_nothing_is_prepared_from_nothing_nor_to_nowhere(option, values, tmp_pat
     said = {"--source": ["texts"], "--out": ["out"], option: values}
     assert prepare_data.main([word for key, given in said.items() for word in (key, *given)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("prepare_data: error: ")
+    assert error.startswith("blt-titan prepare: error: ")
     assert error.count("\n") == 1
     assert (option if "" in values else values[-1]) in error
     assert everything_in(tmp_path) == before
@@ -136,7 +139,7 @@ def test_calibration_is_refused_by_the_option_s_name(option, values, data, tmp_p
         assert calibrate_threshold.main(["--data", str(data), "--target-patch-bytes", "3", option, value]) == 2
         captured = capsys.readouterr()
         assert captured.out == ""
-        assert captured.err.startswith(f"calibrate_threshold: error: {option} {value or repr('')}: ")
+        assert captured.err.startswith(f"blt-titan calibrate: error: {option} {value or repr('')}: ")
         assert captured.err.count("\n") == 1
 
 
@@ -157,7 +160,7 @@ def test_a_page_is_refused_before_it_is_made(data, tmp_path, capsys):
         (["--out", ""], "--out '': must not be empty"),
     ):
         assert view_patches.main(["--data", str(data), "--out", str(page), *options]) == 2
-        assert f"view_patches: error: {said}" in capsys.readouterr().err
+        assert f"blt-titan view: error: {said}" in capsys.readouterr().err
     assert not page.exists()
     assert view_patches.main(["--data", str(data), "--out", "/dev/full"]) == 2
-    assert capsys.readouterr().err == "view_patches: error: /dev/full: No space left on device\n"
+    assert capsys.readouterr().err == "blt-titan view: error: /dev/full: No space left on device\n"

@@ -6,6 +6,7 @@ import fsspec
 import numpy as np
 import pytest
 
+from blt_titan.commands.inspect import main
 from blt_titan.data.prepare.job import prepare
 from blt_titan.data.store.manifest import SPLITS
 from blt_titan.data.store.shards import ShardSet
@@ -16,7 +17,6 @@ from blt_titan.data.store.sidecars import (
     complete_sidecar,
     sidecar_directory,
 )
-from scripts.inspect_data import main
 from tests.helpers.lying_shards import rewrite, set_offset
 
 SETTINGS = SidecarSettings("float16", {}, "", "float32")

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from scripts import convert_from_hf, convert_to_hf, evaluate, generate, model_options
+from blt_titan.commands import evaluate, generate, model_options
+from blt_titan.commands import export as convert_to_hf
+from blt_titan.commands import import_ as convert_from_hf
 from tests.hf.test_pretrained import write_original
 
 
@@ -57,7 +59,7 @@ def test_generation_is_refused_before_a_model_is_loaded(loads_nothing, tmp_path,
         (["--prompt", "x", "--max-bytes", "0"], "--max-bytes 0: must be"),
     ):
         assert generate.main(["--model", str(tmp_path), *options]) == 2
-        assert capsys.readouterr().err.startswith(f"generate: error: {said.format(tmp_path)}")
+        assert capsys.readouterr().err.startswith(f"blt-titan generate: error: {said.format(tmp_path)}")
 
 
 def test_a_conversion_is_refused_before_a_model_is_loaded(loads_nothing, tmp_path, capsys):
@@ -79,7 +81,7 @@ def test_a_conversion_is_refused_before_a_model_is_loaded(loads_nothing, tmp_pat
         options = ["--checkpoint", str(tmp_path), "--patch-lengths", f"{tmp_path}/lengths.json"]
         assert convert_to_hf.main([*options, *out]) == 2
         error = capsys.readouterr().err
-        assert error.startswith(f"convert_to_hf: error: --patch-lengths {tmp_path}/lengths.json: ")
+        assert error.startswith(f"blt-titan export: error: --patch-lengths {tmp_path}/lengths.json: ")
         assert said in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lengths.json", "there"]
 
@@ -93,7 +95,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_sentence_and_leaves_nothing(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     error = capsys.readouterr().err
-    assert error.startswith(f"convert_from_hf: error: {tmp_path / 'out'}: cannot be written")
+    assert error.startswith(f"blt-titan import: error: {tmp_path / 'out'}: cannot be written")
     assert error.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
@@ -110,6 +112,6 @@ def test_an_export_that_cannot_be_written_is_one_sentence_and_leaves_nothing(ori
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error == f"convert_to_hf: error: {tmp_path / 'out'}: File too large"
+    assert error == f"blt-titan export: error: {tmp_path / 'out'}: File too large"
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     assert json.loads((original / "config.json").read_text())

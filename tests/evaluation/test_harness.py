@@ -20,8 +20,8 @@ from tests.inference.test_sample import GREEDY, recomputed
 
 pytest.importorskip("lm_eval", reason="install the dev extra to run EleutherAI's harness")
 
+from blt_titan.commands import harness as script
 from blt_titan.evaluation.harness import BYTES_PER_TOKEN, BLTHarness
-from scripts import evaluate_harness as script
 
 LOG_P_ATOL = 1e-3
 """Of a continuation of some ten bytes, each off by fp32 rounding of about 1e-5."""

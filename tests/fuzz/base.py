@@ -5,8 +5,9 @@ import random
 import shutil
 from pathlib import Path
 
+from blt_titan.commands import prepare as prepare_data
+from blt_titan.commands import score as score_entropies
 from blt_titan.hf.export import export_hf, stored_weights
-from scripts import prepare_data, score_entropies
 from tests.helpers.hf_models import write_checkpoints
 
 STREAMS = 4

@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 from tests.fuzz.watch import Case, differences, forbidden_changes, snapshot, what_is_wrong_with_the_outcome
 from tests.fuzz.worker import _in_a_child
 
-SENTENCE = "generate: error: --top-k 0: must be at least 1\n"
+SENTENCE = "blt-titan generate: error: --top-k 0: must be at least 1\n"
 
 
 @pytest.mark.parametrize(
@@ -21,10 +21,10 @@ SENTENCE = "generate: error: --top-k 0: must be at least 1\n"
         (2, "usage: generate [-h]\n" + SENTENCE, ""),
         (0, "a warning\n", ""),
         (2, "", "without a sentence"),
-        (2, "generate: error: x\ny\n", "without a sentence"),
-        (2, "generate: error: 'int' object has no attribute 'get'\n", "leaks Python"),
-        (2, 'generate: error: CKPT: cannot be read: File "/a.py", line 3, in load\n', "leaks Python"),
-        (2, "generate: error: F: malformed ('int' object has no attribute 'get'); write it again\n", ""),
+        (2, "blt-titan generate: error: x\ny\n", "without a sentence"),
+        (2, "blt-titan generate: error: 'int' object has no attribute 'get'\n", "leaks Python"),
+        (2, 'blt-titan generate: error: CKPT: cannot be read: File "/a.py", line 3, in load\n', "leaks Python"),
+        (2, "blt-titan generate: error: F: malformed ('int' object has no attribute 'get'); write it again\n", ""),
         (3, SENTENCE, "exit code 3"),
         (0, "Traceback (most recent call last):\n  File\nValueError: x\n", "traceback: ValueError"),
     ],

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.fuzz.verbs import VERB_OF
+
 TRACEBACK = "Traceback (most recent call last)"
 TRACEBACK_PARTS = re.compile(r'File "[^"]+", line|\^\^\^|<class |object at 0x')
 INTERNALS = re.compile(
@@ -128,10 +130,10 @@ def what_is_wrong_with_the_outcome(case: Case, exit_code: Any, stdout: str, stde
         if case.command == "train" and (errors := re.findall(r".* - ERROR - .*", stdout + stderr)):
             last = errors[-1]
         prefix = {
-            "inspect_data": r"(inspect_data: error|damaged): ",
+            "inspect_data": r"(blt-titan inspect: error|damaged): ",
             "run_config": r"([\w.]+: )?error: ",
             "train": r"(.* - ERROR - |([\w.]+: )?error: )",
-        }.get(case.command, rf"{case.command}: (error|stopped)[:;] ")
+        }.get(case.command, rf"blt-titan {VERB_OF.get(case.command, case.command)}: (error|stopped)[:;] ")
         if not re.match(prefix + r".*\S+ \S+", last):
             faults.append(f"exit code {exit_code} without a sentence; the last line of stderr is {last[:200]!r}")
         elif leaked := TRACEBACK_PARTS.search(last) or INTERNALS.search(re.sub(r"\(.*\)", "", last)):

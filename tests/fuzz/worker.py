@@ -7,6 +7,7 @@ case spawns import this module again.
 
 import contextlib
 import faulthandler
+import importlib
 import inspect
 import io
 import json
@@ -24,6 +25,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from tests.fuzz.verbs import VERB_OF
 
 CPU_S, WALL_S = 20, 90
 """For one case: of its own, and on a busy machine."""
@@ -59,28 +62,16 @@ def _import_everything() -> dict[str, Callable[[list[str]], Any]]:
     import blt_titan.hf.verify.verify
     import blt_titan.plots.app  # noqa: F401
     from blt_titan import train
-    from blt_titan.config import check as run_config
-    from scripts import (
-        calibrate_threshold,
-        convert_from_hf,
-        convert_to_hf,
-        evaluate,
-        generate,
-        inspect_data,
-        prepare_data,
-        score_entropies,
-        serve_plots,
-        view_patches,
-    )
+    from blt_titan.commands.cli import VERBS
+    from blt_titan.config import check
     from tests.fuzz import base, commands  # noqa: F401
     from tests.fuzz.settings import all_keys
 
     all_keys()
-    modules = [
-        *(calibrate_threshold, convert_from_hf, convert_to_hf, evaluate, generate, inspect_data, prepare_data),
-        *(score_entropies, serve_plots, view_patches, run_config, train),
-    ]
-    return {module.__name__.rpartition(".")[2]: module.main for module in modules}
+    verbs = {
+        name: importlib.import_module(f"blt_titan.commands.{VERBS[verb][0]}").main for name, verb in VERB_OF.items()
+    }
+    return verbs | {"run_config": check.main, "train": train.main}
 
 
 def _in_a_child(function: Callable[[], None], reports: Path) -> dict[str, Any]:
@@ -164,10 +155,11 @@ def _answer(request: dict[str, Any], base: Path, reports: Path, mains: dict[str,
 
 def _described(case: Any) -> dict[str, Any]:
     environment = "".join(f"{key}={shlex.quote(value)} " for key, value in case.environment.items())
-    module = "blt_titan" if case.command in ("run_config", "train") else "scripts"
+    module = {"run_config": "blt_titan.config.check", "train": "blt_titan.train"}.get(case.command)
+    program = f"python -m {module}" if module else f"blt-titan {VERB_OF.get(case.command, case.command)}"
     return {
         "command": case.command,
-        "line": f"{environment}python -m {module}.{case.command} {shlex.join(case.arguments)}",
+        "line": f"{environment}{program} {shlex.join(case.arguments)}",
         "again": shlex.join(case.again),
         "done": case.done,
         "refused": case.refused,

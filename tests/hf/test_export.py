@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from blt_titan.checkpoint.description import CheckpointError, describe_model
+from blt_titan.commands import export as convert_to_hf
+from blt_titan.commands import import_ as convert_from_hf
 from blt_titan.data.store.sidecars import fingerprint_of
 from blt_titan.hf import export as export_module
 from blt_titan.hf import tensors as tensors_module
@@ -26,7 +28,6 @@ from blt_titan.hf.verify.verify import VerificationError, verify_export
 from blt_titan.patching.rounding import UINT8_EDGES_NATS, decision_edge, from_storage, to_storage
 from blt_titan.patching.rule import PatchRule
 from blt_titan.scoring.score_data import sidecar_settings
-from scripts import convert_from_hf, convert_to_hf
 from tests.helpers.distributed import run_distributed
 from tests.helpers.hf_models import ARGS, RULE, another_model, entropy_model, random_blt, write_checkpoints
 from tests.helpers.layouts import Layout
@@ -236,7 +237,7 @@ def test_damaged_patch_lengths_are_named(checkpoints, tmp_path, capsys, content)
     (tmp_path / "lengths.json").write_text(content)
     arguments = ["--checkpoint", str(checkpoints / "blt"), "--out", str(tmp_path / "hf"), "--force"]
     assert convert_to_hf.main([*arguments, "--patch-lengths", str(tmp_path / "lengths.json")]) == 2
-    assert capsys.readouterr().err.startswith(f"convert_to_hf: error: --patch-lengths {tmp_path / 'lengths.json'}: ")
+    assert capsys.readouterr().err.startswith(f"blt-titan export: error: --patch-lengths {tmp_path / 'lengths.json'}: ")
 
 
 def test_checkpoints_that_do_not_fit_are_named(checkpoints, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from blt_titan.commands import import_ as convert_from_hf
 from blt_titan.hf import directory as directory_module
 from blt_titan.hf.config import HFConfigError
 from blt_titan.hf.export import stored_weights
@@ -14,7 +15,6 @@ from blt_titan.hf.original import blt_name_to_original
 from blt_titan.hf.pretrained import BLT, EntropyModel, Patcher, Pretrained
 from blt_titan.hf.tensors import StoredTensors
 from blt_titan.patching.rule import PatchRule
-from scripts import convert_from_hf
 from tests.hf.test_export import ARGS, RULE, entropy_model, random_blt
 
 

@@ -14,10 +14,14 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from blt_titan.checkpoint.description import MODEL_KEY
+from blt_titan.commands import evaluate, generate
+from blt_titan.commands import export as convert_to_hf
+from blt_titan.commands import import_ as convert_from_hf
+from blt_titan.commands import score as score_entropies
+from blt_titan.commands import view as view_patches
 from blt_titan.config.check import check_run, load_run_config
 from blt_titan.hf.pretrained import EntropyModel
 from blt_titan.training import exports as in_training
-from scripts import convert_from_hf, convert_to_hf, evaluate, generate, score_entropies, view_patches
 from tests.helpers.attacks import Attack
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -50,7 +54,7 @@ def run_online(checkpoint: Path, sound: Path) -> int:
 
 def harness(arguments: list[str]) -> int:
     pytest.importorskip("lm_eval", reason="install the extra `harness`")
-    from scripts import evaluate_harness
+    from blt_titan.commands import harness as evaluate_harness
 
     with pytest.MonkeyPatch.context() as patch:
         # Reading the harness's own tasks takes longer than all else.

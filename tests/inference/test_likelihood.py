@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from blt_titan.byte_vocab import BYTE_OFFSET, EOS_ID, document_ids
+from blt_titan.commands import evaluate as script
 from blt_titan.data.prepare.documents import read_documents
 from blt_titan.data.prepare.job import prepare
 from blt_titan.data.store.errors import DataError
@@ -21,7 +22,6 @@ from blt_titan.inference.likelihood import LikelihoodScorer
 from blt_titan.inference.sample import complete
 from blt_titan.patching import starts_to_lengths
 from blt_titan.patching.rounding import from_storage, to_storage
-from scripts import evaluate as script
 from tests.helpers.small_entropy_model import model_of, scored_alone
 from tests.inference.test_cached import RULES, blt
 
@@ -176,7 +176,7 @@ def test_the_command(tmp_path, capsys):
     assert of_noisy["mean_patch_bytes"] < of_plain["mean_patch_bytes"]
     assert of_noisy["bits_per_byte"] != of_plain["bits_per_byte"]
     assert script.main(["--model", str(tmp_path / "hf"), "--data", str(tmp_path / "nothing")]) == 2
-    assert "evaluate: error: " in capsys.readouterr().err
+    assert "blt-titan evaluate: error: " in capsys.readouterr().err
 
 
 def test_noises():

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from blt_titan.byte_vocab import BOS_ID, BYTE_OFFSET, EOS_ID, bytes_to_ids
+from blt_titan.commands import generate as script
 from blt_titan.hf.export import export_hf, stored_weights
 from blt_titan.hf.to_checkpoint import write_checkpoint
 from blt_titan.inference.cached import CachedBLT
 from blt_titan.inference.sample import Sampling, TextStream, complete, generate
 from blt_titan.patching import starts_to_lengths
 from blt_titan.patching.rule import PatchRule
-from scripts import generate as script
 from tests.helpers.small_entropy_model import model_of
 from tests.inference.test_cached import RULES, blt
 

@@ -8,12 +8,12 @@ import pytest
 import torch.distributed as dist
 
 from blt_titan.checkpoint.description import describe_model, find_checkpoint, load_entropy_model
+from blt_titan.commands.calibrate import main as calibrate_threshold
+from blt_titan.commands.score import main as score_entropies
+from blt_titan.commands.view import main as view_patches
 from blt_titan.data.store.errors import DataError
 from blt_titan.data.store.shards import ShardSet
 from blt_titan.training.spec import RowsDifferError
-from scripts.calibrate_threshold import main as calibrate_threshold
-from scripts.score_entropies import main as score_entropies
-from scripts.view_patches import main as view_patches
 from tests.helpers.distributed import run_distributed
 from tests.helpers.training_runs import losses, metrics, train
 

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
+from blt_titan.commands.calibrate import _draw
 from blt_titan.scoring.calibration import SEGMENT_PATCHES, Calibration, SegmentBudget
-from scripts.calibrate_threshold import _draw
 
 pytest.importorskip("matplotlib", reason="install the dev extra to draw")
 

@@ -220,7 +220,7 @@ def test_a_browser_draws_it(outputs, tmp_path):
 
 
 def test_a_folder_that_is_not_there(tmp_path, capsys):
-    from scripts.serve_plots import main
+    from blt_titan.commands.plots import main
 
     assert main(["--dir", str(tmp_path / "nothing")]) == 2
     assert "no such directory" in capsys.readouterr().err

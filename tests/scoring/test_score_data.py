@@ -11,6 +11,7 @@ import torch
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from blt_titan.byte_vocab import BYTE_OFFSET, document_ids
+from blt_titan.commands.score import main
 from blt_titan.data.prepare.job import prepare
 from blt_titan.data.store.errors import DataError
 from blt_titan.data.store.manifest import SPLITS, read_manifest
@@ -21,7 +22,6 @@ from blt_titan.patching.rounding import from_storage, to_storage
 from blt_titan.scoring import score_data as module
 from blt_titan.scoring.entropies import EntropyScorer, OnlineEntropies
 from blt_titan.scoring.score_data import score_data, sidecar_settings
-from scripts.score_entropies import main
 from tests.helpers.small_entropy_model import ARGS, ENTROPY_ATOL, model_of, scored_alone
 
 EDGE_NATS = 1e-4

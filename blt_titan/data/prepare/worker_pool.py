@@ -12,9 +12,8 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
 from blt_titan.data.store.errors import DataError
+from blt_titan.progress import ProgressBar
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -66,7 +65,9 @@ def run_tasks(
         Exception: the first that a task raised; tasks that are running are stopped, others not begun.
         DataError: a worker was killed.
     """
-    bar = tqdm(total=total_bytes, initial=done_bytes, unit="B", unit_scale=True, desc=description, disable=not progress)
+    bar = ProgressBar(
+        total=total_bytes, initial=done_bytes, unit="B", unit_scale=True, desc=description, disable=not progress
+    )
 
     def report(n_bytes: int) -> None:
         bar.update(n_bytes)

@@ -114,8 +114,7 @@ def read_manifest(directory: str | os.PathLike[str], name: str = MANIFEST_NAME) 
         written = path.read_bytes()
     except FileNotFoundError:
         raise DataError(
-            f"{path}: no such file, so {directory} is not a finished data set; "
-            "make one with `python -m scripts.prepare_data`"
+            f"{path}: no such file, so {directory} is not a finished data set; make one with `blt-titan prepare`"
         ) from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error

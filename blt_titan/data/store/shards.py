@@ -31,11 +31,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from tqdm import tqdm
 
 from blt_titan.data.store.arrow_file import check_utf8, checked_offsets, map_file, parse_index, record_batch_buffers
 from blt_titan.data.store.errors import DataError
 from blt_titan.data.store.manifest import FORMAT, MANIFEST_NAME, VERSION, Manifest, ShardEntry, read_manifest
+from blt_titan.progress import ProgressBar
 
 SCHEMA = pa.schema([("doc_id", pa.string()), ("text", pa.binary())])
 INDEX_COLUMNS = ("offset", "length", "rows", "text_bytes", "crc32")
@@ -312,7 +312,9 @@ class ShardSet:
             DataError: names the first file and record batch that is damaged.
         """
         self.verify_structure()
-        with tqdm(total=self.text_bytes, unit="B", unit_scale=True, desc="checking", disable=not progress) as bar:
+        with ProgressBar(
+            total=self.text_bytes, unit="B", unit_scale=True, desc="checking", disable=not progress
+        ) as bar:
             for batch in self:
                 bar.update(len(batch.text))
 

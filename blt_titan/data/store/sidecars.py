@@ -260,7 +260,7 @@ class EntropySidecar:
         except FileNotFoundError:
             raise DataError(
                 f"{path}: no such file, so there are no complete entropies {name!r}; make them, or let scoring finish, "
-                f"with `python -m scripts.score_entropies --data {data} --name {name} --checkpoint ...`"
+                f"with `blt-titan score --data {data} --name {name} --checkpoint ...`"
             ) from None
         except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"{path}: cannot be read ({error}); score the data again") from error

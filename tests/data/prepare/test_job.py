@@ -5,6 +5,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from blt_titan.commands.arguments import size
+from blt_titan.commands.prepare import main
 from blt_titan.data.prepare import checks, passes
 from blt_titan.data.prepare import job as prepare_module
 from blt_titan.data.prepare import plan as prepare_plan
@@ -14,8 +16,6 @@ from blt_titan.data.prepare.job import prepare
 from blt_titan.data.store.errors import DataError
 from blt_titan.data.store.manifest import MANIFEST_NAME, parse_manifest, read_manifest
 from blt_titan.data.store.shards import ShardSet
-from scripts.arguments import size
-from scripts.prepare_data import main
 from tests.helpers.prepared import files, run, texts, write_source
 
 
@@ -382,7 +382,7 @@ def test_the_command_line(source, tmp_path, capsys):
     assert main([*command, "--seed", "3"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("prepare_data: error: ")
+    assert captured.err.startswith("blt-titan prepare: error: ")
     assert captured.err.count("\n") == 1
     assert main([*command, "--max-bytes", "3 apples"]) == 2
     assert "'3 apples' is not a size" in capsys.readouterr().err

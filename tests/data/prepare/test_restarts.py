@@ -90,7 +90,7 @@ def test_what_is_done_is_not_done_again(source, tmp_path, monkeypatch):
 KILLED = """
 import sys, blt_titan.data.prepare.sources as sources
 sources.UNIT_BYTES = 1 << 20
-from scripts.prepare_data import main
+from blt_titan.commands.prepare import main
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
 """
@@ -285,7 +285,7 @@ def test_ctrl_c_stops_workers_too(tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert said.splitlines()[-1] == "prepare_data: stopped; the same command goes on from here"
+    assert said.splitlines()[-1] == "blt-titan prepare: stopped; the same command goes on from here"
     assert "Traceback" not in said
     assert not (tmp_path / "out" / MANIFEST_NAME).exists()
 
@@ -314,7 +314,7 @@ def test_an_interrupted_upload_goes_on(source, tmp_path, monkeypatch):
 def test_a_file_size_limit_while_arrow_writes_is_reported(source, tmp_path):
     """The operating system refuses the write itself, inside Arrow, in a process of its own."""
     program = (
-        "import resource, sys; from scripts.prepare_data import main;"
+        "import resource, sys; from blt_titan.commands.prepare import main;"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000)); sys.exit(main(sys.argv[1:]))"
     )
     arguments = ["--source", str(source), "--out", str(tmp_path / "out"), "--no-progress"]

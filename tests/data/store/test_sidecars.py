@@ -118,7 +118,7 @@ def test_codes_of_one_byte_keep_the_order_and_the_edges():
 
 
 def test_an_incomplete_sidecar_is_not_read_and_says_how_to_go_on(data):
-    with pytest.raises(DataError, match=r"sidecar\.json: no such file.*score_entropies"):
+    with pytest.raises(DataError, match=r"sidecar\.json: no such file.*blt-titan score"):
         sidecar_of(data)
     score(data, shards=2)
     shards = [shard for split in SPLITS for shard in read_manifest(data).splits[split]]

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from blt_titan.commands.arguments import NATS, filled, model
 from blt_titan.hf.load import Loaded, load_for_inference
 from blt_titan.hf.pretrained import Pretrained
-from scripts.arguments import NATS, filled, model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -20,6 +20,7 @@ from typing import Any
 Main = Callable[..., int]
 """Called with the arguments, or without for those of the command line."""
 
+_importing = "blt-titan"
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 """As torch's RuntimeErrors say it, of a device and of this machine."""
 
@@ -63,8 +64,14 @@ def command(name: str, *expected: type[Exception], code: int = 2, stopped: str =
     return decorate
 
 
-def end_quietly_while_importing() -> None:
-    """Have Ctrl-C end `python -m` in one line while modules are imported, before there is a `main` to catch it."""
+def end_quietly_while_importing(name: str) -> None:
+    """Have Ctrl-C end a command in one line while modules are imported, before there is a `main` to catch it.
+
+    Args:
+        name: of the command, which the line begins with.
+    """
+    global _importing
+    _importing = name
     # Where it is ignored, as in the background of a shell, it stays so.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _stop_at_once)
@@ -72,8 +79,7 @@ def end_quietly_while_importing() -> None:
 
 def _stop_at_once(number: int, frame: Any) -> None:
     # No exception: torch's C++ code, which it could meet, aborts the process.
-    module = next((word for word in sys.orig_argv if word.startswith("scripts.")), "scripts.command")
-    _say(module.rpartition(".")[2], "stopped", 130)
+    _say(_importing, "stopped", 130)
     os._exit(130)
 
 

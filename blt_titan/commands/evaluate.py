@@ -1,0 +1,144 @@
+"""Score texts with a trained BLT: bits per byte over whole documents with a sliding context, by source.
+
+    blt-titan evaluate --model outputs/demo --entropy-checkpoint outputs/demo/entropy --data data/stdlib
+    blt-titan evaluate --model blt-1b --data wiki.jsonl.zst 'books/*.txt' --noise random_case --out scores.json
+
+Byte shards are read from their validation split; anything that `blt-titan prepare` reads can be named as well.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+from blt_titan.commands.arguments import (
+    COUNT,
+    MODEL_CONTEXT,
+    SEED,
+    Parser,
+    filled,
+    output_file,
+    whole,
+    write_output,
+)
+from blt_titan.commands.ending import command
+from blt_titan.commands.model_options import add_model_options, load_models
+from blt_titan.data.prepare.documents import SourcedDocument, read_documents
+from blt_titan.data.prepare.sources import list_extents, resolve_sources
+from blt_titan.data.store.manifest import MANIFEST_NAME
+from blt_titan.evaluation.documents import DocumentScores, evaluate_documents
+from blt_titan.evaluation.noise import NOISES
+from blt_titan.inference.likelihood import CONTEXT_BYTES, LikelihoodScorer
+from blt_titan.progress import ProgressBar
+
+
+def make_parser() -> Parser:
+    """Return what parses the command line."""
+    parser = Parser("blt-titan evaluate", __doc__)
+    add_model_options(parser)
+    add = parser.add_argument
+    add(
+        "--data",
+        type=filled,
+        required=True,
+        nargs="+",
+        metavar="DIR|FILE",
+        help="byte shards, files, patterns, hf:NAME",
+    )
+    add("--split", default="validation", choices=["train", "validation"], help="of byte shards (default %(default)s)")
+    add("--text-column", type=filled, default="text", help="of records in files (default %(default)s)")
+    add("--as-text", action="store_true", help="take files as texts even where they look like records")
+    add("--max-documents", type=COUNT, metavar="N", help="of each --data, the first N")
+    add(
+        "--context-bytes",
+        type=MODEL_CONTEXT,
+        default=CONTEXT_BYTES,
+        metavar="N",
+        help="of a window (default %(default)s)",
+    )
+    add(
+        "--stride-bytes",
+        type=whole(1, 2**24),
+        metavar="N",
+        help="by which windows move on, at most the context (default: half of it)",
+    )
+    add("--noise", choices=NOISES, help="change the texts before, as the paper does to test robustness")
+    add("--seed", type=SEED, default=0, help="of the noise (default %(default)s)")
+    add("--out", type=output_file, metavar="FILE", help="also write the figures as JSON")
+    return parser
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    return make_parser().parse_args(arguments)
+
+
+@command("blt-titan evaluate", ValueError)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; give its exit code: 0, or 2 after an error."""
+    args = parse_args(arguments)
+    if args.stride_bytes is not None and args.stride_bytes > args.context_bytes:
+        raise ValueError(
+            f"--stride-bytes {args.stride_bytes}: must be 1 to --context-bytes {args.context_bytes}, so that windows "
+            "leave nothing out"
+        )
+    for path in args.data:
+        if args.out is not None and args.out.resolve() == Path(path).resolve():
+            raise ValueError(f"--out {args.out}: is --data {path}, and would replace it; name another file")
+        if not (Path(path) / MANIFEST_NAME).is_file():
+            # Before the model: it may not be there, and a pattern may fit nothing.
+            list_extents([source for source in resolve_sources([path]) if source.kind == "pattern"], {})
+    loaded = load_models(args)
+    scorer = LikelihoodScorer(
+        loaded.model,
+        loaded.rule,
+        loaded.entropy_model,
+        context_bytes=args.context_bytes,
+        stride_bytes=args.stride_bytes,
+    )
+    scored = evaluate_documents(scorer, _documents(args), noise=args.noise, seed=args.seed)
+    if not scored:
+        raise ValueError(f"--data {', '.join(args.data)}: no documents")
+    figures = {source: scores.summary() for source, scores in scored.items()}
+    if len(scored) > 1:
+        figures["all"] = _together(scored.values()).summary()
+    print(f"{'bits/byte':>10}  {'95% interval':>16}{'patch':>7}{'documents':>11}{'bytes':>14}  source")
+    for source, of_source in figures.items():
+        interval = "-"
+        if of_source["bits_per_byte_95"] is not None:
+            interval = " - ".join(f"{bound:.4f}" for bound in of_source["bits_per_byte_95"])
+        print(
+            f"{of_source['bits_per_byte']:>10.4f}  {interval:>16}{of_source['mean_patch_bytes']:>7.2f}"
+            f"{of_source['documents']:>11,}{of_source['bytes']:>14,}  {source}"
+        )
+    if args.out is not None:
+        result = {
+            "model": loaded.origin,
+            "patching": loaded.rule.as_dict(),
+            "context_bytes": args.context_bytes,
+            "stride_bytes": args.stride_bytes or args.context_bytes // 2,
+            "noise": args.noise,
+            "sources": figures,
+        }
+        write_output(args.out, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    return 0
+
+
+def _documents(args: argparse.Namespace) -> Iterator[SourcedDocument]:
+    with ProgressBar(unit="B", unit_scale=True, desc="reading") as bar:
+        for path in args.data:
+            for document in islice(
+                read_documents(path, split=args.split, text_column=args.text_column, as_text=args.as_text),
+                args.max_documents,
+            ):
+                bar.update(len(document.text))
+                yield document
+
+
+def _together(scored) -> DocumentScores:
+    together = DocumentScores()
+    for scores in scored:
+        for name in ("byte_nats", "eos_nats", "n_bytes", "patches"):
+            getattr(together, name).extend(getattr(scores, name))
+    return together

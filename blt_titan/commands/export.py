@@ -1,0 +1,112 @@
+"""Write a training checkpoint as a Hugging Face directory: `AutoModelForCausalLM` and `AutoTokenizer` load it offline.
+
+    blt-titan export --checkpoint outputs/blt_1b --entropy-checkpoint outputs/entropy_100m \
+        --out blt-1b --dtype bf16
+
+The checkpoint may be of any layout; one process on the CPU reads it a block at a time. With --verify what was written
+is compared with the checkpoint, and the logits and patches of `transformers` (to be installed) with ours.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from blt_titan.checkpoint.json_fields import FieldError, number, read_fields, read_object
+from blt_titan.commands.arguments import (
+    NATS,
+    Parser,
+    existing_directory,
+    existing_file,
+    output_directory,
+    size_from,
+    writing,
+)
+from blt_titan.commands.ending import command
+from blt_titan.hf.export import MAX_SHARD_BYTES, export_hf, stored_weights, with_threshold
+from blt_titan.hf.verify.verify import verify_export
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def make_parser() -> Parser:
+    """Return what parses the command line."""
+    parser = Parser("blt-titan export", __doc__)
+    add = parser.add_argument
+    add(
+        "--checkpoint",
+        type=existing_directory,
+        required=True,
+        metavar="CKPT",
+        help="the BLT: step-N, or the folder of a run (its last one)",
+    )
+    add(
+        "--entropy-checkpoint",
+        type=existing_directory,
+        metavar="CKPT",
+        help="its entropy model, which becomes the patcher",
+    )
+    add("--out", type=output_directory, required=True, metavar="DIR", help="the directory to write")
+    add("--dtype", choices=list(DTYPES), default="fp32", help="of the weights (default %(default)s)")
+    add("--max-shard-size", type=size_from(1), default=MAX_SHARD_BYTES, metavar="SIZE", help="of a file (default 5GB)")
+    add("--threshold", type=NATS, metavar="NATS", help="of the rule 'global' (default: what the checkpoint says)")
+    add(
+        "--patch-lengths",
+        type=existing_file,
+        metavar="FILE",
+        help="patch_lengths.json of calibrate_threshold, for the card",
+    )
+    add(
+        "--verify",
+        action="store_true",
+        help="load and compare; needs transformers, 8 bytes per parameter and 4 more of the largest tensor",
+    )
+    add("--force", action="store_true", help="write a model that needs explicit patch_lengths in transformers")
+    add("--overwrite", action="store_true", help="replace the model directory that is there")
+    return parser
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    return make_parser().parse_args(arguments)
+
+
+@command("blt-titan export", ValueError, ImportError)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; give its exit code: 0, or 2 after an error."""
+    args = parse_args(arguments)
+    if args.verify and find_spec("transformers") is None:
+        raise ImportError("--verify needs transformers: pip install -c scripts/constraints.txt transformers")
+    cut_share = _cut_share(args.patch_lengths) if args.patch_lengths else None
+    blt = stored_weights(args.checkpoint)
+    if args.threshold is not None:
+        rule, entropies = with_threshold(blt.rule, blt.entropies, args.threshold, blt.origin)
+        blt = replace(blt, rule=rule, entropies=entropies)
+    entropy = stored_weights(args.entropy_checkpoint) if args.entropy_checkpoint else None
+    with writing(args.out):
+        out = export_hf(
+            blt,
+            args.out,
+            entropy=entropy,
+            dtype=DTYPES[args.dtype],
+            max_shard_bytes=args.max_shard_size,
+            cut_share=cut_share,
+            force=args.force,
+            overwrite=args.overwrite,
+            progress=True,
+        )
+    print(f"{out}: written from {blt.origin}")
+    if args.verify:
+        print(f"{out}: verified: {verify_export(out, blt, entropy)}")
+    return 0
+
+
+def _cut_share(path: Path) -> float:
+    """Read the share of patches that the limit cut, from what `calibrate_threshold --json` wrote."""
+    try:
+        return read_fields(read_object(path), {"cut_share": number(0, 1)}, f"{path}: ")["cut_share"]
+    except FieldError as error:
+        raise ValueError(f"--patch-lengths {error}; name what calibrate_threshold --json wrote") from error

@@ -1,0 +1,22 @@
+"""The commands that tests walk: the verbs of `blt-titan`, and the check of a GPU."""
+
+import importlib
+from types import ModuleType
+
+from blt_titan.commands.cli import VERBS
+
+SETTINGS = ("train", "config")
+"""Verbs whose arguments are mostly a run's settings; `tests/config` walks those."""
+COMMANDS = sorted([*(verb for verb in VERBS if verb not in SETTINGS), "gpu_check"])
+
+
+def module_of(command: str) -> ModuleType:
+    """The module that runs a command."""
+    return importlib.import_module(
+        f"blt_titan.commands.{VERBS[command][0]}" if command in VERBS else "scripts.gpu_check"
+    )
+
+
+def program_of(command: str) -> str:
+    """What the messages of a command begin with."""
+    return f"blt-titan {command}" if command in VERBS else command
