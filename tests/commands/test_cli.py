@@ -9,22 +9,9 @@ from pathlib import Path
 import pytest
 
 from blt_titan.commands import cli
+from tests.helpers.verbs import VERB_OF
 
 ROOT = Path(__file__).parents[2]
-OLD_NAMES = {
-    "prepare_data": "prepare",
-    "inspect_data": "inspect",
-    "score_entropies": "score",
-    "calibrate_threshold": "calibrate",
-    "view_patches": "view",
-    "convert_to_hf": "export",
-    "convert_from_hf": "import",
-    "generate": "generate",
-    "evaluate": "evaluate",
-    "evaluate_harness": "harness",
-    "serve_plots": "plots",
-    "demo": "demo",
-}
 
 
 def test_help_names_every_verb_and_needs_no_torch():
@@ -66,7 +53,7 @@ def test_a_verb_gets_the_arguments_after_it(capsys):
     assert capsys.readouterr().err == "blt-titan inspect: error: the following arguments are required: DIR\n"
 
 
-@pytest.mark.parametrize(("old", "verb"), OLD_NAMES.items())
+@pytest.mark.parametrize(("old", "verb"), VERB_OF.items())
 def test_an_old_name_is_the_same_command(old, verb):
     script = importlib.import_module(f"scripts.{old}")
     assert script.main is importlib.import_module(f"blt_titan.commands.{cli.VERBS[verb][0]}").main
@@ -78,10 +65,10 @@ def test_old_names_run(tmp_path):
         f"sys.argv = ['{old}', '--no-such-option']\n"
         f"try: runpy.run_module('scripts.{old}', run_name='__main__')\n"
         "except SystemExit as end: print(end.code)\n"
-        for old in OLD_NAMES
+        for old in VERB_OF
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["2"] * len(OLD_NAMES)
+    assert done.stdout.split() == ["2"] * len(VERB_OF)
     assert [line.split(": error: ")[0] for line in done.stderr.splitlines()] == [
-        f"blt-titan {verb}" for verb in OLD_NAMES.values()
+        f"blt-titan {verb}" for verb in VERB_OF.values()
     ]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.fuzz.verbs import VERB_OF
+from tests.helpers.verbs import VERB_OF
 
 TRACEBACK = "Traceback (most recent call last)"
 TRACEBACK_PARTS = re.compile(r'File "[^"]+", line|\^\^\^|<class |object at 0x')

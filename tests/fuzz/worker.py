@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.fuzz.verbs import VERB_OF
+from tests.helpers.verbs import VERB_OF
 
 CPU_S, WALL_S = 20, 90
 """For one case: of its own, and on a busy machine."""

@@ -9,6 +9,22 @@ SETTINGS = ("train", "config")
 """Verbs whose arguments are mostly a run's settings; `tests/config` walks those."""
 COMMANDS = sorted([*(verb for verb in VERBS if verb not in SETTINGS), "gpu_check"])
 
+VERB_OF = {
+    "prepare_data": "prepare",
+    "inspect_data": "inspect",
+    "score_entropies": "score",
+    "calibrate_threshold": "calibrate",
+    "view_patches": "view",
+    "convert_to_hf": "export",
+    "convert_from_hf": "import",
+    "generate": "generate",
+    "evaluate": "evaluate",
+    "evaluate_harness": "harness",
+    "serve_plots": "plots",
+    "demo": "demo",
+}
+"""The verbs by the names of `scripts/`, which `FUZZ_COMMAND` takes too."""
+
 
 def module_of(command: str) -> ModuleType:
     """The module that runs a command."""

@@ -23,6 +23,7 @@ from blt_titan.config.check import check_run, load_run_config
 from blt_titan.hf.pretrained import EntropyModel
 from blt_titan.training import exports as in_training
 from tests.helpers.attacks import Attack
+from tests.helpers.verbs import VERB_OF
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 ROOT = Path(__file__).parents[2]
@@ -107,7 +108,7 @@ def test_a_checkpoint_runs_nothing(sound, tmp_path, capsys, of, name, command, p
         assert command(tmp_path / "step-1", sound) == 2
         said = capsys.readouterr().err
         assert "io.open" in said
-        assert said.startswith(f"{name}: error: {tmp_path / 'step-1'}")
+        assert said.startswith(f"blt-titan {VERB_OF[name]}: error: {tmp_path / 'step-1'}")
         assert len(said.strip().splitlines()) == 1
     assert not (tmp_path / "ran").exists()
 
