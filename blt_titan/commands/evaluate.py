@@ -8,9 +8,10 @@ Byte shards are read from their validation split; anything that `blt-titan prepa
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from blt_titan.commands.arguments import (
     COUNT,
@@ -66,6 +67,7 @@ def make_parser() -> Parser:
     add("--noise", choices=NOISES, help="change the texts before, as the paper does to test robustness")
     add("--seed", type=SEED, default=0, help="of the noise (default %(default)s)")
     add("--out", type=output_file, metavar="FILE", help="also write the figures as JSON")
+    add("--json", action="store_true", help="print the figures as JSON instead of a table")
     return parser
 
 
@@ -103,6 +105,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     figures = {source: scores.summary() for source, scores in scored.items()}
     if len(scored) > 1:
         figures["all"] = _together(scored.values()).summary()
+    result = {
+        "model": loaded.origin,
+        "patching": loaded.rule.as_dict(),
+        "context_bytes": args.context_bytes,
+        "stride_bytes": args.stride_bytes or args.context_bytes // 2,
+        "noise": args.noise,
+        "sources": figures,
+    }
+    as_json = json.dumps(result, indent=2, allow_nan=False)
+    if args.json:
+        print(as_json)
+    else:
+        _print_table(figures)
+    if args.out is not None:
+        write_output(args.out, as_json + "\n")
+    return 0
+
+
+def _print_table(figures: Mapping[str, dict[str, Any]]) -> None:
     print(f"{'bits/byte':>10}  {'95% interval':>16}{'patch':>7}{'documents':>11}{'bytes':>14}  source")
     for source, of_source in figures.items():
         interval = "-"
@@ -112,17 +133,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{of_source['bits_per_byte']:>10.4f}  {interval:>16}{of_source['mean_patch_bytes']:>7.2f}"
             f"{of_source['documents']:>11,}{of_source['bytes']:>14,}  {source}"
         )
-    if args.out is not None:
-        result = {
-            "model": loaded.origin,
-            "patching": loaded.rule.as_dict(),
-            "context_bytes": args.context_bytes,
-            "stride_bytes": args.stride_bytes or args.context_bytes // 2,
-            "noise": args.noise,
-            "sources": figures,
-        }
-        write_output(args.out, json.dumps(result, indent=2, allow_nan=False) + "\n")
-    return 0
 
 
 def _documents(args: argparse.Namespace) -> Iterator[SourcedDocument]:

@@ -54,6 +54,7 @@ def make_parser() -> Parser:
     add("--seed", type=SEED, default=0, help="of noise and sampling (default %(default)s)")
     add("--confirm-run-unsafe-code", action="store_true", help="let tasks run code that the model wrote")
     add("--out", type=output_file, metavar="FILE", help="also write the figures as JSON")
+    add("--json", action="store_true", help="print the results as JSON instead of a table")
     return parser
 
 
@@ -111,7 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         confirm_run_unsafe_code=args.confirm_run_unsafe_code,
     )
     assert results is not None
-    print(make_table(results))
+    as_json = json.dumps(results["results"], indent=2, default=str)
+    print(as_json if args.json else make_table(results))
     if args.out is not None:
-        write_output(args.out, json.dumps(results["results"], indent=2, default=str) + "\n")
+        write_output(args.out, as_json + "\n")
     return 0

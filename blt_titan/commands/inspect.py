@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from blt_titan.commands.arguments import Parser, directory_or_url, whole
@@ -39,6 +40,9 @@ def make_parser() -> Parser:
         "--samples", type=whole(0, 10**6), default=3, metavar="N", help="documents to show (default %(default)s)"
     )
     parser.add_argument("--no-verify", action="store_true", help="read no text but the samples")
+    parser.add_argument(
+        "--json", action="store_true", help="print all that is said as one JSON object, without documents"
+    )
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
     return parser
 
@@ -54,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_args(arguments)
     logging.basicConfig(format="blt-titan inspect: %(message)s")
     manifest = _manifest(args.data)
+    if args.json:
+        return _print_json(args, manifest)
     _describe(manifest)
     damaged = _show_samples(args.data, manifest, args.samples)
     if args.no_verify:
@@ -65,6 +71,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         n_batches = sum(shard.record_batches for shards in manifest.splits.values() for shard in shards)
         print(f"\nchecked: {n_batches:,} record batches, {manifest.counts.text_bytes:,} bytes of text, all sound")
     return int(bool(faults) or damaged)
+
+
+def _print_json(args: argparse.Namespace, manifest: Manifest) -> int:
+    faults = None if args.no_verify else list(_verify(args.data, manifest, progress=not args.no_progress, quiet=True))
+    said = {
+        "data": args.data,
+        "counts": asdict(manifest.counts),
+        "splits": {
+            split: {
+                "documents": sum(shard.documents for shard in shards),
+                "text_bytes": sum(shard.text_bytes for shard in shards),
+                "record_batches": sum(shard.record_batches for shard in shards),
+                "shards": len(shards),
+            }
+            for split, shards in manifest.splits.items()
+        },
+        "sources": [asdict(source) for source in manifest.sources],
+        "settings": manifest.settings,
+        "skipped": manifest.skipped,
+        "verified": faults is not None,
+        "damaged": faults or [],
+    }
+    print(json.dumps(said, indent=2))
+    return int(bool(faults))
 
 
 def _manifest(data: str) -> Manifest:
@@ -114,10 +144,10 @@ def _show_samples(data: str, manifest: Manifest, count: int) -> bool:
     return False
 
 
-def _verify(data: str, manifest: Manifest, *, progress: bool) -> Iterator[str]:
+def _verify(data: str, manifest: Manifest, *, progress: bool, quiet: bool = False) -> Iterator[str]:
     """Check every record batch of text and entropies; yield what is wrong with each shard that is damaged."""
     names = [] if is_remote(data) else sorted(path.name for path in Path(data, DIRECTORY).glob("*") if path.is_dir())
-    for name in names:
+    for name in [] if quiet else names:
         print(f"\nentropies: {name}")
     with ProgressBar(
         total=manifest.counts.text_bytes, unit="B", unit_scale=True, desc="checking", disable=not progress

@@ -1,5 +1,6 @@
 """What `inspect_data` prints, and that it names every damaged shard."""
 
+import json
 from pathlib import Path
 
 import fsspec
@@ -110,3 +111,21 @@ def test_an_object_store_is_inspected_shard_by_shard(data, capsys):
     assert main(["memory://inspected/", "--no-progress"]) == 1
     assert "memory://inspected/train-00001.arrow: record batch" in capsys.readouterr().err
     assert main(["memory://empty"]) == 2
+
+
+def test_as_json(tmp_path, capsys):
+    (tmp_path / "texts").mkdir()
+    for number in range(20):
+        (tmp_path / f"texts/{number}.txt").write_text("text " * 100)
+    prepare([tmp_path / "texts"], tmp_path / "out", validation_fraction=0.2, seed=0, progress=False)
+    assert main([str(tmp_path / "out"), "--json", "--no-progress"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["counts"]["documents"] == sum(split["documents"] for split in said["splits"].values()) == 20
+    assert (said["verified"], said["damaged"]) == (True, [])
+    shard = tmp_path / "out/train-00000.arrow"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert main([str(tmp_path / "out"), "--json", "--no-progress"]) == 1
+    [fault] = json.loads(capsys.readouterr().out)["damaged"]
+    assert "train-00000.arrow" in fault
