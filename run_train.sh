@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Train with torchrun.
+# Train, by environment variables: `blt-titan train` for those who know torchtitan.
 #
-#   ./run_train.sh                                                  the debug model; prepares its data when missing
+#   ./run_train.sh                                                  the debug model; makes its data when missing
 #   NGPU=8 CONFIG_FILE=train_configs/blt_1b.toml ./run_train.sh --training.steps=100
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 MASTER_PORT=29500 NGPU=8 CONFIG_FILE=... ./run_train.sh    (on each node)
 #
@@ -9,38 +9,27 @@
 # NNODES       nodes                                              default 1
 # NODE_RANK    number of this node                                default 0
 # MASTER_ADDR, MASTER_PORT   where node 0 listens                 default localhost, 29500 (one node: any free port)
-# CONFIG_FILE  the run's TOML                                     default train_configs/debug.toml
+# CONFIG_FILE  the run's TOML, or the name of a shipped one       default train_configs/debug.toml
 # LOG_RANK     ranks of this node that print, as in 0,1           default 0
 # PYTHON       the interpreter                                    default .venv/bin/python, where make setup made it
-# "$@"         overrides, --section.key=value
+# "$@"         overrides, --section.key=value; `blt-titan config --keys` lists every key with what it means
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-export NGPU=${NGPU:-1} NNODES=${NNODES:-1}
-NODE_RANK=${NODE_RANK:-0}
-CONFIG_FILE=${CONFIG_FILE:-train_configs/debug.toml}
-LOG_RANK=${LOG_RANK:-0}
-# Threads that wait should sleep: spinning ones, on cores that another process wants too, made steps 20 times slower.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+for argument in "$@"; do
+    if [[ "$argument" == -h || "$argument" == --help ]]; then
+        sed -n '2,/^set /s/^# \{0,1\}//p' run_train.sh
+        exit
+    fi
+done
 
 if [[ -z "${PYTHON:-}" ]]; then
     PYTHON=python
     [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python
 fi
 
-if [[ "$CONFIG_FILE" == train_configs/*debug.toml && ! -e data/stdlib/manifest.json ]]; then
-    "$PYTHON" -m scripts.prepare_data --source python-stdlib --out data/stdlib \
-        --validation-fraction 0.05 --seed 0 --max-bytes 6MB --record-batch-bytes 16KiB
-fi
-
-# One sentence for what is wrong, before any rank starts.
-"$PYTHON" -m blt_titan.config.check --job.config_file "$CONFIG_FILE" "$@"
-
-if [[ "$NNODES" == 1 && -z "${MASTER_PORT:-}" ]]; then
-    rendezvous=(--rdzv_backend c10d --rdzv_endpoint localhost:0)
-else
-    rendezvous=(--node_rank "$NODE_RANK" --master_addr "${MASTER_ADDR:-localhost}" --master_port "${MASTER_PORT:-29500}")
-fi
-exec "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc_per_node "$NGPU" "${rendezvous[@]}" \
-    --local-ranks-filter "$LOG_RANK" --role rank --tee 3 \
-    -m blt_titan.train --job.config_file "$CONFIG_FILE" "$@"
+ranks=(--nproc="${NGPU:-1}" --nnodes="${NNODES:-1}" --log-rank="${LOG_RANK:-0}")
+[[ "${NNODES:-1}" == 1 ]] || ranks+=(--node-rank="${NODE_RANK:-0}")
+[[ -z "${MASTER_ADDR:-}" ]] || ranks+=(--master-addr="$MASTER_ADDR")
+[[ -z "${MASTER_PORT:-}" ]] || ranks+=(--master-port="$MASTER_PORT")
+exec "$PYTHON" -m blt_titan train "${CONFIG_FILE:-train_configs/debug.toml}" "${ranks[@]}" "$@"

@@ -1,6 +1,6 @@
 """Entry point of a rank: `torchrun ... -m blt_titan.train --job.config_file FILE [--section.key=value ...]`.
 
-`run_train.sh` calls it; use that.
+`blt-titan train` starts it; use that.
 """
 
 import os
@@ -29,7 +29,7 @@ def main() -> None:
     trainer: BLTTrainer | None = None
     try:
         if missing := [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name not in os.environ]:
-            raise RunConfigError(f"{', '.join(missing)} not set: start it with ./run_train.sh, or under torchrun")
+            raise RunConfigError(f"{', '.join(missing)} not set: start it with blt-titan train, or under torchrun")
         config = load_run_config(sys.argv[1:])
         is_first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
         check_run(
@@ -61,6 +61,13 @@ def main() -> None:
         sys.stdout.flush()
         # Other ranks may wait for this one in a collective; torchrun ends them.
         os._exit(2)
+    except KeyboardInterrupt:
+        # Every rank of the terminal is here at once.
+        if os.environ.get("RANK") == "0":
+            print("blt-titan train: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130)
     finally:
         if trainer is not None:
             trainer.close()
