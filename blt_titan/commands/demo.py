@@ -3,7 +3,7 @@
     blt-titan demo                       # as `make demo`
     blt-titan demo --steps 50            # a shorter look: 50 steps of either model
 
-The two stages of the paper, on the Python standard library's sources: an entropy model is trained with `run_train.sh`,
+The two stages of the paper, on the Python standard library's sources: an entropy model is trained,
 scores the text, and a threshold is chosen; then a BLT is trained on the patches that it cuts. Held-out text is scored
 before and after. Figures, pictures, a page of patches and checkpoints stay under outputs/demo.
 """
@@ -12,7 +12,6 @@ import argparse
 import gzip
 import itertools
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import torch
 from blt_titan.checkpoint.description import CheckpointError, latest_checkpoint, load_entropy_model, load_weights
 from blt_titan.commands.arguments import Parser, whole
 from blt_titan.commands.ending import command
+from blt_titan.commands.run_settings import SHIPPED
 from blt_titan.config.check import load_run_config
 from blt_titan.data.prepare.job import prepare
 from blt_titan.data.rows.loader import HeldOutRows
@@ -43,8 +43,8 @@ from blt_titan.scoring.entropies import EntropyScorer
 from blt_titan.scoring.score_data import score_data, sidecar_settings
 from blt_titan.training.spec import patch_rule, row_source
 
-CONFIG_FILE = "train_configs/debug.toml"
-ENTROPY_CONFIG_FILE = "train_configs/entropy_debug.toml"
+CONFIG_FILE = SHIPPED / "debug.toml"
+ENTROPY_CONFIG_FILE = SHIPPED / "entropy_debug.toml"
 OUT = Path("outputs/demo")
 DATA = OUT / "data"
 DATA_BYTES = 5_000_000
@@ -213,18 +213,16 @@ def _examine(model: BLT, config, device: torch.device, small: EntropyModel) -> t
     return score, text.decode(errors="replace")
 
 
-def _train(config_file: str, out: Path, overrides: list[str]) -> None:
+def _train(config_file: Path, out: Path, overrides: list[str]) -> None:
     arguments = [f"--job.dump_folder={out}", *overrides, "--metrics.log_freq=5"]
     steps = load_run_config([f"--job.config_file={config_file}", *arguments]).training.steps
     metrics = out / "metrics.jsonl"
     out.mkdir(exist_ok=True)
     with (out / "train.log").open("w") as log:
         process = subprocess.Popen(
-            ["./run_train.sh", *arguments],
+            [sys.executable, "-m", "blt_titan", "train", str(config_file), *arguments],
             stdout=log,
             stderr=subprocess.STDOUT,
-            # What the shell may hold for other runs does not count here.
-            env=os.environ | {"PYTHON": sys.executable, "CONFIG_FILE": config_file, "NGPU": "1", "NNODES": "1"},
         )
         with ProgressBar(total=steps, desc="     training", unit="step") as bar:
             try:
@@ -297,6 +295,6 @@ padding      {summary["padded_byte_share"]:.1%} of byte slots, {summary["padded_
 patches      {summary["mean_patch_bytes"]:.2f} bytes on average, at a threshold of {summary["threshold_nats"]:.4f} nats
 left behind  {OUT}/: loss.png, summary.json, metrics.jsonl, train.log, tb/ (TensorBoard), checkpoint/, entropy/
 generate     blt-titan generate --model {OUT} --entropy-checkpoint {OUT}/entropy --prompt "def "
-run next     ./run_train.sh
+run next     blt-titan train debug
 the patches  {OUT}/patches.html"""
     )

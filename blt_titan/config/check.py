@@ -264,7 +264,7 @@ def _check_entropy_rule(config: Any) -> None:
         if (patching.rule in rules) != (getattr(patching, key) is not None):
             needs = "needs" if patching.rule in rules else "takes no"
             raise RunConfigError(
-                f"patching.rule = {patching.rule!r} {needs} patching.{key}, in nats; `python -m "
+                f"patching.rule = {patching.rule!r} {needs} patching.{key}, in nats; "
                 "`blt-titan calibrate` prints the lines for your data"
             )
     if not goes_by_entropy(config):

@@ -99,7 +99,7 @@ def test_wrong_overrides_are_named(override, message):
         ("--validation.seq_len=100", 1, r"validation\.seq_len = 100"),
         ("--patching.max_patch_bytes=513", 1, r"patching\.max_patch_bytes = 513: must be 1 to data\.segment_bytes"),
         ("--patching.rule=static", 1, r"patching\.stride = None: 'static' needs a stride"),
-        ("--patching.rule=global", 1, r"rule = 'global' needs patching\.threshold.*calibrate_threshold"),
+        ("--patching.rule=global", 1, r"rule = 'global' needs patching\.threshold.*blt-titan calibrate"),
         ("--patching.threshold=1.3", 1, r"rule = 'space' takes no patching\.threshold"),
         (
             "--patching.rule=add --patching.threshold=1.3",
