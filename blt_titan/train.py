@@ -21,10 +21,13 @@ from blt_titan.training.trainer import BLTTrainer, NonFiniteLossError
 # isort: split
 from torchtitan.tools.logging import init_logger, logger
 
+FAILED_WORK = (NonFiniteLossError, RowsDifferError, ExportFailedError)
+"""What ends a run that was asked for rightly; their sentences are said by `commands/launch.py`."""
+
 
 @record
 def main() -> None:
-    """Train as the settings say. Exit code 2 and one sentence for what a user can mend."""
+    """Train as the settings say. One sentence for what a user can mend: exit code 2, or 1 where the work failed."""
     init_logger()
     trainer: BLTTrainer | None = None
     try:
@@ -45,14 +48,8 @@ def main() -> None:
         else:
             trainer.train()
     except (
-        RunConfigError,
-        RunFolderError,
-        DataError,
-        CheckpointError,
-        NonFiniteLossError,
-        RunStateError,
-        RowsDifferError,
-        ExportFailedError,
+        *(RunConfigError, RunFolderError, DataError, CheckpointError, RunStateError),
+        *FAILED_WORK,
     ) as error:
         # A worker process hands over its traceback as text; its last line is the sentence.
         logger.error(str(error).strip().splitlines()[-1])
@@ -60,7 +57,7 @@ def main() -> None:
         get_error_handler().record_exception(error)
         sys.stdout.flush()
         # Other ranks may wait for this one in a collective; torchrun ends them.
-        os._exit(2)
+        os._exit(1 if isinstance(error, FAILED_WORK) else 2)
     except KeyboardInterrupt:
         # Every rank of the terminal is here at once.
         if os.environ.get("RANK") == "0":

@@ -22,6 +22,8 @@ RANK_MODULE = "blt_titan.train"
 DEFAULT_PORT = 29500
 _REFUSED = 2
 """How a rank ends when settings or data are at fault; its message is a sentence."""
+FAILED_WORK = ("NonFiniteLossError", "RowsDifferError", "ExportFailedError")
+"""Errors of `blt_titan.train.FAILED_WORK` by name: exit code 1, as of a fault of the program, but with a sentence."""
 _TALKATIVE = ("agent.server.api", "multiprocessing.api")
 """Modules of torchrun's that warn of each process that they end."""
 
@@ -31,7 +33,7 @@ class Ranks:
     """The ranks of a job, as torchrun counts them."""
 
     nproc: int
-    """Of this node."""
+    """Ranks on this node."""
     nnodes: int = 1
     node_rank: int = 0
     master_addr: str | None = None
@@ -91,7 +93,11 @@ def launch(name: str, ranks: Ranks, arguments: Sequence[str]) -> int:
         return 128 + number
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        sentence = f"rank {rank}: {_cause(failure)}" if failure.exitcode == _REFUSED else str(error).strip()
+        kind, sentence = _cause(failure)
+        if failure.exitcode != _REFUSED and kind not in FAILED_WORK:
+            sentence = str(error).strip()
+        elif not sentence.startswith(f"rank {rank}: "):
+            sentence = f"rank {rank}: {sentence}"
         print(f"{name}: error: {sentence}", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     return 0
@@ -109,9 +115,9 @@ def _end_ranks(number: int, frame: Any) -> NoReturn:
     raise _Interrupt
 
 
-def _cause(failure: ProcessFailure) -> str:
-    """Return what a rank recorded of the error that ended it, without the name of its class."""
+def _cause(failure: ProcessFailure) -> tuple[str, str]:
+    """Return the class and the sentence of the error that ended a rank; no class where it recorded none."""
     said: Any = failure.message
     text = str(said["message"] if isinstance(said, dict) else said).strip().splitlines()[-1]
     kind, _, sentence = text.partition(": ")
-    return sentence if kind.endswith("Error") and sentence else text
+    return (kind, sentence) if kind.endswith("Error") and sentence else ("", text)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
-from blt_titan.commands import train
+from blt_titan.commands import launch, train
 from blt_titan.commands.launch import Ranks
 from blt_titan.commands.run_settings import SHIPPED, config_file, shipped_configs, split_overrides
 
@@ -168,6 +168,12 @@ def start_stand_in(folder: Path, ending: str = "pass", seconds: int = 60) -> sub
     ("ending", "code", "said"),
     [
         ("get_error_handler().record_exception(ValueError('a: b')); os._exit(2)", 2, r"x: error: rank 1: a: b\n\Z"),
+        (
+            "get_error_handler().record_exception(type('NonFiniteLossError', (RuntimeError,), {})('rank 1: step 2')); "
+            "os._exit(1)",
+            1,
+            r"x: error: rank 1: step 2\n\Z",
+        ),
         ("sys.exit(3)", 3, "exitcode  : 3"),
         ("os.kill(os.getpid(), signal.SIGKILL)", 137, "Signal 9 .SIGKILL. received"),
         ("pass", 0, r"\A\Z"),
@@ -241,3 +247,9 @@ def test_help_of_run_train_sh_names_its_variables_and_runs_nothing():
     for variable in re.findall(r"\$\{(\w+):", (ROOT / "run_train.sh").read_text()):
         assert variable in done.stdout
     assert "set -" not in done.stdout
+
+
+def test_what_failed_is_known_by_name_to_the_launcher():
+    from blt_titan.train import FAILED_WORK
+
+    assert tuple(kind.__name__ for kind in FAILED_WORK) == launch.FAILED_WORK
