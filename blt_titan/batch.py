@@ -19,7 +19,8 @@ The byte at i, whose target is the byte at i + 1, reads the patch just before th
 `source[i] = patch[i + 1] - 1`. A longer view would leak the target's own patch.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -30,34 +31,8 @@ PADDING = -1
 """Document, patch and source index of a padding slot."""
 
 
-@dataclass(frozen=True)
-class PatchLayout:
-    """Where bytes and patches of a row lie; what the model's forward takes beside the token ids."""
-
-    byte_pos_BS: torch.Tensor
-    """Real bytes before this one in the row, integer [B, S]; 0 where padded."""
-    byte_doc_BS: torch.Tensor
-    """Document of the byte, counted from 0 in each row, integer [B, S]; PADDING where padded."""
-    byte_patch_BS: torch.Tensor
-    """Slot of the patch that holds the byte, integer [B, S]; PADDING where padded."""
-    source_patch_BS: torch.Tensor
-    """Slot of the patch that the byte reads to predict its target, integer [B, S]; PADDING where padded."""
-    patch_pos_BP: torch.Tensor
-    """Real patches before this one in the row, integer [B, P]; 0 where padded."""
-    patch_doc_BP: torch.Tensor
-    """Document of the patch, integer [B, P]; PADDING where padded."""
-
-    def as_dict(self) -> dict[str, torch.Tensor]:
-        """Return the tensors by field name: the keyword arguments of the model's forward."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-
-LAYOUT_FIELDS = tuple(field.name for field in fields(PatchLayout))
-
-
-@dataclass(frozen=True)
-class SliceLayout:
-    """What a slice of a row needs of the slices before it; beside `PatchLayout` where rows are split.
+class SliceLayout(NamedTuple):
+    """What a slice of a row needs of the slices before it; `PatchLayout.slice` where rows are split.
 
     C slices of a row lie on C devices. The byte fields of `PatchLayout` are then those of the slice, its patch slots
     those of the whole row, slice beside slice, and a source of P / C is the last patch before the slice. Bytes are
@@ -77,7 +52,36 @@ class SliceLayout:
     """Slot of the slice's last patch, integer [B, 1]; 0 if it has none."""
 
 
-SLICE_FIELDS = tuple(field.name for field in fields(SliceLayout))
+SLICE_FIELDS = SliceLayout._fields
+
+
+class PatchLayout(NamedTuple):
+    """Where bytes and patches of a row lie; what the model's forward takes beside the token ids."""
+
+    byte_pos_BS: torch.Tensor
+    """Real bytes before this one in the row, integer [B, S]; 0 where padded."""
+    byte_doc_BS: torch.Tensor
+    """Document of the byte, counted from 0 in each row, integer [B, S]; PADDING where padded."""
+    byte_patch_BS: torch.Tensor
+    """Slot of the patch that holds the byte, integer [B, S]; PADDING where padded."""
+    source_patch_BS: torch.Tensor
+    """Slot of the patch that the byte reads to predict its target, integer [B, S]; PADDING where padded."""
+    patch_pos_BP: torch.Tensor
+    """Real patches before this one in the row, integer [B, P]; 0 where padded."""
+    patch_doc_BP: torch.Tensor
+    """Document of the patch, integer [B, P]; PADDING where padded."""
+
+    slice: SliceLayout | tuple[()] = ()
+    """What a slice of a row needs of the slices before it; empty where devices hold whole rows."""
+
+    def as_dict(self) -> dict[str, torch.Tensor]:
+        """Return the tensors by field name, those of the slice among them."""
+        whole = dict(zip(LAYOUT_FIELDS, self, strict=False))
+        return whole | self.slice._asdict() if isinstance(self.slice, SliceLayout) else whole
+
+
+LAYOUT_FIELDS = PatchLayout._fields[:-1]
+"""The fields of a whole row."""
 
 
 @dataclass(frozen=True)

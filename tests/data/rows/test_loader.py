@@ -2,14 +2,13 @@ import itertools
 import multiprocessing
 import shutil
 import time
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from blt_titan.batch import IGNORE_LABEL, PADDING, PatchLayout
+from blt_titan.batch import IGNORE_LABEL, LAYOUT_FIELDS, PADDING, PatchLayout
 from blt_titan.byte_vocab import BOS_ID, EOS_ID, document_ids
 from blt_titan.data.rows.collate import Batch, collate_rows
 from blt_titan.data.rows.loader import HeldOutRows, RowLoader, RowSource
@@ -66,7 +65,7 @@ def test_rows_come_from_their_streams_in_turn(data, expected):
 
 def test_batches_are_what_the_model_takes(data):
     ((inputs, labels),) = take(loader_of(data, rows_per_batch=3), 1)
-    assert list(inputs) == ["input", *(field.name for field in fields(PatchLayout))]
+    assert list(inputs) == ["input", *LAYOUT_FIELDS]
     for name, tensor in (inputs | {"labels_BS": labels}).items():
         assert tensor.shape == (3, SHAPE.n_patches if name.endswith("BP") else SHAPE.n_bytes)
         assert tensor.dtype == torch.int32
