@@ -37,7 +37,7 @@ ONCE_A_PATCH = re.compile(
     r"|^decoder\.cross_attention\.\d+\.(wk|wv|kv_norm)"
 )
 GOAL_TIMES_TRANSFORMERS, GOAL_TIMES_BOUND, GOAL_FLAT = 10, 3, 1.25
-"""Of the 100M; and how much more a byte may cost after 4,096 than after 256."""
+"""Goals for the 100M; and how much more a byte may cost after 4,096 than after 256."""
 
 
 def models_of(flavor: str, patch_bytes: float) -> tuple[BLT, EntropyModel, PatchRule]:

@@ -35,7 +35,7 @@ SIZES = (4_500, 9_000, 18_000)
 STREAMS = 30_720
 SHAPE = RowShape(segments=8, segment_bytes=2048, segment_patches=512)
 MORE_ROWS = 256
-"""Of as many streams, which then each hold a record batch or two."""
+"""Rows read after the first, each from another stream, which then all hold a record batch or two."""
 GOALS = {"open_s": 5, "first_row_s": 10, "memory_mb": 300}
 
 

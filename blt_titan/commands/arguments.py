@@ -198,10 +198,10 @@ def png_file(text: str) -> Path:
 def output_directory(text: str) -> str:
     """Refuse what cannot be written as a directory; it may be there, or be made."""
     path = Path(filled(text)).absolute()
-    there = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
-    if not there.is_dir():
-        raise argparse.ArgumentTypeError(f"{_shown(text)}: {there} is not a directory")
-    _probe(there, text)
+    existing = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+    if not existing.is_dir():
+        raise argparse.ArgumentTypeError(f"{_shown(text)}: {existing} is not a directory")
+    _probe(existing, text)
     return text
 
 

@@ -48,7 +48,7 @@ from blt_titan.scoring.calibration import (
 
 CONTEXT_BYTES = 16_384
 TOLERANCE = 0.005
-"""Of the mean."""
+"""How far the mean patch may be from the one that was asked for, as a share of it."""
 
 
 def make_parser() -> Parser:

@@ -27,7 +27,7 @@ from blt_titan.commands.ending import command
 NAME = "blt-titan doctor"
 GIB = 2**30
 LEAST_SHARED_BYTES = GIB
-"""Of /dev/shm: loader workers and NCCL hand over memory there; containers often have 64 MiB."""
+"""What /dev/shm should hold: loader workers and NCCL hand over memory there; containers often have 64 MiB."""
 LEAST_OPEN_FILES = 4096
 """Shards, sidecars, workers and connections of a node with eight ranks."""
 EXTRAS = {

@@ -193,10 +193,10 @@ class BLTHarness(LM):
     def _scored(self, ids: Sequence[np.ndarray], disable_tqdm: bool) -> Iterator[Any]:
         with ProgressBar(total=len(ids), desc="scoring", disable=disable_tqdm) as bar:
             # BOS alone has no target: an empty text is certain.
-            there = [number for number, of_text in enumerate(ids) if len(of_text) > 1]
-            bar.update(len(ids) - len(there))
-            for number, scored in self._scorer.score(ids[i] for i in there):
-                yield there[number], scored
+            with_targets = [number for number, of_text in enumerate(ids) if len(of_text) > 1]
+            bar.update(len(ids) - len(with_targets))
+            for number, scored in self._scorer.score(ids[i] for i in with_targets):
+                yield with_targets[number], scored
                 bar.update()
 
     def _prompt(self, text: str) -> bytes:

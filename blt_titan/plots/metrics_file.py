@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 MOST_POINTS = 2000
-"""Of a curve."""
+"""Points that a curve keeps; a longer one is thinned."""
 MOST_LINE_BYTES = 1 << 20
 FIGURES = ("bits_per_byte", "heldout_bits_per_byte", "training_flops", "mean_patch_bytes")
 """What is read of a line, beside its step."""

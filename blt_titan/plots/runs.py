@@ -51,9 +51,9 @@ class Seen(NamedTuple):
 
     figures: list[Figure]
     curves: list[dict[str, Any]]
-    """Of each run: points (step, bits per byte) of training and of held-out text; how many lines were no metrics."""
+    """Each run's points (step, bits per byte) of training and of held-out text; how many lines were no metrics."""
     scaling: list[dict[str, Any]]
-    """Of each BLT that was validated: training FLOPs and held-out bits per byte where these were best."""
+    """For each BLT that was validated, training FLOPs and held-out bits per byte where these were best."""
     notes: list[str]
     """What could not be read, each naming its file."""
 

@@ -9,7 +9,7 @@ import pytest
 from blt_titan.commands import evaluate, generate, model_options
 from blt_titan.commands import export as convert_to_hf
 from blt_titan.commands import import_ as convert_from_hf
-from tests.hf.test_pretrained import write_original
+from tests.helpers.original_weights import write_original
 
 
 @pytest.fixture

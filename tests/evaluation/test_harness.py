@@ -13,10 +13,9 @@ from blt_titan.hf.export import export_hf, stored_weights
 from blt_titan.hf.to_checkpoint import write_checkpoint
 from blt_titan.hf.verify.verify import TEXT
 from blt_titan.patching import starts_to_lengths
+from tests.helpers.brute_force import GREEDY, by_hand, recomputed
+from tests.helpers.generating_models import RULES, blt
 from tests.helpers.small_entropy_model import model_of, scored_alone
-from tests.inference.test_cached import RULES, blt
-from tests.inference.test_likelihood import by_hand
-from tests.inference.test_sample import GREEDY, recomputed
 
 pytest.importorskip("lm_eval", reason="install the dev extra to run EleutherAI's harness")
 
@@ -24,7 +23,7 @@ from blt_titan.commands import harness as script
 from blt_titan.evaluation.harness import BYTES_PER_TOKEN, BLTHarness
 
 LOG_P_ATOL = 1e-3
-"""Of a continuation of some ten bytes, each off by fp32 rounding of about 1e-5."""
+"""Per continuation of some ten bytes, each off by fp32 rounding of about 1e-5."""
 RULE = RULES["entropy"]
 
 

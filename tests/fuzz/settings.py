@@ -18,7 +18,7 @@ NEVER_SET = ("job.config_file", "job.custom_config_module")
 INTEGERS = (0, -1, 1, 2, 3, 7, 64, 128, 512, 10**6, 2**31, 2**63 - 1, 2**63, 2**64, -(2**63), 10**30)
 NUMBERS = (0.0, -0.0, -1.0, 1e-3, 0.1, 0.5, 1.0, 1.5, 100.0, 1e18, 1e300, -1e300, 5e-324)
 WRONG = {int: (1.5, "x", True, [], {}), float: ("x", True, [], float("nan")), str: (1, True, []), bool: (1, "x", 0.0)}
-"""Of another type, and what is no number: never to be taken."""
+"""Values of another type, and what is no number: never to be taken."""
 
 
 @cache

@@ -22,9 +22,9 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.fuzz.worker import CACHES
 
+ROOT = Path(__file__).parents[2]
 CASES = 200
 WORKERS = 2
 ONLY = os.environ.get("FUZZ_COMMAND", "")

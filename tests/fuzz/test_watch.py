@@ -4,13 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.fuzz.watch import Case, differences, forbidden_changes, snapshot, what_is_wrong_with_the_outcome
 from tests.fuzz.worker import _in_a_child
 
+ROOT = Path(__file__).parents[2]
 SENTENCE = "blt-titan generate: error: --top-k 0: must be at least 1\n"
 
 

@@ -9,8 +9,8 @@ from blt_titan.hf.pretrained import BLT, EntropyModel
 from blt_titan.hf.to_checkpoint import write_checkpoint
 from blt_titan.model.sizes import EntropyModelArgs
 from blt_titan.patching.rule import PatchRule
+from tests.helpers.generating_models import ARGS as SMALL
 from tests.helpers.small_entropy_model import model_of
-from tests.inference.test_cached import ARGS as SMALL
 
 ARGS = replace(SMALL, local_window=40)
 RULE = PatchRule("global", threshold=1.0 + 2**-11, max_patch_bytes=512)

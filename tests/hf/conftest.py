@@ -7,7 +7,7 @@ import pytest
 from blt_titan.data.prepare.job import prepare
 from blt_titan.hf.export import export_hf, stored_weights
 from tests.helpers.hf_models import write_checkpoints
-from tests.hf.test_pretrained import write_original
+from tests.helpers.original_weights import write_original
 
 
 @pytest.fixture(scope="session")

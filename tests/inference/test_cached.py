@@ -1,7 +1,6 @@
 """Cached generation against a full forward of the same bytes with the same patches, at every byte."""
 
 import copy
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +10,9 @@ from blt_titan.byte_vocab import BOS_ID, bytes_to_ids
 from blt_titan.hf.verify.verify import TEXT
 from blt_titan.inference.cached import CachedBLT
 from blt_titan.model.blt import BLT
-from blt_titan.model.sizes import BLTArgs
 from blt_titan.patching.rounding import from_storage, to_storage
 from blt_titan.patching.rule import PatchRule
+from tests.helpers.generating_models import RULES, blt
 from tests.helpers.small_entropy_model import model_of, scored_alone
 
 LOGITS_ATOL = 1e-4
@@ -23,41 +22,9 @@ STEP = {"float16": 2**-9, "uint8": 0.14}
 """Nats, of values up to 4: where rounding may take an entropy across a threshold."""
 EDGES_SEEN: list[tuple[PatchRule, int]] = []
 MOST_EDGES = 3
-"""Of some ten thousand decisions in this file; none was seen."""
+"""Among some ten thousand decisions in this file; none was seen."""
 
-ARGS = BLTArgs(
-    local_dim=32,
-    local_heads=2,
-    local_window=24,
-    local_ffn_hidden=48,
-    decoder_layers=2,
-    global_dim=96,
-    global_heads=4,
-    global_layers=2,
-    global_ffn_hidden=80,
-    cross_attn_k=2,
-    cross_attn_heads=2,
-    hash_rows=101,
-)
-RULES = {
-    "entropy": PatchRule("global", threshold=1.0 + 2**-11, max_patch_bytes=512),
-    "entropy, short": PatchRule("global", threshold=1.5, max_patch_bytes=5),
-    "monotonic": PatchRule("monotonic", threshold=0.1, max_patch_bytes=16),
-    "monotonic, uint8": PatchRule("monotonic", threshold=0.1, max_patch_bytes=16, storage="uint8"),
-    "add": PatchRule("add", threshold=0.5, threshold_add=0.1, max_patch_bytes=16),
-    "space": PatchRule("space", max_patch_bytes=16),
-    "static": PatchRule("static", stride=4, max_patch_bytes=512),
-    "byte": PatchRule("byte"),
-}
 CONTENT = bytes_to_ids((TEXT + TEXT[::-1]).encode()).astype(np.int64)
-
-
-def blt(**changes) -> BLT:
-    model = BLT(replace(ARGS, **changes))
-    model.init_weights()
-    with torch.no_grad():
-        model.decoder.output.weight *= 4
-    return model.eval()
 
 
 def generator_of(rule: PatchRule, model: BLT, **entropy_changes) -> CachedBLT:

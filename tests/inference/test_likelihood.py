@@ -5,9 +5,8 @@ import math
 
 import numpy as np
 import pytest
-import torch
 
-from blt_titan.byte_vocab import BYTE_OFFSET, EOS_ID, document_ids
+from blt_titan.byte_vocab import document_ids
 from blt_titan.commands import evaluate as script
 from blt_titan.data.prepare.documents import read_documents
 from blt_titan.data.prepare.job import prepare
@@ -20,39 +19,14 @@ from blt_titan.hf.verify.verify import TEXT
 from blt_titan.inference.cached import CachedBLT
 from blt_titan.inference.likelihood import LikelihoodScorer
 from blt_titan.inference.sample import complete
-from blt_titan.patching import starts_to_lengths
-from blt_titan.patching.rounding import from_storage, to_storage
-from tests.helpers.small_entropy_model import model_of, scored_alone
-from tests.inference.test_cached import RULES, blt
+from tests.helpers.brute_force import by_hand
+from tests.helpers.generating_models import RULES, blt
+from tests.helpers.small_entropy_model import model_of
 
 NATS_ATOL = 1e-4
-"""Of a byte; fp32 logits of padded batches and of rows alone differ by rounding."""
+"""Per byte; fp32 logits of padded batches and of rows alone differ by rounding."""
 
 TEXTS = [TEXT.encode(), b"x", TEXT.encode()[200:260], b"\xff\x00 not text \xfe", TEXT[::-1].encode() * 2]
-
-
-def by_hand(ids: np.ndarray, rule, context: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
-    """One window after the other, one row each."""
-    entropies = from_storage(to_storage(scored_alone(model_of(), ids), rule.storage)) if rule.by_entropy else None
-    marked = rule.mark(ids[:-1], None if entropies is None else entropies[:-1], include_next=True)
-    nats, likeliest = np.full(len(ids) - 1, np.nan), np.zeros(len(ids) - 1, bool)
-    begin = scored = 0
-    while scored < len(ids) - 1:
-        end = min(len(ids) - 1, begin + context)
-        starts = marked[begin : end + 1].copy()
-        starts[:2] = True
-        with torch.no_grad():
-            row, lengths = torch.from_numpy(ids[begin:end])[None], torch.from_numpy(starts_to_lengths(starts))[None]
-            logits = blt().logits(row, lengths)[0]
-        log_p = logits.log_softmax(-1).numpy()
-        allowed = [EOS_ID, *range(BYTE_OFFSET, 260)]
-        for i in range(scored, end):
-            target = ids[i + 1]
-            nats[i] = -log_p[i - begin, target]
-            likeliest[i] = allowed[int(log_p[i - begin, allowed].argmax())] == target
-        scored, begin = end, begin + stride
-    return nats, likeliest
-
 
 # A window for each byte takes long; one rule shows it.
 CASES = [(name, *sizes) for name in ("entropy", "monotonic", "space") for sizes in ((8192, 4096), (64, 20), (50, 50))]

@@ -8,35 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from blt_titan.byte_vocab import BOS_ID, BYTE_OFFSET, EOS_ID, bytes_to_ids
+from blt_titan.byte_vocab import BOS_ID, EOS_ID
 from blt_titan.commands import generate as script
 from blt_titan.hf.export import export_hf, stored_weights
 from blt_titan.hf.to_checkpoint import write_checkpoint
 from blt_titan.inference.cached import CachedBLT
 from blt_titan.inference.sample import Sampling, TextStream, complete, generate
-from blt_titan.patching import starts_to_lengths
 from blt_titan.patching.rule import PatchRule
+from tests.helpers.brute_force import GREEDY, recomputed
+from tests.helpers.generating_models import RULES, blt
 from tests.helpers.small_entropy_model import model_of
-from tests.inference.test_cached import RULES, blt
 
 SPACE = PatchRule("space", max_patch_bytes=64)
-GREEDY = Sampling(temperature=0)
-
-
-def recomputed(model, prompt: bytes, rule: PatchRule, max_bytes: int, sampling: Sampling) -> bytes:
-    """The brute-force twin: the whole row again for each byte."""
-    draw = torch.Generator().manual_seed(sampling.seed)
-    ids = np.concatenate([[BOS_ID], bytes_to_ids(prompt)])
-    out = b""
-    while len(out) < max_bytes:
-        lengths = torch.from_numpy(starts_to_lengths(rule.mark(ids, include_next=True)))
-        with torch.no_grad():
-            logits = model.logits(torch.from_numpy(ids)[None], lengths[None])[:, -1]
-        chosen = int(torch.multinomial(sampling.probabilities(logits)[0], 1, generator=draw))
-        if chosen == EOS_ID:
-            break
-        ids, out = np.append(ids, chosen), out + bytes([chosen - BYTE_OFFSET])
-    return out
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ FIRST_LOSS_ATOL = 1e-5
 GRADIENT_RTOL = 1e-4
 """Per tensor, against its own norm: a factor 20 above what summation order was seen to do."""
 GRADIENT_FLOOR = 1e-7
-"""Of the global gradient norm: tensors whose gradient is zero but for rounding."""
+"""Share of the global gradient norm: tensors whose gradient is zero but for rounding."""
 NORM_RTOL = 1e-5
 SGD_ATOL = 1e-5
 """Parameters after one step of SGD at lr 0.5, where a gradient is at most of norm 1."""

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.full]
 LOSS_ATOL = 1e-5
 """fp32 sums over 64 Ki bytes in another order."""
 GRADIENT_RTOL = 1e-4
-"""Of the norm of all gradients."""
+"""Share of the norm of all gradients."""
 LEAST_SAVING = 3
 
 

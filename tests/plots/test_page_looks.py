@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-ge
 N_RUNS = 44
 LEAST_TEXT_PX = 11
 TEXT_CONTRAST, MARK_CONTRAST = 4.5, 3.0
-"""Of WCAG 2.1, 1.4.3 and 1.4.11."""
+"""The least of WCAG 2.1, 1.4.3 and 1.4.11."""
 
 # Relative luminance and contrast as WCAG 2.1 defines them; a background is that of the nearest ancestor that has one.
 CONTRAST = """

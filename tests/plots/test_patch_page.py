@@ -46,7 +46,7 @@ def drawn_lengths(document: str) -> list[int]:
 
 
 def expected_lengths(entropies: np.ndarray, threshold: float) -> list[int]:
-    """Of the document with BOS and EOS, which the page does not show."""
+    """Lengths for the document with BOS and EOS, which the page does not show."""
     h = np.concatenate([[0], entropies, [0]])
     lengths = patch_lengths(h, threshold, max_patch_bytes=MAX_PATCH_BYTES).tolist()
     assert lengths[0] == 1

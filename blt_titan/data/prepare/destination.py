@@ -204,10 +204,10 @@ class RemoteDestination(Destination):
 
     @override
     def check_intact(self, manifest: Manifest) -> None:
-        there = {path.rpartition("/")[2]: info for path, info in self._fs.find(self._root, detail=True).items()}
+        stored = {path.rpartition("/")[2]: info for path, info in self._fs.find(self._root, detail=True).items()}
         for entry in (entry for shards in manifest.splits.values() for entry in shards):
-            found = there.get(entry.file, {}).get("size")
-            if found != entry.file_bytes or entry.index_file not in there:
+            found = stored.get(entry.file, {}).get("size")
+            if found != entry.file_bytes or entry.index_file not in stored:
                 there_is = "no such file" if found is None else f"{found} bytes"
                 raise DataError(
                     f"{self}/{entry.file}: {there_is}, {MANIFEST_NAME} says {entry.file_bytes} and an index; "

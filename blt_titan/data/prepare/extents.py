@@ -30,20 +30,20 @@ class Extent:
     source: int
     """Number of the source."""
     format: Format
-    """Of what is passed over: "none"."""
+    """How it is read; "none" where it is passed over."""
     path: str
     doc_id: str
-    """Of a text; the beginning of the ids of records."""
+    """Id of a text; the beginning of the ids of records."""
     size_bytes: int = 0
     """As it is stored, for progress; 0 if unknown."""
     file_bytes: int = -1
-    """Of the whole file when it was listed; -1 if unknown."""
+    """Size of the whole file when it was listed; -1 if unknown."""
     modified: str = ""
     """When the file was last changed, as its file system says it. Hub: the commit."""
     begin: int = 0
     """Lines: the byte where it begins. Parquet: the first row group. Hub: which shard."""
     end: int = -1
-    """Of the same, where it ends; -1 for the end of the file. Hub: how many shards."""
+    """Where the same ends; -1 for the end of the file. Hub: how many shards."""
     first: int = 0
     """Lines: newlines before `begin`, NOT_COUNTED at first. Parquet: rows before it."""
     explicit: bool = True

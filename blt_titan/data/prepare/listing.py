@@ -41,7 +41,7 @@ class Listed:
     """-1 if unknown."""
     modified: str = ""
     identity: Hashable = None
-    """Of the real file, whatever its name."""
+    """What tells the real file from others, whatever its name."""
     is_link: bool = False
     passed_over: PassedOverKind | None = None
     why: str = ""

@@ -20,7 +20,7 @@ from blt_titan.data.store.manifest import SPLITS
 
 _INDEX_ROWS_AT_ONCE = 1_000_000
 _ARROW_BYTES = 24
-"""Of a document in a shard, beside text and id, about."""
+"""What a document takes in a shard beside its text and id, about."""
 
 
 class Plan(NamedTuple):
@@ -56,8 +56,8 @@ def plan_pieces(runs: Runs, done: Sequence[Done], settings: Mapping[str, Any]) -
     if not in_split[0] or (wants_validation and not in_split[1]):
         # The first document of train goes to validation, or the last of validation to train.
         empty = in_split.index(0)
-        there = np.flatnonzero(documents)
-        bucket = int(there[0] if empty == 1 else there[-1])
+        filled = np.flatnonzero(documents)
+        bucket = int(filled[0] if empty == 1 else filled[-1])
         rows = runs.rows(bucket, bucket + 1)
         keys = rows[choice.mask(rows)]["key"]
         key = int(keys.min() if empty == 1 else keys.max())

@@ -32,7 +32,7 @@ from blt_titan.data.store.errors import DataError
 BUCKET_BITS = 12
 BUCKETS = 1 << BUCKET_BITS
 OVERHEAD_BYTES = 350
-"""Of a document that is held, beside its text and id."""
+"""Memory of a document that is held, beside its text and id."""
 _TABLES_AT_ONCE, _BUCKETS_AT_ONCE = 256, 256
 _JOINED_DOCUMENTS = 64
 _YIELDED_BYTES = 2 * 1024**2
@@ -249,19 +249,19 @@ class _Texts:
         """Yield documents in the order of `wanted`, int64 [N]; all of them are held at once."""
         if not len(wanted):
             return
-        # Of each spill what lies from its first wanted document to its last.
+        # From each spill, what lies from its first wanted document to its last.
         first, end = np.full(len(self._paths), len(self._rows)), np.zeros(len(self._paths), np.int64)
         spill = self._spill[wanted]
         np.minimum.at(first, spill, wanted)
         np.maximum.at(end, spill, wanted + 1)
-        there = np.flatnonzero(first < end)
-        held = self._rows[np.concatenate([np.arange(first[number], end[number]) for number in there.tolist()])]
+        wanted_spills = np.flatnonzero(first < end)
+        held = self._rows[np.concatenate([np.arange(first[number], end[number]) for number in wanted_spills.tolist()])]
         offsets = np.zeros(2 * len(held) + 1, np.int64)
         np.cumsum(np.stack([held["id_bytes"], held["text_bytes"]], axis=1), out=offsets[1:], dtype=np.int64)
         content = np.empty(offsets[-1], np.uint8)
         before = np.zeros(len(self._paths), np.int64)
-        before[there[1:]] = np.cumsum(end[there] - first[there])[:-1]
-        for number in there.tolist():
+        before[wanted_spills[1:]] = np.cumsum(end[wanted_spills] - first[wanted_spills])[:-1]
+        for number in wanted_spills.tolist():
             begin, stop = before[number], before[number] + end[number] - first[number]
             self._fill(content[offsets[2 * begin] : offsets[2 * stop]], number, int(held["offset"][begin]))
         place = wanted - first[spill] + before[spill]

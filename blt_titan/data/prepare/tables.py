@@ -17,7 +17,7 @@ _ARROW_MAGIC = b"ARROW1"
 _MOST_PADDED_BYTES = 64
 _ROWS_AT_A_TIME = 64
 _BATCH_BYTES = 8 * 1024**2
-"""Of a table's rows, about."""
+"""Bytes of a table's rows that are read at once, about."""
 _READ_ERRORS = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError, EOFError)
 """What Arrow and its bindings raise over damaged files."""
 _NETWORK_MODULES = ("requests", "urllib3", "httpx", "httpcore", "aiohttp", "huggingface_hub", "fsspec", "asyncio")

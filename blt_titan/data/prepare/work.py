@@ -27,7 +27,7 @@ from blt_titan.data.store.shards import ShardWriter, install
 logger = logging.getLogger(__name__)
 
 _PROCESS_BYTES = 128 * 1024**2
-"""Of a worker that holds no text: the interpreter and its libraries."""
+"""Memory of a worker that holds no text: the interpreter and its libraries."""
 _RECORD_COPIES = 10
 """What a line of JSON takes at most, of its own size: as characters of four bytes, twice, and as bytes, twice."""
 _AT_ONCE_BYTES, _READ_BYTES = 64 * 1024**2, 64 * 1024
@@ -52,7 +52,7 @@ class ReadUnit:
 
     @property
     def size_bytes(self) -> int:
-        """Of all extents, as they are stored."""
+        """Size of all extents, as they are stored."""
         return sum(extent.size_bytes for extent in self.extents)
 
 
@@ -72,9 +72,9 @@ class Done:
     passed_over: dict[str, int] = field(default_factory=dict)
     """How many links and files of each kind."""
     messages: list[str] = field(default_factory=list)
-    """Of the first skipped records."""
+    """Why the first skipped records were skipped."""
     passed_over_messages: list[str] = field(default_factory=list)
-    """Of the first links and files that were passed over."""
+    """Why the first links and files were passed over."""
 
     def name_skipped(self, message: str) -> None:
         """Keep and log the first messages of skipped records."""

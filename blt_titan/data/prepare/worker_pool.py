@@ -19,7 +19,7 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 _PR_SET_PDEATHSIG = 1
-"""Of Linux's prctl(2)."""
+"""The option of Linux's prctl(2) that names the signal for the parent's death."""
 _POLL_S = 0.2
 _REPORT_BYTES = 1 << 20
 

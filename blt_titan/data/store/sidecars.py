@@ -58,7 +58,7 @@ class SidecarSettings(NamedTuple):
     model: dict[str, Any]
     """The entropy model's arguments, `reset_at_newline` among them."""
     weights_sha256: str
-    """Of all its parameters."""
+    """Digest of all its parameters."""
     compute_dtype: str
     """float32 or bfloat16."""
 
@@ -203,10 +203,10 @@ def begin_sidecar(data: str | os.PathLike[str], name: str, settings: SidecarSett
     wanted = settings._asdict()
     for known in (_SETTINGS_NAME, SIDECAR_NAME):
         try:
-            there = json.loads((directory / known).read_bytes())["settings"]
+            recorded = json.loads((directory / known).read_bytes())["settings"]
         except (OSError, ValueError, KeyError, TypeError):
             continue  # it is not there, or damaged and will be written anew
-        if differing := [key for key in wanted if there.get(key) != wanted[key]]:
+        if differing := [key for key in wanted if recorded.get(key) != wanted[key]]:
             raise DataError(
                 f"{directory}: made with another {', '.join(differing)}; choose another --name, or remove it"
             )
@@ -365,7 +365,7 @@ class EntropySidecars:
     def __init__(self, sidecars: Sequence[EntropySidecar]):
         self._of_directory = {sidecar.directory.parent.parent: sidecar for sidecar in sidecars}
         self.fingerprint = fingerprint_of(sidecars[0].settings)
-        """Of the model, the storage and the precision; of the first, if there are several."""
+        """Digest of the model, the storage and the precision; of the first sidecar, if there are several."""
         self.storage = sidecars[0].settings.storage
 
     def __call__(self, batch: RecordBatch) -> np.ndarray:

@@ -267,7 +267,7 @@ work.read_extent = slow
 
 @pytest.mark.slow
 def test_ctrl_c_stops_workers_too(tmp_path):
-    """Of work that would take 45 s; workers import the program, and are slow as well."""
+    """The work would take 45 s; workers import the program, and are slow as well."""
     (tmp_path / "killed.py").write_text(SLOW + KILLED)
     command = [sys.executable, str(tmp_path / "killed.py"), "--source", "python-stdlib", "--out", str(tmp_path / "out")]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
