@@ -76,8 +76,8 @@ class PatchLayout(NamedTuple):
 
     def as_dict(self) -> dict[str, torch.Tensor]:
         """Return the tensors by field name, those of the slice among them."""
-        whole = dict(zip(LAYOUT_FIELDS, self, strict=False))
-        return whole | self.slice._asdict() if isinstance(self.slice, SliceLayout) else whole
+        tensors: dict[str, torch.Tensor] = {name: getattr(self, name) for name in LAYOUT_FIELDS}
+        return tensors | self.slice._asdict() if isinstance(self.slice, SliceLayout) else tensors
 
 
 LAYOUT_FIELDS = PatchLayout._fields[:-1]

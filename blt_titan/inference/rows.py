@@ -50,5 +50,6 @@ def layout_rows(rows: Sequence[Row]) -> PatchLayout:
         patch_BS[number, :n], source_BS[number, :n] = patch[:n], patch[1:] - 1
         patch_pos_BP[number, :n_patches], patch_doc_BP[number, :n_patches] = np.arange(n_patches), 0
     return PatchLayout(
-        *(torch.from_numpy(x) for x in (pos_BS, doc_BS, patch_BS, source_BS, patch_pos_BP, patch_doc_BP))
+        *(torch.from_numpy(x) for x in (pos_BS, doc_BS, patch_BS, source_BS, patch_pos_BP, patch_doc_BP)),
+        slice=(),
     )
