@@ -28,6 +28,8 @@ _NOT_A_RESULT = re.compile(
 )
 """Files of data sets, models and runs; no command writes figures under such a name."""
 
+SIZES = "Sizes are bytes, or a number with KB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (of 1024)."
+
 
 class Parser(argparse.ArgumentParser):
     """A parser that says what is wrong in one sentence, which begins with the option and what was given."""

@@ -19,6 +19,7 @@ import numpy as np
 from blt_titan.commands.arguments import (
     MOST_PATCH_BYTES,
     NATS,
+    SIZES,
     Parser,
     existing_directory,
     number,
@@ -50,53 +51,87 @@ CONTEXT_BYTES = 16_384
 TOLERANCE = 0.005
 """How far the mean patch may be from the one that was asked for, as a share of it."""
 
+NAME = "blt-titan calibrate"
+
 
 def make_parser() -> Parser:
     """Return what parses the command line."""
-    parser = Parser("blt-titan calibrate", __doc__)
-    add = parser.add_argument
-    add(
-        "--data",
-        type=existing_directory,
-        required=True,
-        metavar="DIR",
-        help="byte shards with a sidecar of entropies",
-    )
-    add(
-        "--target-patch-bytes",
-        type=number(1, 10**6, above_least=True),
-        required=True,
-        metavar="N",
-        help="wanted mean length of a patch",
-    )
-    add("--rule", choices=get_args(EntropyRule), default="global", help="default %(default)s")
-    add("--threshold-add", type=NATS, metavar="NATS", help="of rule add (default 0)")
-    add("--name", type=plain, default="default", help="of the sidecar (default %(default)s)")
-    add("--split", choices=["train", "validation"], default="train", help="default %(default)s")
-    add(
-        "--max-patch-bytes",
-        type=whole(2, MOST_PATCH_BYTES),
-        default=512,
-        metavar="N",
-        help="longer ones are split (default %(default)s)",
-    )
-    add(
-        "--segment-patches",
-        type=whole(2, 2**20),
-        default=512,
-        metavar="N",
-        help="of the lines to paste (default %(default)s)",
-    )
-    add("--flavor", choices=BLT_FLAVORS, default="1B", help="whose compute is weighed (default %(default)s)")
-    add("--sample-bytes", type=size_from(1), default=64_000_000, metavar="SIZE", help="text to look at (default 64MB)")
+    parser = Parser(NAME, __doc__, usage=f"{NAME} --data DIR --target-patch-bytes N [options]", epilog=SIZES)
+    _add_data(parser.add_argument_group("what to read"))
+    _add_rule(parser.add_argument_group("the patches that are wanted"))
+    _add_model(parser.add_argument_group("the run that will read them"))
+    add = parser.add_argument_group("results").add_argument
     add(
         "--json",
         type=output_file,
         metavar="FILE",
-        help="also write the distribution; patch_lengths.json for serve_plots",
+        help="also write the distribution; as patch_lengths.json in a run's folder, `blt-titan plots` shows it",
     )
     add("--png", type=png_file, metavar="FILE", help="also draw the distribution and the trade-off")
     return parser
+
+
+def _add_data(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--data",
+        type=existing_directory,
+        required=True,
+        metavar="DIR",
+        help="byte shards with a sidecar of entropies, as `blt-titan score` writes them",
+    )
+    group.add_argument(
+        "--name", type=plain, default="default", help="name of the sidecar, in DIR/entropies (default %(default)s)"
+    )
+    group.add_argument(
+        "--split", choices=["train", "validation"], default="train", help="which split of DIR (default %(default)s)"
+    )
+    group.add_argument(
+        "--sample-bytes",
+        type=size_from(1),
+        default=64_000_000,
+        metavar="SIZE",
+        help="how much text is looked at (default 64MB)",
+    )
+
+
+def _add_rule(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--target-patch-bytes",
+        type=number(1, 10**6, above_least=True),
+        required=True,
+        metavar="N",
+        help="wanted mean length of a patch, in bytes",
+    )
+    group.add_argument(
+        "--rule",
+        choices=get_args(EntropyRule),
+        default="global",
+        help="what begins a patch: an entropy above a threshold, a rise of the entropy (monotonic), both (add), or the "
+        "highest entropies of a text (topk) (default %(default)s)",
+    )
+    group.add_argument(
+        "--threshold-add", type=NATS, metavar="NATS", help="the rise that the rule 'add' asks for, in nats (default 0)"
+    )
+    group.add_argument(
+        "--max-patch-bytes",
+        type=whole(2, MOST_PATCH_BYTES),
+        default=512,
+        metavar="N",
+        help="bytes of the longest patch; longer ones are split (default %(default)s)",
+    )
+
+
+def _add_model(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--segment-patches",
+        type=whole(2, 2**20),
+        default=512,
+        metavar="N",
+        help="patch slots of a segment in the lines to paste (default %(default)s)",
+    )
+    group.add_argument(
+        "--flavor", choices=BLT_FLAVORS, default="1B", help="model whose compute is weighed (default %(default)s)"
+    )
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -104,7 +139,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return make_parser().parse_args(arguments)
 
 
-@command("blt-titan calibrate", DataError)
+@command(NAME, DataError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; give its exit code: 0, or 2 after an error."""
     args = parse_args(arguments)

@@ -33,42 +33,69 @@ from blt_titan.evaluation.noise import NOISES
 from blt_titan.inference.likelihood import CONTEXT_BYTES, LikelihoodScorer
 from blt_titan.progress import ProgressBar
 
+NAME = "blt-titan evaluate"
+
 
 def make_parser() -> Parser:
     """Return what parses the command line."""
-    parser = Parser("blt-titan evaluate", __doc__)
+    parser = Parser(NAME, __doc__, usage=f"{NAME} --model DIR|CKPT --data DIR|FILE [DIR|FILE ...] [options]")
     add_model_options(parser)
-    add = parser.add_argument
-    add(
+    _add_texts(parser.add_argument_group("what is scored"))
+    _add_scoring(parser.add_argument_group("how it is scored"))
+    add = parser.add_argument_group("results").add_argument
+    add("--out", type=output_file, metavar="FILE", help="also write the figures as JSON")
+    add("--json", action="store_true", help="print the figures as JSON instead of a table")
+    return parser
+
+
+def _add_texts(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--data",
         type=filled,
         required=True,
         nargs="+",
         metavar="DIR|FILE",
-        help="byte shards, files, patterns, hf:NAME",
+        help="directories of byte shards, and files, patterns in quotation marks, or hf:NAME, as `blt-titan prepare` "
+        "takes them",
     )
-    add("--split", default="validation", choices=["train", "validation"], help="of byte shards (default %(default)s)")
-    add("--text-column", type=filled, default="text", help="of records in files (default %(default)s)")
-    add("--as-text", action="store_true", help="take files as texts even where they look like records")
-    add("--max-documents", type=COUNT, metavar="N", help="of each --data, the first N")
-    add(
+    group.add_argument(
+        "--split",
+        default="validation",
+        choices=["train", "validation"],
+        help="which split of byte shards (default %(default)s)",
+    )
+    group.add_argument(
+        "--text-column",
+        type=filled,
+        default="text",
+        help="where records keep their text (default %(default)s)",
+    )
+    group.add_argument("--as-text", action="store_true", help="take files as texts even where they look like records")
+    group.add_argument(
+        "--max-documents", type=COUNT, metavar="N", help="score the first N documents of each --data (default: all)"
+    )
+
+
+def _add_scoring(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--context-bytes",
         type=MODEL_CONTEXT,
         default=CONTEXT_BYTES,
         metavar="N",
-        help="of a window (default %(default)s)",
+        help="bytes that the model sees at once (default %(default)s)",
     )
-    add(
+    group.add_argument(
         "--stride-bytes",
         type=whole(1, 2**24),
         metavar="N",
-        help="by which windows move on, at most the context (default: half of it)",
+        help="bytes by which the context moves on over a longer document, at most the context (default: half of it)",
     )
-    add("--noise", choices=NOISES, help="change the texts before, as the paper does to test robustness")
-    add("--seed", type=SEED, default=0, help="of the noise (default %(default)s)")
-    add("--out", type=output_file, metavar="FILE", help="also write the figures as JSON")
-    add("--json", action="store_true", help="print the figures as JSON instead of a table")
-    return parser
+    group.add_argument(
+        "--noise",
+        choices=NOISES,
+        help="change the texts before, as the paper does to test robustness (default: no noise)",
+    )
+    group.add_argument("--seed", type=SEED, default=0, help="what noise is drawn from (default %(default)s)")
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -76,7 +103,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return make_parser().parse_args(arguments)
 
 
-@command("blt-titan evaluate", ValueError)
+@command(NAME, ValueError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; give its exit code: 0, or 2 after an error."""
     args = parse_args(arguments)

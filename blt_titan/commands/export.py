@@ -18,6 +18,7 @@ import torch
 from blt_titan.checkpoint.json_fields import FieldError, number, read_fields, read_object
 from blt_titan.commands.arguments import (
     NATS,
+    SIZES,
     Parser,
     existing_directory,
     existing_file,
@@ -29,44 +30,72 @@ from blt_titan.commands.ending import command
 from blt_titan.hf.export import MAX_SHARD_BYTES, export_hf, stored_weights, with_threshold
 from blt_titan.hf.verify.verify import verify_export
 
+NAME = "blt-titan export"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_parser() -> Parser:
     """Return what parses the command line."""
-    parser = Parser("blt-titan export", __doc__)
-    add = parser.add_argument
-    add(
+    parser = Parser(NAME, __doc__, usage=f"{NAME} --checkpoint CKPT --out DIR [options]", epilog=SIZES)
+    _add_models(parser.add_argument_group("what to read"))
+    _add_output(parser.add_argument_group("what to write"))
+    _add_checks(parser.add_argument_group("what is compared and allowed"))
+    return parser
+
+
+def _add_models(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--checkpoint",
         type=existing_directory,
         required=True,
         metavar="CKPT",
-        help="the BLT: step-N, or the folder of a run (its last one)",
+        help="the BLT: a checkpoint step-N, or the folder of a run, whose last checkpoint is taken",
     )
-    add(
+    group.add_argument(
         "--entropy-checkpoint",
         type=existing_directory,
         metavar="CKPT",
-        help="its entropy model, which becomes the patcher",
+        help="its entropy model, named likewise; it becomes the patcher (default: none, for rules without entropies)",
     )
-    add("--out", type=output_directory, required=True, metavar="DIR", help="the directory to write")
-    add("--dtype", choices=list(DTYPES), default="fp32", help="of the weights (default %(default)s)")
-    add("--max-shard-size", type=size_from(1), default=MAX_SHARD_BYTES, metavar="SIZE", help="of a file (default 5GB)")
-    add("--threshold", type=NATS, metavar="NATS", help="of the rule 'global' (default: what the checkpoint says)")
-    add(
+    group.add_argument(
+        "--threshold",
+        type=NATS,
+        metavar="NATS",
+        help="entropy in nats above which a patch of the rule 'global' begins (default: what the checkpoint says)",
+    )
+
+
+def _add_output(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--out", type=output_directory, required=True, metavar="DIR", help="the directory to write")
+    group.add_argument(
+        "--dtype", choices=list(DTYPES), default="fp32", help="number format of the weights (default %(default)s)"
+    )
+    group.add_argument(
+        "--max-shard-size",
+        type=size_from(1),
+        default=MAX_SHARD_BYTES,
+        metavar="SIZE",
+        help="the most that a file of weights holds (default 5GB)",
+    )
+    group.add_argument(
         "--patch-lengths",
         type=existing_file,
         metavar="FILE",
-        help="patch_lengths.json of calibrate_threshold, for the card",
+        help="patch_lengths.json that `blt-titan calibrate --json` wrote: the model card shows it (default: none)",
     )
-    add(
+    group.add_argument("--overwrite", action="store_true", help="replace the model directory that is there")
+
+
+def _add_checks(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--verify",
         action="store_true",
-        help="load and compare; needs transformers, 8 bytes per parameter and 4 more of the largest tensor",
+        help="load what was written and compare it; needs transformers, and memory of 8 bytes per parameter and 4 more "
+        "per element of the largest tensor",
     )
-    add("--force", action="store_true", help="write a model that needs explicit patch_lengths in transformers")
-    add("--overwrite", action="store_true", help="replace the model directory that is there")
-    return parser
+    group.add_argument(
+        "--force", action="store_true", help="also write a model that needs explicit patch_lengths in transformers"
+    )
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -74,7 +103,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return make_parser().parse_args(arguments)
 
 
-@command("blt-titan export", ValueError, ImportError)
+@command(NAME, ValueError, ImportError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; give its exit code: 0, or 2 after an error."""
     args = parse_args(arguments)

@@ -20,43 +20,66 @@ from blt_titan.inference.cached import CachedBLT
 from blt_titan.inference.likelihood import CONTEXT_BYTES
 from blt_titan.inference.sample import LEAST_TEMPERATURE, Sampling, TextStream, generate
 
+NAME = "blt-titan generate"
+
 
 def make_parser() -> Parser:
     """Return what parses the command line."""
-    parser = Parser("blt-titan generate", __doc__)
+    parser = Parser(NAME, __doc__, usage=f"{NAME} --model DIR|CKPT (--prompt PROMPT | --batch FILE) [options]")
     add_model_options(parser)
-    add = parser.add_argument
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", help="what to continue; - reads standard input, to its end")
-    what.add_argument(
+    _add_prompts(parser.add_argument_group("what is continued"))
+    _add_sampling(parser.add_argument_group("what is sampled"))
+    return parser
+
+
+def _add_prompts(group: argparse._ArgumentGroup) -> None:
+    one = group.add_mutually_exclusive_group(required=True)
+    one.add_argument("--prompt", help="the text to continue; - reads standard input, to its end")
+    one.add_argument(
         "--batch", type=existing_file, metavar="FILE", help="one prompt on each line; JSON lines are printed"
     )
-    add("--batch-size", type=BATCH, default=16, metavar="N", help="prompts continued at once (default %(default)s)")
-    add(
+    group.add_argument(
+        "--batch-size",
+        type=BATCH,
+        default=16,
+        metavar="N",
+        help="prompts of --batch continued at once (default %(default)s)",
+    )
+    group.add_argument(
         "--context-bytes",
         type=whole(1, 2**24),
         default=CONTEXT_BYTES,
         metavar="N",
         help="read the last N bytes of a longer prompt (default %(default)s)",
     )
-    add("--max-bytes", type=whole(1, 2**24), default=256, metavar="N", help="to sample at most (default %(default)s)")
-    add(
+
+
+def _add_sampling(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--max-bytes",
+        type=whole(1, 2**24),
+        default=256,
+        metavar="N",
+        help="bytes to sample at most (default %(default)s)",
+    )
+    group.add_argument(
         "--temperature",
         type=number(LEAST_TEMPERATURE, 1000, or_zero=True),
         default=0.8,
         metavar="T",
-        help="0 takes the likeliest byte (default %(default)s)",
+        help="what logits are divided by; 0 takes the likeliest byte (default %(default)s)",
     )
-    add("--top-k", type=whole(1, VOCAB_SIZE), metavar="N", help="choose among the N likeliest bytes")
-    add(
+    group.add_argument(
+        "--top-k", type=whole(1, VOCAB_SIZE), metavar="N", help="choose among the N likeliest bytes (default: all)"
+    )
+    group.add_argument(
         "--top-p",
         type=number(0, 1, above_least=True),
         metavar="P",
-        help="choose among the likeliest bytes that together have probability P",
+        help="choose among the likeliest bytes that together have probability P (default: all)",
     )
-    add("--seed", type=SEED, default=0, help="of the sampling (default %(default)s)")
-    add("--show-patches", action="store_true", help="print afterwards where patches begin")
-    return parser
+    group.add_argument("--seed", type=SEED, default=0, help="what samples are drawn from (default %(default)s)")
+    group.add_argument("--show-patches", action="store_true", help="print afterwards where patches begin")
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -64,7 +87,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return make_parser().parse_args(arguments)
 
 
-@command("blt-titan generate", ValueError)
+@command(NAME, ValueError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; give its exit code: 0, or 2 after an error."""
     args = parse_args(arguments)

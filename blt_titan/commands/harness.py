@@ -30,32 +30,68 @@ from blt_titan.commands.arguments import (
 from blt_titan.commands.ending import command
 from blt_titan.commands.model_options import add_model_options, fetch_entropy_model
 from blt_titan.evaluation.noise import NOISE_ON, NOISES
+from blt_titan.inference.likelihood import CONTEXT_BYTES
 
 PAPER_TASKS = ("arc_easy", "arc_challenge", "hellaswag", "piqa", "mmlu", "mbpp", "humaneval")
 CODE_TASKS = ("mbpp", "humaneval")
 """Beginnings of names of tasks that run what the model wrote."""
 
+NAME = "blt-titan harness"
+
 
 def make_parser() -> Parser:
     """Return what parses the command line."""
-    parser = Parser("blt-titan harness", __doc__)
+    parser = Parser(NAME, __doc__, usage=f"{NAME} --model DIR|CKPT --tasks TASK [TASK ...] [options]")
     add_model_options(parser)
-    add = parser.add_argument
-    add("--tasks", type=filled, required=True, nargs="+", metavar="TASK", help="names of the harness, or `paper`")
-    add("--include-path", type=existing_directory, metavar="DIR", help="tasks of your own, as YAML")
-    add("--num-fewshot", type=whole(0, 1000), metavar="N", help="examples in the context (default: the task's)")
-    add("--limit", type=COUNT, metavar="N", help="the first N examples of each task")
-    add("--max-length", type=MODEL_CONTEXT, metavar="N", help="bytes that the model reads")
-    add("--batch-size", type=BATCH, default=8, metavar="N", help="prompts continued at once (default %(default)s)")
-    add("--noise", choices=NOISES, help="change the texts before, as the paper does to test robustness")
-    add(
-        "--noise-on", choices=NOISE_ON, default="prompt", help="the paper averages over all three (default %(default)s)"
-    )
-    add("--seed", type=SEED, default=0, help="of noise and sampling (default %(default)s)")
-    add("--confirm-run-unsafe-code", action="store_true", help="let tasks run code that the model wrote")
+    _add_tasks(parser.add_argument_group("tasks"))
+    _add_running(parser.add_argument_group("how they are run"))
+    add = parser.add_argument_group("results").add_argument
     add("--out", type=output_file, metavar="FILE", help="also write the figures as JSON")
     add("--json", action="store_true", help="print the results as JSON instead of a table")
     return parser
+
+
+def _add_tasks(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--tasks", type=filled, required=True, nargs="+", metavar="TASK", help="names of the harness, or `paper`"
+    )
+    group.add_argument(
+        "--include-path",
+        type=existing_directory,
+        metavar="DIR",
+        help="folder with tasks of your own, as YAML (default: none)",
+    )
+    group.add_argument(
+        "--num-fewshot", type=whole(0, 1000), metavar="N", help="examples in the context (default: the task's)"
+    )
+    group.add_argument("--limit", type=COUNT, metavar="N", help="the first N examples of each task (default: all)")
+    group.add_argument("--confirm-run-unsafe-code", action="store_true", help="let tasks run code that the model wrote")
+
+
+def _add_running(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--max-length",
+        type=MODEL_CONTEXT,
+        metavar="N",
+        help=f"bytes that the model reads at most (default {CONTEXT_BYTES})",
+    )
+    group.add_argument(
+        "--batch-size", type=BATCH, default=8, metavar="N", help="prompts continued at once (default %(default)s)"
+    )
+    group.add_argument(
+        "--noise",
+        choices=NOISES,
+        help="change the texts before, as the paper does to test robustness (default: no noise)",
+    )
+    group.add_argument(
+        "--noise-on",
+        choices=NOISE_ON,
+        default="prompt",
+        help="which texts --noise changes; the paper averages over all three (default %(default)s)",
+    )
+    group.add_argument(
+        "--seed", type=SEED, default=0, help="what noise and samples are drawn from (default %(default)s)"
+    )
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -63,7 +99,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return make_parser().parse_args(arguments)
 
 
-@command("blt-titan harness", ValueError)
+@command(NAME, ValueError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; give its exit code: 0, or 2 after an error."""
     args = parse_args(arguments)

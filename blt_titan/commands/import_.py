@@ -2,7 +2,7 @@
 
     blt-titan import --model facebook/blt-1b --out checkpoints/blt-1b \
         --entropy-out checkpoints/blt-1b-entropy
-    CONFIG_FILE=train_configs/blt_1b.toml ./run_train.sh --checkpoint.initial_load_path=checkpoints/blt-1b
+    blt-titan train blt_1b --checkpoint.initial_load_path=checkpoints/blt-1b
 
 The model may be in the layout of transformers or in that of the original project, in a directory or on the hub.
 """
@@ -16,13 +16,20 @@ from blt_titan.commands.ending import command
 from blt_titan.hf.pretrained import BLT, EntropyModel, Pretrained
 from blt_titan.hf.to_checkpoint import require_free, write_checkpoint
 
+NAME = "blt-titan import"
+
 
 def make_parser() -> Parser:
     """Return what parses the command line."""
-    parser = Parser("blt-titan import", __doc__)
-    add = parser.add_argument
+    parser = Parser(NAME, __doc__, usage=f"{NAME} --model DIR_OR_REPO [--out CKPT] [--entropy-out CKPT] [options]")
+    add = parser.add_argument_group("what to read").add_argument
     add("--model", type=model, required=True, metavar="DIR_OR_REPO", help="a directory, or owner/name on the hub")
-    add("--revision", type=filled, help="of the repository")
+    add(
+        "--revision",
+        type=filled,
+        help="branch, tag or commit of the repository on the hub (default: its main branch)",
+    )
+    add = parser.add_argument_group("what to write, one of them at least").add_argument
     add("--out", type=output_directory, metavar="CKPT", help="the checkpoint of the BLT to write")
     add("--entropy-out", type=output_directory, metavar="CKPT", help="the checkpoint of its entropy model to write")
     return parser
@@ -33,7 +40,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return make_parser().parse_args(arguments)
 
 
-@command("blt-titan import", ValueError)
+@command(NAME, ValueError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; give its exit code: 0, or 2 after an error."""
     args = parse_args(arguments)

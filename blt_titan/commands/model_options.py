@@ -15,29 +15,40 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add what names the models, where their patches begin, and where they run."""
-    add = parser.add_argument
+    add = parser.add_argument_group("the model").add_argument
     add(
         "--model",
         type=model,
         required=True,
         metavar="DIR|CKPT",
-        help="a model directory, a checkpoint, or owner/name on the hub",
+        help="a model directory, a checkpoint (step-N, or the folder of a run: its last one), or owner/name on the hub",
     )
     add(
         "--entropy-checkpoint",
         type=model,
         metavar="DIR|CKPT",
-        help="the entropy model, where --model does not hold it",
+        help="the entropy model, where --model does not hold it (default: that of --model, if its patches need one)",
     )
-    add("--threshold", type=NATS, metavar="NATS", help="where patches begin (default: as in training)")
-    add_device_option(parser)
-    add("--dtype", choices=list(DTYPES), default="float32", help="of the BLT's computation (default %(default)s)")
+    add(
+        "--threshold",
+        type=NATS,
+        metavar="NATS",
+        help="entropy in nats above which a patch begins (default: as in training)",
+    )
+    where = parser.add_argument_group("where it is computed")
+    add_device_option(where)
+    where.add_argument(
+        "--dtype",
+        choices=list(DTYPES),
+        default="float32",
+        help="number format of the BLT's computation; entropies are computed in float32 (default %(default)s)",
+    )
 
 
-def add_device_option(parser: argparse.ArgumentParser) -> None:
+def add_device_option(group: argparse._ArgumentGroup) -> None:
     """Add where a model runs."""
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=device, default=default, help="default %(default)s")
+    group.add_argument("--device", type=device, default=default, help="cpu, cuda or cuda:N (default %(default)s)")
 
 
 def device(text: str) -> str:

@@ -21,7 +21,12 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--dir", type=existing_directory, default="outputs", help="the folder of runs (default %(default)s)"
     )
-    parser.add_argument("--port", type=whole(0, 65_535), default=8000, help="default %(default)s; 0 takes a free one")
+    parser.add_argument(
+        "--port",
+        type=whole(0, 65_535),
+        default=8000,
+        help="port of 127.0.0.1 that the page is served at; 0 takes a free one (default %(default)s)",
+    )
     return parser
 
 

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 
 from blt_titan.commands.arguments import (
     SEED,
+    SIZES,
     Parser,
     filled,
     number,
@@ -45,7 +46,7 @@ def make_parser() -> Parser:
         "blt-titan prepare",
         __doc__,
         usage="blt-titan prepare --source SOURCE [SOURCE ...] --out DIR [options]",
-        epilog="Sizes are bytes, or a number with KB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (of 1024).",
+        epilog=SIZES,
     )
     _add_inputs(parser.add_argument_group("what to read, where to write"))
     _add_content(parser.add_argument_group("what comes out"))
@@ -159,7 +160,7 @@ def _add_work(group: argparse._ArgumentGroup) -> None:
         "--memory",
         type=size_from(1),
         metavar="SIZE",
-        help="of all processes together (default: 1GiB for each worker, at most half of what the machine has)",
+        help="memory of all processes together (default: 1GiB for each worker, at most half of what the machine has)",
     )
     add(
         "--work",

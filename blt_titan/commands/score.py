@@ -30,50 +30,73 @@ from blt_titan.scoring.score_data import score_data, sidecar_settings
 
 SAMPLE_BYTES = 4_000_000
 
+NAME = "blt-titan score"
+
 
 def make_parser() -> Parser:
     """Return what parses the command line."""
-    parser = Parser("blt-titan score", __doc__)
-    add = parser.add_argument
-    add(
+    parser = Parser(NAME, __doc__, usage=f"{NAME} --data DIR --checkpoint CKPT [options]")
+    _add_inputs(parser.add_argument_group("what is scored, and by what"))
+    _add_sidecar(parser.add_argument_group("the sidecar that is written"))
+    _add_computation(parser.add_argument_group("how it is computed"))
+    return parser
+
+
+def _add_inputs(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--data",
         type=existing_directory,
         required=True,
         metavar="DIR",
         help="byte shards, as `blt-titan prepare` makes them",
     )
-    add(
+    group.add_argument(
         "--checkpoint",
         type=existing_directory,
         required=True,
         metavar="CKPT",
         help="the entropy model: a checkpoint step-N, or the folder of a run, whose last checkpoint is taken",
     )
-    add("--name", type=plain, default="default", help="of the sidecar, in DIR/entropies (default %(default)s)")
-    add(
+
+
+def _add_sidecar(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--name", type=plain, default="default", help="name of the sidecar, in DIR/entropies (default %(default)s)"
+    )
+    group.add_argument(
         "--quantize",
         choices=["float16", "uint8"],
         default="float16",
         help="what is stored for a byte of text: 2 bytes, or 1 on a log scale of 255 steps (default %(default)s)",
     )
-    add(
+    group.add_argument(
+        "--verify", action="store_true", help="check every byte of finished shards, and score damaged ones again"
+    )
+
+
+def _add_computation(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
         default="float32",
-        help="what the model computes in; recorded in the sidecar (default %(default)s)",
+        help="number format that the model computes in; recorded in the sidecar (default %(default)s)",
     )
-    add_device_option(parser)
-    add("--lanes", type=BATCH, default=LANES, metavar="N", help="sequences of a batch (default %(default)s)")
-    add(
+    add_device_option(group)
+    group.add_argument(
+        "--lanes",
+        type=BATCH,
+        default=LANES,
+        metavar="N",
+        help="documents scored at once (default %(default)s)",
+    )
+    group.add_argument(
         "--chunk-bytes",
         type=whole(1, 2**20),
         default=CHUNK,
         metavar="N",
-        help="bytes of a sequence in one forward (default %(default)s)",
+        help="bytes of a document in one forward pass (default %(default)s)",
     )
-    add("--verify", action="store_true", help="check every byte of finished shards, and score damaged ones again")
-    add("--no-progress", action="store_true", help="show no progress bar")
-    return parser
+    group.add_argument("--no-progress", action="store_true", help="show no progress bar")
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -81,7 +104,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return make_parser().parse_args(arguments)
 
 
-@command("blt-titan score", DataError, CheckpointError, stopped="stopped; the same command goes on from here")
+@command(NAME, DataError, CheckpointError, stopped="stopped; the same command goes on from here")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; give its exit code: 0, or 2 after an error."""
     args = parse_args(arguments)

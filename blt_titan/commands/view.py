@@ -36,51 +36,77 @@ from blt_titan.scoring.entropies import EntropyScorer
 
 LONGEST_TEXT = 20_000
 
+NAME = "blt-titan view"
+
 
 def make_parser() -> Parser:
     """Return what parses the command line."""
-    parser = Parser("blt-titan view", __doc__)
-    add = parser.add_argument
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--text", type=filled, help="a text to score and show; needs --checkpoint")
-    what.add_argument(
+    parser = Parser(NAME, __doc__, usage=f"{NAME} (--text TEXT --checkpoint CKPT | --data DIR) --out FILE [options]")
+    _add_text(parser.add_argument_group("which text"))
+    _add_patches(parser.add_argument_group("entropies and patches"))
+    _add_page(parser.add_argument_group("the page"))
+    return parser
+
+
+def _add_text(group: argparse._ArgumentGroup) -> None:
+    one = group.add_mutually_exclusive_group(required=True)
+    one.add_argument("--text", type=filled, help="a text to score and show; needs --checkpoint")
+    one.add_argument(
         "--data",
         type=existing_directory,
         metavar="DIR",
         help="byte shards with a sidecar of entropies; shows document --doc",
     )
-    add(
+    group.add_argument(
         "--doc",
         type=whole(0, 10**12),
         default=0,
         metavar="N",
-        help="number of the document in the split (default %(default)s)",
+        help="number of the document in the split, from 0 (default %(default)s)",
     )
-    add("--split", choices=["train", "validation"], default="validation", help="default %(default)s")
-    add("--name", type=plain, default="default", help="of the sidecar (default %(default)s)")
-    add(
+    group.add_argument(
+        "--split",
+        choices=["train", "validation"],
+        default="validation",
+        help="which split of --data (default %(default)s)",
+    )
+
+
+def _add_patches(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--name", type=plain, default="default", help="name of the sidecar in --data (default %(default)s)"
+    )
+    group.add_argument(
         "--checkpoint",
         type=existing_directory,
         metavar="CKPT",
-        help="the entropy model: step-N, or the folder of a run",
+        help="the entropy model for --text: a checkpoint step-N, or the folder of a run (its last one)",
     )
-    add("--threshold", type=NATS, default=1.335442066192627, metavar="NATS", help="to begin with (default %(default)s)")
-    add(
+    group.add_argument(
+        "--threshold",
+        type=NATS,
+        default=1.335442066192627,
+        metavar="NATS",
+        help="entropy in nats above which a patch begins; the page's slider begins there (default %(default)s)",
+    )
+    group.add_argument(
         "--max-patch-bytes",
         type=whole(1, MOST_PATCH_BYTES),
         default=512,
         metavar="N",
-        help="longer ones are split (default %(default)s)",
+        help="bytes of the longest patch; longer ones are split (default %(default)s)",
     )
-    add(
+
+
+def _add_page(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--out", type=output_file, required=True, metavar="FILE", help="the HTML file to write")
+    group.add_argument(
         "--max-bytes",
         type=whole(1, LONGEST_TEXT),
         default=4000,
         metavar="N",
-        help="of the text that are shown (default %(default)s)",
+        help="bytes of the text that are shown (default %(default)s)",
     )
-    add("--out", type=output_file, required=True, metavar="FILE", help="the page to write")
-    return parser
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -88,7 +114,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return make_parser().parse_args(arguments)
 
 
-@command("blt-titan view", DataError, CheckpointError)
+@command(NAME, DataError, CheckpointError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; give its exit code: 0, or 2 after an error."""
     args = parse_args(arguments)
