@@ -116,9 +116,9 @@ def run(cp: int, tp: int, flavor: str, repetitions: int) -> dict[str, dict[str, 
     for repetition in range(repetitions + 1):
         for plan, (model, part) in plans.items():
             model.zero_grad()
-            inputs, labels = collate_rows(rows, SHAPE, part)
+            ids_BS, layout, labels_BS = collate_rows(rows, SHAPE, part)
             # Targets as the ranks count them: `repeated` counts each tp times, which undoes its repeated gradients.
-            targets = (labels != IGNORE_LABEL).sum()
+            targets = (labels_BS != IGNORE_LABEL).sum()
             dist.all_reduce(targets)
             loss_fn = ByteCrossEntropy()
             loss_fn.n_targets = targets
@@ -126,11 +126,11 @@ def run(cp: int, tp: int, flavor: str, repetitions: int) -> dict[str, dict[str, 
             began, counter = time.perf_counter(), SentBytes()
             if repetition == 0:
                 with counter:
-                    loss_fn(model(inputs.pop("input"), **inputs), labels).backward()
+                    loss_fn(model(ids_BS, **layout.as_dict()), labels_BS).backward()
                 sent[plan] = counter.total
                 norms[plan] = clip_grad_norm(model.parameters(), 1e9, pp_mesh=None).item()
                 continue
-            loss_fn(model(inputs.pop("input"), **inputs), labels).backward()
+            loss_fn(model(ids_BS, **layout.as_dict()), labels_BS).backward()
             dist.barrier()
             seconds[plan].append(time.perf_counter() - began)
     assert abs(norms["context"] - norms["repeated"]) <= 1e-4 * norms["context"], norms

@@ -18,7 +18,6 @@ import statistics
 import sys
 import tempfile
 import time
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -28,22 +27,24 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.result_file import write_result
-from blt_titan.batch import PADDING
+from blt_titan.batch import PADDING, Batch
 from blt_titan.data.prepare.job import prepare
-from blt_titan.data.rows.collate import Batch
-from blt_titan.data.rows.loader import RowLoader, RowSource
+from blt_titan.data.rows.loader import RowLoader
 from blt_titan.data.rows.order import StreamOrder
 from blt_titan.data.rows.packing import RowShape
+from blt_titan.data.rows.patcher import EntropyPatcher, TextPatcher
+from blt_titan.data.rows.source import RowSource
 from blt_titan.data.store.shards import ShardSet
 from blt_titan.data.store.sidecars import (
     EntropySidecar,
+    EntropySidecars,
     SidecarSettings,
     SidecarWriter,
     begin_sidecar,
     complete_sidecar,
     sidecar_directory,
 )
-from blt_titan.patching import entropy_patch_starts, rule_patch_starts
+from blt_titan.patching.rule import PatchRule
 from blt_titan.scoring.calibration import calibrate, read_sample
 
 MEAN_DOCUMENT_BYTES = 5000
@@ -92,16 +93,11 @@ def source_of(directory: Path, *, scored: bool) -> RowSource:
     """Return what makes the rows: patches of about 4.5 bytes."""
     shards = ShardSet(directory, "train")
     if not scored:
-        return RowSource(shards, partial(rule_patch_starts, rule="space", max_patch_bytes=MAX_PATCH_BYTES), SHAPE)
+        return RowSource(shards, TextPatcher(PatchRule("space", max_patch_bytes=MAX_PATCH_BYTES)), SHAPE)
     sidecar = EntropySidecar(directory, "default", shards)
     found = calibrate(read_sample(shards, sidecar, sample_bytes=2_000_000), 4.5, max_patch_bytes=MAX_PATCH_BYTES)
-
-    def mark(entropies_nats: np.ndarray, begins: np.ndarray) -> np.ndarray:
-        return entropy_patch_starts(
-            entropies_nats, threshold=found.threshold, begins=begins, max_patch_bytes=MAX_PATCH_BYTES
-        )
-
-    return RowSource(shards, mark, SHAPE, sidecar)
+    rule = PatchRule("global", found.threshold, max_patch_bytes=MAX_PATCH_BYTES)
+    return RowSource(shards, EntropyPatcher(rule, EntropySidecars([sidecar])), SHAPE)
 
 
 class Rates(NamedTuple):
@@ -117,8 +113,7 @@ def measure(loader: RowLoader, seconds: float) -> tuple[Rates, list[Batch]]:
     kept = list(islice(batches, WARM_UP_BATCHES))  # opens every stream
     n_bytes, start, start_cpu = 0, time.perf_counter(), cpu_seconds()
     while (elapsed := time.perf_counter() - start) < seconds:
-        inputs, _ = next(batches)
-        n_bytes += int((inputs["byte_doc_BS"] != PADDING).sum())
+        n_bytes += int((next(batches).layout.byte_doc_BS != PADDING).sum())
     return Rates(n_bytes / elapsed, n_bytes / (cpu_seconds() - start_cpu)), kept
 
 
@@ -133,8 +128,8 @@ def cpu_seconds() -> float:
 
 def padding_shares(batches: list[Batch]) -> dict[str, float]:
     """Return the shares of byte slots and patch slots that are padding, and bytes per patch."""
-    real_bytes = torch.cat([inputs["byte_doc_BS"] for inputs, _ in batches]) != PADDING
-    real_patches = torch.cat([inputs["patch_doc_BP"] for inputs, _ in batches]) != PADDING
+    real_bytes = torch.cat([batch.layout.byte_doc_BS for batch in batches]) != PADDING
+    real_patches = torch.cat([batch.layout.patch_doc_BP for batch in batches]) != PADDING
     return {
         "byte_slots_padded": 1 - real_bytes.float().mean().item(),
         "patch_slots_padded": 1 - real_patches.float().mean().item(),

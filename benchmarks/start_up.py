@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +23,14 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from benchmarks.result_file import write_result
-from blt_titan.data.rows.loader import RowLoader, RowSource
+from blt_titan.data.rows.loader import RowLoader
 from blt_titan.data.rows.order import StreamOrder
 from blt_titan.data.rows.packing import RowShape
+from blt_titan.data.rows.patcher import TextPatcher
+from blt_titan.data.rows.source import RowSource
 from blt_titan.data.store.manifest import Counts, Manifest, write_manifest
 from blt_titan.data.store.shards import ShardSet, ShardWriter, install
-from blt_titan.patching import rule_patch_starts
+from blt_titan.patching.rule import PatchRule
 
 SIZES = (4_500, 9_000, 18_000)
 STREAMS = 30_720
@@ -87,9 +88,9 @@ def measure(directory: str) -> dict[str, float]:
     began = time.perf_counter()
     shards = ShardSet(directory, "train")
     opened = time.perf_counter() - began
-    mark_starts = partial(rule_patch_starts, rule="space", max_patch_bytes=512)
+    patcher = TextPatcher(PatchRule("space", max_patch_bytes=512))
     order = StreamOrder(len(shards), STREAMS, 0)
-    loader = RowLoader(RowSource(shards, mark_starts, SHAPE), order, rows_per_batch=1)
+    loader = RowLoader(RowSource(shards, patcher, SHAPE), order, rows_per_batch=1)
     batches = iter(loader)
     next(batches)
     first_row, memory_kb = time.perf_counter() - began, status_kb("VmHWM") - before

@@ -19,6 +19,7 @@ The byte at i, whose target is the byte at i + 1, reads the patch just before th
 `source[i] = patch[i + 1] - 1`. A longer view would leak the target's own patch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -79,9 +80,31 @@ class PatchLayout(NamedTuple):
         tensors: dict[str, torch.Tensor] = {name: getattr(self, name) for name in LAYOUT_FIELDS}
         return tensors | self.slice._asdict() if isinstance(self.slice, SliceLayout) else tensors
 
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "PatchLayout":
+        """Return the layout with every tensor changed, those of the slice too."""
+        return PatchLayout(*map(change, self[:-1]), slice=SliceLayout(*map(change, self.slice)) if self.slice else ())
+
 
 LAYOUT_FIELDS = PatchLayout._fields[:-1]
 """The fields of a whole row."""
+
+
+class Batch(NamedTuple):
+    """Rows of a step, or one context slice of each: what the loader yields and training and evaluation take."""
+
+    ids_BS: torch.Tensor
+    """Inputs, integer [B, S]; BOUNDARY_ID where padded."""
+    layout: PatchLayout
+    labels_BS: torch.Tensor
+    """Targets, integer [B, S]; IGNORE_LABEL where there is none."""
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        """Return the batch with every tensor changed, those of the layout too."""
+        return Batch(change(self.ids_BS), self.layout.map(change), change(self.labels_BS))
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Return the batch on a device; copies from page-locked memory are not waited for."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,9 @@ def test_worked_example_is_what_the_packer_makes():
     row = pack_row(source, shape)
     table = docstring_table()
     assert list(table) == ["token_ids_BS", "labels_BS", *LAYOUT_FIELDS]
-    inputs, labels = collate_rows([row], shape)
+    made = collate_rows([row], shape)
     for name, values in table.items():
-        field = {"token_ids_BS": inputs["input"], "labels_BS": labels, **inputs}[name]
+        field = {"token_ids_BS": made.ids_BS, "labels_BS": made.labels_BS, **made.layout.as_dict()}[name]
         assert field[0].tolist() == values, name
 
 
@@ -68,13 +68,13 @@ def test_full_rows_are_laid_out_alike_from_lengths_and_by_the_packer(n_patches, 
     n = int(cuts[n_patches])
     # One patch slot more than patches, for the patch that holds the last target only.
     shape = RowShape(segments=1, segment_bytes=n, segment_patches=n_patches + 1)
-    inputs, _ = collate_rows([pack_row(PatchedIds(ids, cuts), shape)], shape)
+    made = collate_rows([pack_row(PatchedIds(ids, cuts), shape)], shape)
     lengths = np.append(np.diff(cuts[: n_patches + 1]), 1)
     ids_BS = torch.from_numpy(ids[:n])[None]
     layout = layout_from_patch_lengths(ids_BS, torch.from_numpy(lengths)[None]).as_dict()
     for name in LAYOUT_FIELDS:
-        assert torch.equal(layout[name], inputs[name].to(layout[name].dtype)), name
-    assert torch.equal(ids_BS, inputs["input"].to(ids_BS.dtype))
+        assert torch.equal(layout[name], getattr(made.layout, name).to(layout[name].dtype)), name
+    assert torch.equal(ids_BS, made.ids_BS.to(ids_BS.dtype))
 
 
 def test_rows_of_other_lengths_do_not_disturb_each_other():

@@ -27,7 +27,7 @@ from blt_titan.commands.ending import command
 from blt_titan.commands.run_settings import SHIPPED
 from blt_titan.config.check import load_run_config
 from blt_titan.data.prepare.job import prepare
-from blt_titan.data.rows.loader import HeldOutRows
+from blt_titan.data.rows.held_out import HeldOutRows
 from blt_titan.data.store.errors import DataError
 from blt_titan.data.store.shards import ShardSet
 from blt_titan.data.store.sidecars import EntropySidecar

@@ -24,7 +24,8 @@ from blt_titan.config.keys import refused_values, shown
 from blt_titan.config.parallel import unsupported_settings
 from blt_titan.config.read import RunConfigError, load_run_config
 from blt_titan.config.resume import check_model, checkpoint_to_load, loads_weights_only, run_checkpoints, saved_position
-from blt_titan.data.rows.loader import check_continues
+from blt_titan.data.rows.continuation import check_continues
+from blt_titan.data.rows.patcher import patch_decisions
 from blt_titan.data.store.errors import DataError
 from blt_titan.hf.config import HFConfigError, hf_config, why_not_by_itself
 from blt_titan.hf.export import check_entropy_model, stored_weights
@@ -39,7 +40,6 @@ from blt_titan.training.spec import (
     open_sidecars,
     patch_rule,
     stream_order,
-    what_decides_patches,
 )
 from parallelisms.float8 import CONVERTER, uses_float8
 
@@ -176,7 +176,7 @@ def _check_position(config: Any, checkpoint: Path, dp: int) -> None:
     """Check that the run's data can be read on from where a checkpoint is."""
     shards = open_shards(config, "train")
     order = stream_order(config, shards)
-    patching = what_decides_patches(config, entropies_fingerprint(config, shards))
+    patching = patch_decisions(patch_rule(config), entropies_fingerprint(config, shards))
     may_change = config.patching.allow_change
     try:
         saved, rows_served = saved_position(checkpoint)

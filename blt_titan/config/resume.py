@@ -18,7 +18,7 @@ from blt_titan.checkpoint.json_fields import FieldError, parse_object
 from blt_titan.checkpoint.read import CheckpointError, SafeReader, damage
 from blt_titan.config.keys import KEYS, shown
 from blt_titan.config.read import RunConfigError, settings_of
-from blt_titan.data.rows.loader import IDENTITY_KEY, ROWS_KEY
+from blt_titan.data.rows.continuation import IDENTITY_KEY, ROWS_KEY
 
 NOT_OF_THE_MODEL = ("init_seed", "attention_backend", "nominal_patch_bytes")
 """Arguments that change neither weights nor what is computed with them."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from blt_titan.data.rows.collate import Batch
+from blt_titan.batch import Batch
 from blt_titan.loss import ByteCrossEntropy, bits_per_byte, count_targets
 
 
@@ -31,7 +31,7 @@ class HeldOutScore:
         return (self.byte_nats + self.eos_nats) / n_targets if n_targets else math.nan
 
 
-ScoreBatch = Callable[[dict[str, torch.Tensor], torch.Tensor], torch.Tensor]
+ScoreBatch = Callable[[Batch], torch.Tensor]
 """Sums of a batch, float64 [4]: nats of bytes, nats of EOS, targets that are bytes, targets that are EOS."""
 
 
@@ -39,9 +39,10 @@ def batch_scorer(model: Callable[..., torch.Tensor]) -> ScoreBatch:
     """Return the scorer of a model that is called with the ids [B, S] and the layout by name, and returns logits."""
     loss_fn = ByteCrossEntropy()
 
-    def score(inputs: dict[str, torch.Tensor], labels_BS: torch.Tensor) -> torch.Tensor:
+    def score(batch: Batch) -> torch.Tensor:
+        ids_BS, layout, labels_BS = batch
         loss_fn.eos_nats = None
-        nats = loss_fn(model(inputs.pop("input"), **inputs), labels_BS)
+        nats = loss_fn(model(ids_BS, **layout.as_dict()), labels_BS)
         assert loss_fn.eos_nats is not None
         return batch_sums(nats, loss_fn.eos_nats, labels_BS)
 
@@ -66,14 +67,13 @@ def score_batches(
 
     Args:
         score: scores one batch on the device, `batch_scorer(model)` for a model on one.
-        batches: inputs and labels, as the loaders yield them.
+        batches: as the loaders yield them.
         device: where the model is.
         reduce: sums a float64 [4] over the ranks that hold other batches; None for one rank.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=device)
-    for inputs, labels_BS in batches:
-        tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
-        sums += score(tensors, labels_BS.to(device, non_blocking=True))
+    for batch in batches:
+        sums += score(batch.to(device))
     if reduce is not None:
         sums = reduce(sums)
     byte_nats, eos_nats, n_bytes, n_eos = sums.tolist()

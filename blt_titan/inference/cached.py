@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from blt_titan.batch import PADDING, PatchLayout
 from blt_titan.byte_vocab import BOS_ID, NEWLINE_ID
 from blt_titan.inference.caches import StackCache
-from blt_titan.inference.rows import Row, layout_rows, pad_ids
+from blt_titan.inference.rows import MarkedIds, layout_rows, pad_ids
 from blt_titan.model.attention import causal_mask, window_mask
 from blt_titan.model.blt import BLT
 from blt_titan.model.entropy_model import EntropyModel
@@ -130,7 +130,7 @@ class CachedBLT:
         if self.entropies is not None:
             entropies = self.rule.rounded(self.entropies.prefill(ids_BS, lengths_B).cpu().numpy())
         rows = [
-            Row(of_row, self.rule.mark(of_row, entropies[number, : len(of_row)], include_next=True))
+            MarkedIds(of_row, self.rule.mark(of_row, entropies[number, : len(of_row)], include_next=True))
             for number, of_row in enumerate(prompts)
         ]
         self._begin_cursor(ids, entropies, lengths, [row.starts for row in rows])

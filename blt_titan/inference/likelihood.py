@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from blt_titan.byte_vocab import BYTE_OFFSET, EOS_ID, VOCAB_SIZE
-from blt_titan.inference.rows import Row, layout_rows, pad_ids
+from blt_titan.inference.rows import MarkedIds, layout_rows, pad_ids
 from blt_titan.model.blt import BLT
 from blt_titan.model.entropy_model import EntropyModel
 from blt_titan.patching.rule import PatchRule
@@ -113,8 +113,8 @@ class LikelihoodScorer:
         batch, waiting[:] = waiting[-count:], waiting[:-count]
         rows = [document.row(begin, end) for document, begin, end, _ in batch]
         ids_BS = pad_ids([row.ids for row in rows])
-        inputs = {name: tensor.to(self._device) for name, tensor in layout_rows(rows).as_dict().items()}
-        logits_BSV = self.model(torch.from_numpy(ids_BS).to(self._device), **inputs)
+        layout = layout_rows(rows).map(lambda tensor: tensor.to(self._device))
+        logits_BSV = self.model(torch.from_numpy(ids_BS).to(self._device), **layout.as_dict())
         targets_BS = np.zeros_like(ids_BS)
         for row, (document, begin, end, _) in enumerate(batch):
             targets_BS[row, : end - begin] = document.ids[begin + 1 : end + 1]
@@ -151,7 +151,7 @@ class _Document:
         self.left = len(windows)
         return windows
 
-    def row(self, begin: int, end: int) -> Row:
+    def row(self, begin: int, end: int) -> MarkedIds:
         starts = self.starts[begin : end + 1].copy()
         starts[:2] = True
-        return Row(self.ids[begin:end], starts)
+        return MarkedIds(self.ids[begin:end], starts)

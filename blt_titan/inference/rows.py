@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from blt_titan.batch import PADDING, PatchLayout
+from blt_titan.batch import PatchLayout
+from blt_titan.layout import lay_out
 
 BYTE_STEP, PATCH_STEP = 64, 16
 
 
-class Row(NamedTuple):
-    """Inputs and where patches begin among them."""
+class MarkedIds(NamedTuple):
+    """Inputs of a row, and where patches begin among them."""
 
     ids: np.ndarray
     """Integers [N]."""
@@ -32,24 +32,16 @@ def pad_ids(rows: Sequence[np.ndarray]) -> np.ndarray:
     return ids_BS
 
 
-def layout_rows(rows: Sequence[Row]) -> PatchLayout:
+def layout_rows(rows: Sequence[MarkedIds]) -> PatchLayout:
     """Lay out rows that `pad_ids` put below each other; on the CPU, P a multiple of PATCH_STEP."""
-    B = len(rows)
     S = -(-max(len(row.ids) for row in rows) // BYTE_STEP) * BYTE_STEP
     P = -(-max(int(row.starts.sum()) for row in rows) // PATCH_STEP) * PATCH_STEP
-    pos_BS = np.zeros((B, S), np.int64)
-    doc_BS, patch_BS, source_BS = (np.full((B, S), PADDING, np.int64) for _ in range(3))
-    patch_pos_BP, patch_doc_BP = np.zeros((B, P), np.int64), np.full((B, P), PADDING, np.int64)
+    patch_len_BP = np.zeros((len(rows), P), np.int64)
+    last_is_open_B = np.zeros(len(rows), bool)
     for number, (ids, starts) in enumerate(rows):
-        n = len(ids)
         assert starts[0]
         assert starts[1], "the second position of a row begins a patch, or the first would read its own"
-        patch = np.cumsum(starts) - 1
-        n_patches = int(patch[n - 1]) + 1
-        pos_BS[number, :n], doc_BS[number, :n] = np.arange(n), 0
-        patch_BS[number, :n], source_BS[number, :n] = patch[:n], patch[1:] - 1
-        patch_pos_BP[number, :n_patches], patch_doc_BP[number, :n_patches] = np.arange(n_patches), 0
-    return PatchLayout(
-        *(torch.from_numpy(x) for x in (pos_BS, doc_BS, patch_BS, source_BS, patch_pos_BP, patch_doc_BP)),
-        slice=(),
-    )
+        begins = np.flatnonzero(starts[:-1])
+        patch_len_BP[number, : len(begins)] = np.diff(begins, append=len(ids))
+        last_is_open_B[number] = not starts[-1]
+    return lay_out(patch_len_BP, np.zeros_like(patch_len_BP), S, last_is_open_B=last_is_open_B)

@@ -1,12 +1,14 @@
-"""From patch lengths, as `transformers` takes them, to the indices of `batch.PatchLayout`.
+"""Patch lengths, as `transformers` takes them, checked and laid out.
 
-For full rows, outside training: the checks wait for the device.
+For full rows, outside training: the lengths come to the host, and the indices go back.
 """
 
+import numpy as np
 import torch
 
-from blt_titan.batch import PADDING, PatchLayout
+from blt_titan.batch import PatchLayout
 from blt_titan.byte_vocab import EOS_ID
+from blt_titan.layout import lay_out
 
 
 def layout_from_patch_lengths(token_ids_BS: torch.Tensor, patch_lengths_BP: torch.Tensor) -> PatchLayout:
@@ -18,7 +20,7 @@ def layout_from_patch_lengths(token_ids_BS: torch.Tensor, patch_lengths_BP: torc
             target that is not an input), right-padded with zeros.
 
     Returns:
-        The layout; a patch slot without a byte among the inputs is padding.
+        The layout, int64, on the ids' device; a patch slot without a byte among the inputs is padding.
 
     Raises:
         ValueError: if there is not one row of lengths per row of ids, or a row does not begin with 1, has a
@@ -27,26 +29,18 @@ def layout_from_patch_lengths(token_ids_BS: torch.Tensor, patch_lengths_BP: torc
     """
     lengths_BP = patch_lengths_BP.to(torch.int64)
     _check_patch_lengths(lengths_BP, token_ids_BS)
-    S, P = token_ids_BS.shape[1], lengths_BP.shape[1]
-    device = token_ids_BS.device
-    patch_end_BP = lengths_BP.cumsum(1)
-    slots_S1 = torch.arange(S + 1, device=device).expand(lengths_BP.shape[0], S + 1).contiguous()
-    patch_BS1 = torch.searchsorted(patch_end_BP, slots_S1, right=True)
-    is_eos_BS = token_ids_BS == EOS_ID
-    byte_doc_BS = is_eos_BS.long().cumsum(1) - is_eos_BS.long()
-    patch_start_BP = patch_end_BP - lengths_BP
-    has_bytes_BP = (lengths_BP > 0) & (patch_start_BP < S)
-    patch_doc_BP = byte_doc_BS.gather(1, patch_start_BP.clamp(max=S - 1))
-    if bool((patch_doc_BP.gather(1, patch_BS1[:, :S]) != byte_doc_BS).any()):
+    S = token_ids_BS.shape[1]
+    lengths_BP, is_eos_BS = lengths_BP.cpu().numpy(), (token_ids_BS == EOS_ID).cpu().numpy()
+    # The target after the last byte is no input: it shortens the patch that holds it, or is a patch without bytes.
+    end_BP = lengths_BP.cumsum(1)
+    begin_BP = np.minimum(end_BP - lengths_BP, S)
+    byte_len_BP = np.minimum(end_BP, S) - begin_BP
+    byte_doc_BS = is_eos_BS.cumsum(1) - is_eos_BS
+    patch_doc_BP = np.take_along_axis(byte_doc_BS, np.minimum(begin_BP, S - 1), axis=1)
+    layout = lay_out(byte_len_BP, patch_doc_BP, S, last_is_open_B=(byte_len_BP > 0).sum(1) == (lengths_BP > 0).sum(1))
+    if (layout.byte_doc_BS.numpy() != byte_doc_BS).any():
         raise ValueError("patch_lengths: a patch lies in two documents; a patch must end at each EOS")
-    return PatchLayout(
-        byte_pos_BS=slots_S1[:, :S],
-        byte_doc_BS=byte_doc_BS,
-        byte_patch_BS=patch_BS1[:, :S],
-        source_patch_BS=patch_BS1[:, 1:] - 1,
-        patch_pos_BP=torch.arange(P, device=device).expand_as(lengths_BP) * has_bytes_BP,
-        patch_doc_BP=torch.where(has_bytes_BP, patch_doc_BP, PADDING),
-    )
+    return layout.map(lambda tensor: tensor.to(token_ids_BS.device))
 
 
 def _check_patch_lengths(lengths_BP: torch.Tensor, token_ids_BS: torch.Tensor) -> None:

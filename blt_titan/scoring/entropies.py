@@ -26,7 +26,7 @@ import torch
 
 from blt_titan.batch import PADDING
 from blt_titan.byte_vocab import BOS_ID, BOUNDARY_ID
-from blt_titan.data.rows.packing import MarkPatchStarts, frame_documents
+from blt_titan.data.rows.packing import frame_documents
 from blt_titan.data.store.shards import RecordBatch
 from blt_titan.model.attention import attend, resolve_backend, window_mask
 from blt_titan.model.entropy_model import EntropyModel
@@ -215,7 +215,7 @@ Share = Callable[[Callable[[], np.ndarray], RecordBatch], np.ndarray]
 
 
 class OnlineEntropies:
-    """The entropies of a record batch, made when it is asked for: what `patching.source = "online"` reads from.
+    """Entropies of a record batch, made when it is asked for: what `patching.source = "online"` reads from.
 
     Rounded, so that patches begin where a sidecar of the same model puts them.
 
@@ -247,7 +247,7 @@ class OnlineEntropies:
         return entropies
 
 
-def mark_by_model(scorer: EntropyScorer, rule: PatchRule) -> MarkPatchStarts:
+def mark_by_model(scorer: EntropyScorer, rule: PatchRule) -> Callable[[np.ndarray], np.ndarray]:
     """Return a rule by entropy as a function of the ids [N] of a document's beginning; the model scores them.
 
     It also marks the position after the last: bool [N + 1].

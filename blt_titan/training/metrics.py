@@ -23,7 +23,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
-from blt_titan.data.rows.collate import Batch
+from blt_titan.batch import Batch
 from blt_titan.data.rows.mixture import dataset_names
 from blt_titan.data.store.atomic_file import write_atomically
 from blt_titan.loss import count_targets
@@ -37,12 +37,12 @@ _KNOWN_DEVICES = ("A100", "H100", "H200", "H20", "B200", "MI250", "MI300X", "MI3
 
 def count_batch(batch: Batch, n_slices: int = 1, quarantined: int = 0) -> torch.Tensor:
     """Count a batch of one slice of each row on the host, before it moves to a device: int64 [len(COUNTS)]."""
-    inputs, labels_BS = batch
-    n_targets, n_eos = count_targets(labels_BS)
-    n_bytes = (inputs["byte_doc_BS"] >= 0).sum()
+    layout = batch.layout
+    n_targets, n_eos = count_targets(batch.labels_BS)
+    n_bytes = (layout.byte_doc_BS >= 0).sum()
     # Of the own slice; the patch fields are of the whole row.
-    n_patches = (inputs["byte_patch_BS"].amax(1) + 1).sum()
-    byte_slots, patch_slots = inputs["byte_doc_BS"].numel(), inputs["patch_doc_BP"].numel() // n_slices
+    n_patches = (layout.byte_patch_BS.amax(1) + 1).sum()
+    byte_slots, patch_slots = layout.byte_doc_BS.numel(), layout.patch_doc_BP.numel() // n_slices
     return torch.stack(
         [
             *(n_targets - n_eos, n_eos, n_bytes, torch.tensor(byte_slots), n_patches),

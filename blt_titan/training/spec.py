@@ -4,7 +4,7 @@ Importing this module registers both. Everything a run needs beside the trainer 
 """
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,10 +25,13 @@ from torchtitan.tools.utils import device_type
 
 from blt_titan.batch import WHOLE_ROW, ContextSlice
 from blt_titan.checkpoint.description import load_entropy_model
-from blt_titan.data.rows.loader import HeldOutRows, ReadEntropies, RowLoader, RowSource
+from blt_titan.data.rows.held_out import HeldOutRows
+from blt_titan.data.rows.loader import RowLoader
 from blt_titan.data.rows.mixture import MixtureOrder, ShardSets, mixture_order
 from blt_titan.data.rows.order import StreamOrder
 from blt_titan.data.rows.packing import RowShape
+from blt_titan.data.rows.patcher import BatchEntropies, EntropyPatcher, TextPatcher
+from blt_titan.data.rows.source import RowSource
 from blt_titan.data.store.shards import RecordBatch, ShardSet
 from blt_titan.data.store.sidecars import EntropySidecar, EntropySidecars, fingerprint_of
 from blt_titan.loss import ByteCrossEntropy
@@ -49,10 +52,6 @@ def patch_rule(job_config: Any) -> PatchRule:
     return PatchRule.of(job_config.patching)
 
 
-def _mark_by_entropy(entropies_nats: np.ndarray, begins: np.ndarray, *, rule: PatchRule) -> np.ndarray:
-    return rule.mark(entropies_nats, entropies_nats, begins=begins)
-
-
 def goes_by_entropy(job_config: Any) -> bool:
     """Tell whether the run's patching rule asks for entropies."""
     return patch_rule(job_config).by_entropy
@@ -69,26 +68,8 @@ def row_source(job_config: Any, split: str, seq_len: int) -> RowSource:
     shape = RowShape(seq_len // data.segment_bytes, data.segment_bytes, data.segment_patches)
     shards, rule = open_shards(job_config, split), patch_rule(job_config)
     if not rule.by_entropy:
-        return RowSource(shards, rule.mark, shape, patching=what_decides_patches(job_config, None))
-    read_entropies = _read_entropies(job_config, shards)
-    return RowSource(
-        shards,
-        partial(_mark_by_entropy, rule=rule),
-        shape,
-        read_entropies,
-        patching=what_decides_patches(job_config, getattr(read_entropies, "fingerprint", None)),
-    )
-
-
-def what_decides_patches(job_config: Any, entropies: str | None) -> dict[str, Any]:
-    """Return what decides where a run's patches begin, by name.
-
-    Args:
-        job_config: the run's settings.
-        entropies: the fingerprint of the model that they go by, if they do.
-    """
-    found: dict[str, Any] = {f"patching.{key}": value for key, value in patch_rule(job_config).as_settings().items()}
-    return found if entropies is None else found | {"entropies (of the model)": entropies}
+        return RowSource(shards, TextPatcher(rule), shape)
+    return RowSource(shards, EntropyPatcher(rule, _entropies(job_config, shards)), shape)
 
 
 def entropies_fingerprint(job_config: Any, shards: ShardSets) -> str | None:
@@ -143,7 +124,7 @@ def open_sidecars(job_config: Any, shards: ShardSets) -> EntropySidecars:
     return EntropySidecars([EntropySidecar(path, name, s) for path, s in zip(paths, shards.sets, strict=True)])
 
 
-def _read_entropies(job_config: Any, shards: ShardSets) -> ReadEntropies:
+def _entropies(job_config: Any, shards: ShardSets) -> BatchEntropies:
     patching = job_config.patching
     if patching.source == "sidecar":
         return open_sidecars(job_config, shards)
@@ -237,7 +218,7 @@ def build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: None, job_conf
     """Build the training loader of one data-parallel rank (torchtitan's `build_dataloader_fn`)."""
     source = row_source(job_config, "train", job_config.training.seq_len)
     settings = job_config.training.dataloader
-    online = isinstance(source.read_entropies, OnlineEntropies)
+    online = isinstance(source.patcher, EntropyPatcher) and isinstance(source.patcher.entropies, OnlineEntropies)
     if online and settings.num_workers:
         logger.info("patching.source = 'online': rows are made in the training process, without worker processes")
     loader = RowLoader(
@@ -246,7 +227,7 @@ def build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: None, job_conf
         dp_rank=dp_rank,
         dp_size=dp_world_size,
         rows_per_batch=job_config.training.local_batch_size,
-        part=context_slice(job_config),
+        context_slice=context_slice(job_config),
         num_workers=0 if online else settings.num_workers,
         prefetch_factor=settings.prefetch_factor,
         # Pinning is for copies to an accelerator, and needs one.
@@ -282,7 +263,7 @@ def build_validator(
         dp_size=dp_world_size,
         rows_per_batch=rows_per_batch,
         max_rows=None if validation.steps < 0 else validation.steps,
-        part=context_slice(job_config),
+        context_slice=context_slice(job_config),
     )
     return BLTValidator(
         job_config,

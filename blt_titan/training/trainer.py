@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,17 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 
-from blt_titan.batch import IGNORE_LABEL
+from blt_titan.batch import IGNORE_LABEL, Batch
 from blt_titan.config.resume import RunStateError, changed_settings, other_model, recorded_settings
-from blt_titan.data.rows.collate import Batch
 from blt_titan.data.rows.loader import RowLoader
-from blt_titan.data.store.sidecars import EntropySidecars
+from blt_titan.data.rows.patcher import EntropyPatcher
 from blt_titan.loss import ByteCrossEntropy, bits_per_byte, count_targets
 from blt_titan.scoring.entropies import OnlineEntropies
 from blt_titan.training.checkpointer import RunCheckpoints
 from blt_titan.training.exports import HFExports
 from blt_titan.training.metrics import COUNTS, BLTMetrics
 from blt_titan.training.run_folder import RunLock, record_settings
-from blt_titan.training.spec import RowsDifferError, patch_rule, row_ranks  # registers the models, too
+from blt_titan.training.spec import RowsDifferError, row_ranks  # registers the models, too
 from parallelisms.clipping import clip_grad_norm
 from parallelisms.hash_tables import reduce_partial_gradients
 
@@ -91,9 +90,9 @@ class BLTTrainer(Trainer):
                 self.validator.autocast = self.maybe_enable_amp  # pyright: ignore[reportAttributeAccessIssue]
         # Pipeline ranks have the same batch; the last stage's count it, and the loss is theirs.
         self._counts = not self.parallel_dims.pp_enabled or self.pp_has_last_stage
-        read_entropies = self.dataloader.source.read_entropies
-        if isinstance(read_entropies, OnlineEntropies):
-            self.metrics_processor.online_seconds = lambda: read_entropies.seconds
+        patcher = self.dataloader.source.patcher
+        if isinstance(patcher, EntropyPatcher) and isinstance(online := patcher.entropies, OnlineEntropies):
+            self.metrics_processor.online_seconds = lambda: online.seconds
         self._targets_seen = torch.zeros((), dtype=torch.int64, device=self.device)
         self._first_bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
         quarantines = job_config.data.on_damage == "quarantine"
@@ -117,15 +116,14 @@ class BLTTrainer(Trainer):
                 raise DataloaderExhaustedError from ended
             waited_s = time.perf_counter() - began
             self.metrics_processor.count(batch, waited_s, quarantined=self.dataloader.take_quarantined())
-            self.ntokens_seen += int((batch[1] != IGNORE_LABEL).sum())
+            self.ntokens_seen += int((batch.labels_BS != IGNORE_LABEL).sum())
             yield batch
 
     def post_dataloading_process(
-        self, input_dict: dict[str, torch.Tensor], labels: torch.Tensor
+        self, input_dict: dict[str, Any], labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], dict[str, Any]]:
         """Pass the layout as keyword arguments: those reach every pipeline stage, extra inputs only the first."""
-        layout = {name: tensor for name, tensor in input_dict.items() if name != "input"}
-        return input_dict["input"], labels, {}, layout
+        return input_dict["ids"], labels, {}, input_dict["layout"].as_dict()
 
     def train_step(self, data_iterator: Iterator[Batch]) -> None:
         """Make one step: accumulate, clip, update, and log where it is due."""
@@ -133,7 +131,7 @@ class BLTTrainer(Trainer):
         lr = float(self.lr_schedulers.schedulers[0].get_last_lr()[0])
         batches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
         # Targets and EOS targets of the global batch; the loss is divided by their number, whoever holds them.
-        targets = torch.stack([count_targets(labels) for _, labels in batches]).sum(0)
+        targets = torch.stack([count_targets(batch.labels_BS) for batch in batches]).sum(0)
         if self.device.type == "cuda":
             targets = targets.pin_memory()  # else the copy would wait for the device
         global_targets = self._sum_over_ranks(targets.to(self.device, non_blocking=True))
@@ -143,12 +141,11 @@ class BLTTrainer(Trainer):
         self.loss_fn.n_targets, self.loss_fn.eos_nats = global_targets[0], None
         undivided = torch.ones((), device=self.device)  # torchtitan divides after a pipeline's backward; ours is done
         losses = []
-        for inputs, labels in batches:
-            loss = self.forward_backward_step(
-                input_dict={name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()},
-                labels=labels.to(self.device, non_blocking=True),
-                global_valid_tokens=undivided,
-            )
+        for batch in batches:
+            ids_BS, layout, labels_BS = batch.to(self.device)
+            # torchtitan hands its dict on to `post_dataloading_process`, and looks at nothing in it.
+            inputs: dict[str, Any] = {"ids": ids_BS, "layout": layout}
+            loss = self.forward_backward_step(input_dict=inputs, labels=labels_BS, global_valid_tokens=undivided)
             losses.append(loss.detach())
         parameters = [p for part in self.model_parts for p in part.parameters()]
         reduce_partial_gradients(parameters)
@@ -227,12 +224,10 @@ class BLTTrainer(Trainer):
         args = {
             key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.model_args).items()
         }
-        rule, read_entropies = patch_rule(self.job_config), self.dataloader.source.read_entropies
-        if isinstance(read_entropies, EntropySidecars | OnlineEntropies):
-            rule = replace(rule, storage=read_entropies.storage)
-        described = {"name": self.job_config.model.name, "args": args, "patching": rule.as_dict()}
-        if fingerprint := getattr(read_entropies, "fingerprint", ""):
-            described["entropies"] = fingerprint
+        patcher = self.dataloader.source.patcher
+        described = {"name": self.job_config.model.name, "args": args, "patching": patcher.rule.as_dict()}
+        if isinstance(patcher, EntropyPatcher):
+            described["entropies"] = patcher.entropies.fingerprint
         return described
 
     def state_dict(self) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from torchtitan.components.validate import BaseValidator
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.utils import device_type
 
-from blt_titan.data.rows.loader import HeldOutRows
+from blt_titan.batch import Batch
+from blt_titan.data.rows.held_out import HeldOutRows
 from blt_titan.evaluation.rows import batch_scorer, batch_sums, score_batches
 from blt_titan.loss import ByteCrossEntropy
 from blt_titan.training.metrics import BLTMetrics
@@ -72,20 +73,21 @@ class BLTValidator(BaseValidator):
             seconds=time.perf_counter() - began,
         )
 
-    def _score_by_schedule(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+    def _score_by_schedule(self, batch: Batch) -> torch.Tensor:
         """Score a batch through all pipeline stages; the ranks of the last one have the sums."""
-        ids, loss_fn = inputs.pop("input"), self.loss_fn
+        ids_BS, layout, labels_BS = batch
+        loss_fn = self.loss_fn
         loss_fn.n_targets, loss_fn.eos_nats = 1.0, None
         losses: list[torch.Tensor] = []
         self.pp_schedule.eval(
-            *((ids,) if self.has_first_stage else ()),
-            **inputs,
-            **({"target": labels, "losses": losses} if self.has_last_stage else {}),
+            *((ids_BS,) if self.has_first_stage else ()),
+            **layout.as_dict(),
+            **({"target": labels_BS, "losses": losses} if self.has_last_stage else {}),
         )
         if not self.has_last_stage:
-            return torch.zeros(4, dtype=torch.float64, device=labels.device)
+            return torch.zeros(4, dtype=torch.float64, device=labels_BS.device)
         assert loss_fn.eos_nats is not None
-        return batch_sums(torch.stack(losses).sum(), loss_fn.eos_nats, labels)
+        return batch_sums(torch.stack(losses).sum(), loss_fn.eos_nats, labels_BS)
 
     def _sum_over_ranks(self, sums: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(sums if self.has_last_stage else sums.zero_())

@@ -47,8 +47,8 @@ def main(rank: int, world_size: int, port: int, folder: Path, data: Path, worker
     batches = iter(loader)
     with (folder / f"{world_size}-{rank}.log").open("a") as log:
         while step < steps:
-            for i, (inputs, labels) in enumerate(itertools.islice(batches, STREAMS // world_size)):
-                [row] = rows_of([(inputs, labels)])
+            for i, batch in enumerate(itertools.islice(batches, STREAMS // world_size)):
+                [row] = rows_of([batch])
                 number = step * STREAMS + i * world_size + rank
                 print(number, hashlib.blake2b(row.numpy().tobytes(), digest_size=16).hexdigest(), file=log, flush=True)
             step += 1

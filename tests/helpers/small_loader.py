@@ -1,7 +1,6 @@
 """A small data set in several shards, and loaders over it whose rows can be compared."""
 
 import itertools
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +8,20 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from blt_titan.data.rows.collate import Batch
-from blt_titan.data.rows.loader import RowLoader, RowSource
+from blt_titan.batch import Batch
+from blt_titan.data.rows.loader import RowLoader
 from blt_titan.data.rows.order import StreamOrder
 from blt_titan.data.rows.packing import RowShape
+from blt_titan.data.rows.patcher import TextPatcher
+from blt_titan.data.rows.source import RowSource
 from blt_titan.data.store.manifest import Counts, Manifest, write_manifest
 from blt_titan.data.store.shards import ShardSet, ShardWriter, install
-from blt_titan.patching import rule_patch_starts
+from blt_titan.patching.rule import PatchRule
 
 SHAPE = RowShape(segments=2, segment_bytes=32, segment_patches=10)
 STREAMS = 12
 ROWS_PER_BATCH = 2
-mark_starts = partial(rule_patch_starts, rule="space", max_patch_bytes=16)
+PATCHER = TextPatcher(PatchRule("space", max_patch_bytes=16))
 
 
 def write(directory: Path, documents: list[bytes]) -> None:
@@ -45,7 +46,7 @@ def random_documents(seed: int) -> list[bytes]:
 def loader_of(directory: Path, *, seed=0, streams=STREAMS, rows_per_batch=ROWS_PER_BATCH, **changes) -> RowLoader:
     shards = ShardSet(directory, "train")
     order = StreamOrder(len(shards), streams, seed)
-    return RowLoader(RowSource(shards, mark_starts, SHAPE), order, rows_per_batch=rows_per_batch, **changes)
+    return RowLoader(RowSource(shards, PATCHER, SHAPE), order, rows_per_batch=rows_per_batch, **changes)
 
 
 def take(loader: RowLoader, count: int) -> list[Batch]:
@@ -54,7 +55,8 @@ def take(loader: RowLoader, count: int) -> list[Batch]:
 
 def rows_of(batches: list[Batch]) -> torch.Tensor:
     """All fields of each row side by side, [rows, 6 S + 2 P]."""
-    return torch.cat([torch.cat([*inputs.values(), labels], dim=1) for inputs, labels in batches])
+    fields = [[batch.ids_BS, *batch.layout.as_dict().values(), batch.labels_BS] for batch in batches]
+    return torch.cat([torch.cat(of_batch, dim=1) for of_batch in fields])
 
 
 def interleaved(ranks: list[torch.Tensor]) -> torch.Tensor:

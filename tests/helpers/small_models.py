@@ -83,5 +83,5 @@ def stack_rows(
     rows: Sequence[Row], shape: RowShape, part: ContextSlice = WHOLE_ROW
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Return ids [B, S], labels [B, S] and the keyword arguments of a model's forward."""
-    inputs, labels = collate_rows(rows, shape, part)
-    return inputs.pop("input"), labels, inputs
+    batch = collate_rows(rows, shape, part)
+    return batch.ids_BS, batch.labels_BS, batch.layout.as_dict()

@@ -10,7 +10,7 @@ FIELDS = ("token_ids", "labels", *(name[: name.rindex("_")] for name in LAYOUT_F
 
 
 def laid_out(row: Row, shape: RowShape) -> SimpleNamespace:
-    inputs, labels = collate_rows([row], shape)
-    arrays = [inputs["input"], labels, *(inputs[name] for name in LAYOUT_FIELDS)]
+    batch = collate_rows([row], shape)
+    arrays = [batch.ids_BS, batch.labels_BS, *batch.layout[: len(LAYOUT_FIELDS)]]
     fields = {name: array[0].numpy() for name, array in zip(FIELDS, arrays, strict=True)}
     return SimpleNamespace(**fields, n_ids=row.n_ids)

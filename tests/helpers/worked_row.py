@@ -4,7 +4,6 @@ python -m tests.helpers.worked_row --write    # put it into the page
 """
 
 import sys
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,8 +11,9 @@ import numpy as np
 import torch
 
 from blt_titan.batch import IGNORE_LABEL
-from blt_titan.data.rows.packing import RowShape, pack_row, patch_documents
-from blt_titan.patching import rule_patch_starts
+from blt_titan.data.rows.packing import RowShape, pack_row
+from blt_titan.data.rows.patcher import patch_documents
+from blt_titan.patching.rule import PatchRule
 from tests.helpers.whole_rows import laid_out
 
 PAGE = Path(__file__).parents[2] / "docs" / "batch.md"
@@ -32,7 +32,7 @@ def worked_row() -> str:
     """The row as a block of Markdown."""
     text = np.frombuffer(b"".join(TEXTS), np.uint8)
     offsets = np.cumsum([0, *map(len, TEXTS)])
-    patched = patch_documents(text, offsets, partial(rule_patch_starts, rule="space", max_patch_bytes=12))
+    patched = patch_documents(text, offsets, PatchRule("space", max_patch_bytes=12))
     row = laid_out(pack_row(patched, SHAPE), SHAPE)
     cuts = patched.cuts
     patches = " | ".join(" ".join(shown(int(i)) for i in patched.ids[a:b]) for a, b in pairwise(cuts))

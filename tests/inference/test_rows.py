@@ -12,13 +12,16 @@ from blt_titan.byte_vocab import document_ids
 from blt_titan.checkpoint.description import find_checkpoint, latest_checkpoint, load_weights
 from blt_titan.checkpoint.read import CheckpointError
 from blt_titan.data.prepare.job import prepare
-from blt_titan.data.rows.loader import HeldOutRows, RowSource
+from blt_titan.data.rows.held_out import HeldOutRows
 from blt_titan.data.rows.packing import RowShape
+from blt_titan.data.rows.patcher import TextPatcher
+from blt_titan.data.rows.source import RowSource
 from blt_titan.data.store.shards import ShardSet
 from blt_titan.evaluation.rows import batch_scorer, score_batches
 from blt_titan.model.blt import BLT
 from blt_titan.model.sizes import BLTArgs
 from blt_titan.patching import rule_patch_starts, starts_to_lengths
+from blt_titan.patching.rule import PatchRule
 
 NATS_RTOL = 1e-5
 """fp32 logits of a packed row and of a document alone differ by rounding."""
@@ -51,7 +54,7 @@ def test_held_out_score_equals_documents_alone(model, tmp_path):
     prepare([tmp_path], tmp_path.parent / "shards", validation_fraction=0, seed=0, progress=False)
     source = RowSource(
         ShardSet(tmp_path.parent / "shards", "train"),
-        partial(rule_patch_starts, rule="space", max_patch_bytes=64),
+        TextPatcher(PatchRule("space", max_patch_bytes=64)),
         # One row holds all documents, so that none loses context at a row border.
         RowShape(segments=2, segment_bytes=128, segment_patches=40),
     )

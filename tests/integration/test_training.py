@@ -34,7 +34,7 @@ def test_the_entropy_model_trains_by_the_same_trainer(small_run, tmp_path):
 
 def train_and_evaluate(out: str, overrides: list[str]) -> tuple[float, float]:
     from blt_titan.config.check import load_run_config
-    from blt_titan.data.rows.loader import HeldOutRows
+    from blt_titan.data.rows.held_out import HeldOutRows
     from blt_titan.training.spec import row_source
 
     overrides = [*overrides, "--validation.enable", "--validation.local_batch_size=3"]

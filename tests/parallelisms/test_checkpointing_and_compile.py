@@ -81,9 +81,9 @@ def saved_with(mode: str, option: str, local: bool) -> int:
         checkpoint_global_blocks(model, settings, compiled=False, dump_folder="")
     if local:
         checkpoint_local_blocks(model)
-    inputs, labels = collate_rows(word_rows(2, SHAPE), SHAPE)
+    batch = collate_rows(word_rows(2, SHAPE), SHAPE)
     with LiveBytes() as live:
-        loss = ByteCrossEntropy()(model(inputs.pop("input"), **inputs), labels)
+        loss = ByteCrossEntropy()(model(batch.ids_BS, **batch.layout.as_dict()), batch.labels_BS)
     assert loss.requires_grad
     return live.total
 
@@ -135,9 +135,9 @@ def test_no_compiled_graph_has_symbolic_inputs():
     apply_compile(model, backend=look)  # pyright: ignore[reportArgumentType]
     for _ in range(2):
         for shape, training in ((SHAPE, True), (RowShape(1, 512, 160), False)):
-            inputs, _ = collate_rows(word_rows(1, shape), shape)
+            batch = collate_rows(word_rows(1, shape), shape)
             with torch.set_grad_enabled(training):
-                logits = model(inputs.pop("input"), **inputs)
+                logits = model(batch.ids_BS, **batch.layout.as_dict())
             if training:
                 logits.sum().backward()
     torch._dynamo.reset()

@@ -1,11 +1,13 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from blt_titan.batch import IGNORE_LABEL
+from blt_titan.batch import IGNORE_LABEL, Batch
 from blt_titan.byte_vocab import EOS_ID
+from blt_titan.layout import lay_out
 from blt_titan.loss import ByteCrossEntropy, bits_per_byte
 from blt_titan.training.metrics import COUNTS, JsonLines, count_batch
 
@@ -43,13 +45,11 @@ def test_bits_per_byte():
 
 
 def test_counts_are_of_real_bytes_and_patches():
-    inputs = {
-        "byte_doc_BS": torch.tensor([[0, 0, 0, 1, 1, -1]]),
-        "byte_patch_BS": torch.tensor([[0, 1, 1, 2, 2, -1]]),
-        "patch_doc_BP": torch.tensor([[0, 0, 1, -1]]),
-    }
+    layout = lay_out(np.array([[1, 2, 2, 0]]), np.array([[0, 0, 1, 0]]), 6)
     labels = torch.tensor([[70, EOS_ID, IGNORE_LABEL, 71, 72, IGNORE_LABEL]])
-    counts = dict(zip(COUNTS, count_batch((inputs, labels), quarantined=2).tolist(), strict=True))
+    counts = dict(
+        zip(COUNTS, count_batch(Batch(torch.zeros_like(labels), layout, labels), quarantined=2).tolist(), strict=True)
+    )
     assert counts == {
         "byte_targets": 3,
         "eos_targets": 1,

@@ -13,7 +13,6 @@ Positions 0 and 1 of every row start patches, so that every real byte has a sour
 comes first in a row becomes 1 + (L - 1).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,12 +20,6 @@ import numpy as np
 
 from blt_titan.batch import IGNORE_LABEL
 from blt_titan.byte_vocab import BOS_ID, BYTE_OFFSET, EOS_ID
-
-MarkPatchStarts = Callable[[np.ndarray], np.ndarray]
-"""Patch starts, bool [N], of the ids [N] of any number of whole documents."""
-
-MarkByEntropy = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""Patch starts, bool [N], from entropies [N] and where documents begin, bool [N]."""
 
 
 @dataclass(frozen=True)
@@ -55,35 +48,6 @@ class PatchedIds(NamedTuple):
     """int16 [N]."""
     cuts: np.ndarray
     """Where patches begin, and N at the end: int64 [patches + 1], cuts[0] = 0."""
-
-
-def patch_documents(text: np.ndarray, offsets: np.ndarray, mark_starts: MarkPatchStarts) -> PatchedIds:
-    """Turn the documents of a record batch into ids, BOS and EOS included, and patches.
-
-    Args:
-        text: concatenated bytes, uint8 [N].
-        offsets: document d is text[offsets[d]:offsets[d + 1]], int64 [documents + 1], offsets[0] = 0.
-        mark_starts: the patching rule.
-    """
-    ids, _ = frame_documents(text, offsets)
-    return PatchedIds(ids, np.append(np.flatnonzero(mark_starts(ids)), len(ids)))
-
-
-def patch_scored_documents(
-    text: np.ndarray, offsets: np.ndarray, entropies_nats: np.ndarray, mark_starts: MarkByEntropy
-) -> PatchedIds:
-    """Turn the documents of a record batch into ids and patches, by the entropies after each byte.
-
-    Args:
-        text: as in `patch_documents`.
-        offsets: as in `patch_documents`.
-        entropies_nats: fp32 [N], H after each byte of the text.
-        mark_starts: the patching rule. It is given 0 for BOS and EOS, after which patches start anyway.
-    """
-    ids, is_byte = frame_documents(text, offsets)
-    h = np.zeros(len(ids), np.float32)
-    h[is_byte] = entropies_nats
-    return PatchedIds(ids, np.append(np.flatnonzero(mark_starts(h, ids == BOS_ID)), len(ids)))
 
 
 def frame_documents(text: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

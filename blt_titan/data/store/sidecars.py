@@ -366,7 +366,7 @@ class EntropySidecars:
         self._of_directory = {sidecar.directory.parent.parent: sidecar for sidecar in sidecars}
         self.fingerprint = fingerprint_of(sidecars[0].settings)
         """Digest of the model, the storage and the precision; of the first sidecar, if there are several."""
-        self.storage = sidecars[0].settings.storage
+        self.storage: Storage = sidecars[0].settings.storage
 
     def __call__(self, batch: RecordBatch) -> np.ndarray:
         """Check and read the entropies of a record batch, as `EntropySidecar` does."""

@@ -46,8 +46,8 @@ def slice_byte_by_byte(row: Row, shape: RowShape, part: ContextSlice) -> dict[st
         return [*values, *[fill] * (size - len(values))]
 
     out = {
-        "input": padded([ids[i] for i in mine], S, 0),
-        "labels": padded([IGNORE_LABEL if ids[i] == EOS_ID else ids[i + 1] for i in mine], S, IGNORE_LABEL),
+        "ids_BS": padded([ids[i] for i in mine], S, 0),
+        "labels_BS": padded([IGNORE_LABEL if ids[i] == EOS_ID else ids[i + 1] for i in mine], S, IGNORE_LABEL),
         "byte_pos_BS": padded(mine, S, 0),
         "byte_doc_BS": padded([doc_of[i] for i in mine], S, PADDING),
         "byte_patch_BS": padded([patch_of[i] - first for i in mine], S, PADDING),
@@ -89,14 +89,16 @@ def test_slices_are_those_of_the_byte_by_byte_twin(shape, count):
     slices_with_foreign_source = 0
     for index in range(count):
         part = ContextSlice(index, count, window_bytes=WINDOW, reach_bytes=REACH, halo_slices=count - 1)
-        inputs, labels = collate_rows(rows, shape, part)
-        assert set(inputs) == {"input", *LAYOUT_FIELDS, *(SLICE_FIELDS if count > 1 else ())}
+        batch = collate_rows(rows, shape, part)
+        layout = batch.layout.as_dict()
+        assert list(layout) == [*LAYOUT_FIELDS, *(SLICE_FIELDS if count > 1 else ())]
+        fields = layout | {"ids_BS": batch.ids_BS, "labels_BS": batch.labels_BS}
         for i, row in enumerate(rows):
             for name, expected in slice_byte_by_byte(row, shape, part).items():
-                field = labels if name == "labels" else inputs[name]
-                assert field.dtype == torch.int32
-                assert field[i].tolist() == expected, (name, i)
-        slices_with_foreign_source += int((inputs["source_patch_BS"] == shape.n_patches // count).any(1).sum())
+                assert fields[name].dtype == torch.int32
+                assert fields[name].is_contiguous()
+                assert fields[name][i].tolist() == expected, (name, i)
+        slices_with_foreign_source += int((batch.layout.source_patch_BS == shape.n_patches // count).any(1).sum())
     assert slices_with_foreign_source > (0 if count > 1 else -1)
 
 
@@ -104,7 +106,7 @@ def test_the_example_of_the_module():
     ids = np.arange(10, 24, dtype=np.int16)
     shape = RowShape(2, 6, 3)
     row = pack_row(PatchedIds(ids, np.cumsum([0, 1, 3, 4, 2, 4])), shape)
-    halves = [collate_rows([row], shape, ContextSlice(index, 2, 4, 3, 1))[0] for index in (0, 1)]
+    halves = [collate_rows([row], shape, ContextSlice(index, 2, 4, 3, 1)).layout.as_dict() for index in (0, 1)]
     pad, before = PADDING, 3
     assert [half["byte_patch_BS"][0].tolist() for half in halves] == [[0, 1, 1, 1, pad, pad], [0, 0, 0, 0, 1, 1]]
     assert [half["source_patch_BS"][0].tolist() for half in halves] == [
@@ -118,5 +120,5 @@ def test_the_example_of_the_module():
     assert halves[1]["before_ids_BR"][0].tolist() == [11, 12, 13]
     assert halves[1]["halo_BW"][0].tolist() == [0, 1, 2]
     assert halves[0]["tail_BT"][0].tolist() == [1, 2, 3]
-    whole = collate_rows([row], shape, WHOLE_ROW)[0]
-    assert whole["source_patch_BS"][0].tolist() == [0, 0, 0, 1, 1, 1, 1, 2, 2, 3, pad, pad]
+    whole = collate_rows([row], shape, WHOLE_ROW).layout
+    assert whole.source_patch_BS[0].tolist() == [0, 0, 0, 1, 1, 1, 1, 2, 2, 3, pad, pad]

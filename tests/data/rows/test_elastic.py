@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import itertools
+import json
 import shutil
 import signal
 import socket
@@ -16,8 +17,11 @@ import pytest
 import torch
 
 from blt_titan.data.rows.loader import RowLoader
+from blt_titan.data.rows.patcher import EntropyPatcher
 from blt_titan.data.store.errors import DataError
-from blt_titan.data.store.shards import ShardSet
+from blt_titan.data.store.shards import RecordBatch, ShardSet
+from blt_titan.patching.rounding import Storage
+from blt_titan.patching.rule import PatchRule
 from tests.helpers.elastic_rank import STREAMS
 from tests.helpers.small_loader import interleaved, loader_of, merged, random_documents, rows_of, take, write
 
@@ -99,21 +103,34 @@ def test_another_global_batch_keeps_the_order(data):
     assert rows == unbroken_run(data, len(rows))
 
 
+@dataclasses.dataclass
+class _Entropies:
+    fingerprint: str
+    storage: Storage = "float16"
+
+    def __call__(self, batch: RecordBatch) -> np.ndarray:
+        raise AssertionError("no row is asked for")
+
+
 def test_a_run_that_goes_on_with_other_patches_is_told(data, caplog):
-    def patched(may_change: bool = False, **patching) -> RowLoader:
+    def patched(threshold: float, fingerprint: str, may_change: bool = False) -> RowLoader:
         loader = loader_of(data, streams=STREAMS, rows_per_batch=1, patching_may_change=may_change)
-        loader.source = dataclasses.replace(loader.source, patching=patching)
+        patcher = EntropyPatcher(PatchRule("global", threshold), _Entropies(fingerprint))
+        loader.source = dataclasses.replace(loader.source, patcher=patcher)
         return loader
 
-    state = patched(threshold=1.5, entropies="abc").state_dict()
-    patched(threshold=1.5, entropies="abc").load_state_dict(state)
+    state = patched(1.5, "abc").state_dict()
+    # These are names in files: a checkpoint of today must be found by them tomorrow.
+    assert {"patching.rule", "patching.threshold", "entropies"} <= json.loads(state["identity"])["patching"].keys()
+    patched(1.5, "abc").load_state_dict(state)
     assert not caplog.records
     with pytest.raises(DataError, match=r"threshold = 1\.5, this run has 2\.5.*patching\.allow_change"):
-        patched(threshold=2.5, entropies="abd").load_state_dict(state)
-    patched(may_change=True, threshold=2.5, entropies="abd").load_state_dict(state)
+        patched(2.5, "abd").load_state_dict(state)
+    patched(2.5, "abd", may_change=True).load_state_dict(state)
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2
-    assert "written with threshold = 1.5, this run has 2.5: from here on patches are cut otherwise" in messages[0]
+    assert "with patching.threshold = 1.5, this run has 2.5: from here on patches are cut otherwise" in messages[0]
+    assert "with entropies (of the model) = 'abc', this run has 'abd'" in messages[1]
 
 
 def start(folder: Path, data: Path, world_size: int, workers: int, steps: int) -> list[subprocess.Popen]:

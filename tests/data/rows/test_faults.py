@@ -8,23 +8,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from blt_titan.data.prepare.job import prepare
-from blt_titan.data.rows import loader as loader_module
-from blt_titan.data.rows.loader import RowLoader, RowSource
+from blt_titan.data.rows import dataset
+from blt_titan.data.rows.loader import RowLoader
 from blt_titan.data.rows.order import StreamOrder
+from blt_titan.data.rows.patcher import EntropyPatcher
+from blt_titan.data.rows.source import RowSource
 from blt_titan.data.store.errors import DataError
 from blt_titan.data.store.manifest import SPLITS
 from blt_titan.data.store.shards import ShardSet
 from blt_titan.data.store.sidecars import (
     EntropySidecar,
+    EntropySidecars,
     SidecarSettings,
     SidecarWriter,
     begin_sidecar,
     complete_sidecar,
     sidecar_directory,
 )
-from blt_titan.patching import entropy_patch_starts
+from blt_titan.patching.rule import PatchRule
 from tests.helpers import small_loader
 from tests.helpers.lying_shards import rewrite, set_offset
 from tests.helpers.small_loader import SHAPE, take
@@ -163,13 +167,10 @@ def test_ten_thousand_injuries_are_found_before_their_bytes_are_used(sound, stal
     assert by_kind.keys() == {injure.__name__ for injure in injuries}
 
 
-def mark_starts(entropies_nats: np.ndarray, begins: np.ndarray) -> np.ndarray:
-    return entropy_patch_starts(entropies_nats, threshold=1.0, begins=begins, max_patch_bytes=16)
-
-
 def loader_of(directory: Path, *, quarantine: bool, **changes) -> RowLoader:
     shards = ShardSet(directory, "train")
-    source = RowSource(shards, mark_starts, SHAPE, EntropySidecar(directory, "default", shards))
+    sidecars = EntropySidecars([EntropySidecar(directory, "default", shards)])
+    source = RowSource(shards, EntropyPatcher(PatchRule("global", 1.0, max_patch_bytes=16), sidecars), SHAPE)
     return RowLoader(source, StreamOrder(len(shards), STREAMS, 0), rows_per_batch=4, quarantine=quarantine, **changes)
 
 
@@ -261,10 +262,8 @@ def test_quarantine_passes_over_what_is_damaged_and_nothing_else(injured, sound,
     read = sound_source.read
     twin = loader_of(sound, quarantine=True)
     object.__setattr__(twin, "source", _Without(sound_source, read, damaged))
-    for (mine, _), (theirs, _) in zip(
-        take(loader_of(directory, quarantine=True, num_workers=num_workers), 60), take(twin, 60), strict=True
-    ):
-        assert all(np.array_equal(mine[name], theirs[name]) for name in mine)
+    rows = small_loader.rows_of(take(loader_of(directory, quarantine=True, num_workers=num_workers), 60))
+    assert torch.equal(rows, small_loader.rows_of(take(twin, 60)))
     # And a run goes on from any state, counting none twice.
     resumed = loader_of(directory, quarantine=True, num_workers=num_workers)
     resumed.load_state_dict(states[10])
@@ -293,7 +292,7 @@ def test_data_that_is_all_gone_ends_the_run(sound, tmp_path, monkeypatch):
     loader = loader_of(directory, quarantine=True)
     for path in directory.glob("train-*.arrow"):
         path.write_bytes(bytes(path.stat().st_size))
-    monkeypatch.setattr(loader_module, "MOST_QUARANTINED_IN_A_ROW", 20)
+    monkeypatch.setattr(dataset, "MOST_QUARANTINED_IN_A_ROW", 20)
     with pytest.raises(
         DataError, match=r"20 record batches in a row could not be used, the last: .*not an Arrow IPC file"
     ):

@@ -8,22 +8,24 @@ import numpy as np
 import pytest
 import torch
 
-from blt_titan.batch import IGNORE_LABEL, LAYOUT_FIELDS, PADDING, PatchLayout
+from blt_titan.batch import IGNORE_LABEL, LAYOUT_FIELDS, PADDING, Batch
 from blt_titan.byte_vocab import BOS_ID, EOS_ID, document_ids
-from blt_titan.data.rows.collate import Batch, collate_rows
-from blt_titan.data.rows.loader import HeldOutRows, RowLoader, RowSource
+from blt_titan.data.rows.collate import collate_rows
+from blt_titan.data.rows.held_out import HeldOutRows
+from blt_titan.data.rows.loader import RowLoader
 from blt_titan.data.rows.order import StreamOrder
 from blt_titan.data.rows.packing import RowShape
+from blt_titan.data.rows.source import RowSource
 from blt_titan.data.rows.streams import POSITION_FIELDS, RowStream
 from blt_titan.data.store.errors import DataError
 from blt_titan.data.store.shards import ShardSet
 from tests.helpers.small_loader import (
+    PATCHER,
     ROWS_PER_BATCH,
     SHAPE,
     STREAMS,
     interleaved,
     loader_of,
-    mark_starts,
     merged,
     random_documents,
     rows_of,
@@ -64,23 +66,24 @@ def test_rows_come_from_their_streams_in_turn(data, expected):
 
 
 def test_batches_are_what_the_model_takes(data):
-    ((inputs, labels),) = take(loader_of(data, rows_per_batch=3), 1)
-    assert list(inputs) == ["input", *LAYOUT_FIELDS]
-    for name, tensor in (inputs | {"labels_BS": labels}).items():
+    (batch,) = take(loader_of(data, rows_per_batch=3), 1)
+    assert isinstance(batch, Batch)
+    layout = batch.layout.as_dict()
+    assert list(layout) == list(LAYOUT_FIELDS)
+    for name, tensor in (layout | {"ids_BS": batch.ids_BS, "labels_BS": batch.labels_BS}).items():
         assert tensor.shape == (3, SHAPE.n_patches if name.endswith("BP") else SHAPE.n_bytes)
         assert tensor.dtype == torch.int32
         assert tensor.is_contiguous()
-    PatchLayout(**{name: tensor for name, tensor in inputs.items() if name != "input"})
 
 
 def test_rows_longer_than_int16_cross_the_process_border(data):
     """Ids travel as int16, but positions may be larger."""
-    source = RowSource(ShardSet(data, "train"), mark_starts, RowShape(2, 20_000, 20_000))
+    source = RowSource(ShardSet(data, "train"), PATCHER, RowShape(2, 20_000, 20_000))
     loader = RowLoader(source, StreamOrder(len(source.shards), STREAMS, 0), rows_per_batch=1, num_workers=1)
-    ((inputs, _),) = take(loader, 1)
-    n = int((inputs["byte_doc_BS"] != PADDING).sum())
+    (batch,) = take(loader, 1)
+    n = int((batch.layout.byte_doc_BS != PADDING).sum())
     assert n > np.iinfo(np.int16).max
-    assert inputs["byte_pos_BS"][0, :n].tolist() == list(range(n))
+    assert batch.layout.byte_pos_BS[0, :n].tolist() == list(range(n))
 
 
 @pytest.mark.parametrize("rows_per_batch", [1, 5])
@@ -251,7 +254,7 @@ def serve_one_long_row(directory: Path, workers: "multiprocessing.Queue[list[int
     shape = RowShape(64, 4096, 4096)  # more than a pipe holds, so that its writer waits for its reader
     shards = ShardSet(directory, "train")
     loader = RowLoader(
-        RowSource(shards, mark_starts, shape), StreamOrder(len(shards), 2, 0), rows_per_batch=1, num_workers=2
+        RowSource(shards, PATCHER, shape), StreamOrder(len(shards), 2, 0), rows_per_batch=1, num_workers=2
     )
     batches = iter(loader)
     next(batches)
@@ -285,13 +288,13 @@ def is_running(pid: int) -> bool:
 
 
 def held_out(directory: Path, *, rows_per_batch=ROWS_PER_BATCH, **changes) -> HeldOutRows:
-    source = RowSource(ShardSet(directory, "validation"), mark_starts, SHAPE)
+    source = RowSource(ShardSet(directory, "validation"), PATCHER, SHAPE)
     return HeldOutRows(source, rows_per_batch=rows_per_batch, **changes)
 
 
 def in_order(ranks: list[list[Batch]], pick) -> torch.Tensor:
     """One field of all rows in the order of the data: row n is rank n mod dp's."""
-    return interleaved([torch.cat([pick(inputs, labels) for inputs, labels in batches]) for batches in ranks])
+    return interleaved([torch.cat([pick(batch) for batch in batches]) for batches in ranks])
 
 
 @pytest.mark.parametrize("rows_per_batch", [1, 2, 7])
@@ -301,13 +304,13 @@ def test_held_out_targets_are_scored_once_in_every_layout(data, dp_size, rows_pe
         list(held_out(data, dp_rank=rank, dp_size=dp_size, rows_per_batch=rows_per_batch)) for rank in range(dp_size)
     ]
     assert len({len(batches) for batches in ranks}) == 1
-    assert all(labels.shape == (rows_per_batch, SHAPE.n_bytes) for batches in ranks for _, labels in batches)
+    assert all(batch.labels_BS.shape == (rows_per_batch, SHAPE.n_bytes) for batches in ranks for batch in batches)
     ids = np.concatenate([document_ids(document) for document in DOCUMENTS])
-    labels = in_order(ranks, lambda inputs, labels: labels)
+    labels = in_order(ranks, lambda batch: batch.labels_BS)
     np.testing.assert_array_equal(labels[labels != IGNORE_LABEL], ids[ids != BOS_ID])
     assert (labels == EOS_ID).sum() == len(DOCUMENTS)
-    real = in_order(ranks, lambda inputs, labels: inputs["byte_doc_BS"]) != PADDING
-    tokens = in_order(ranks, lambda inputs, labels: inputs["input"])
+    real = in_order(ranks, lambda batch: batch.layout.byte_doc_BS) != PADDING
+    tokens = in_order(ranks, lambda batch: batch.ids_BS)
     np.testing.assert_array_equal(tokens[real], ids)
     # Rows of padding come last, and no batch is padding on all ranks.
     empty = ~real.any(dim=1)
@@ -325,7 +328,7 @@ def test_ranks_without_held_out_rows_run_padding(tmp_path):
     write(tmp_path / "tiny", [b"just one row"])
     batches = [list(held_out(tmp_path / "tiny", dp_rank=rank, dp_size=3)) for rank in range(3)]
     assert [len(rank) for rank in batches] == [1, 1, 1]
-    targets = [int((labels != IGNORE_LABEL).sum()) for rank in batches for _, labels in rank]
+    targets = [int((batch.labels_BS != IGNORE_LABEL).sum()) for rank in batches for batch in rank]
     assert targets == [13, 0, 0]
 
 
@@ -336,7 +339,7 @@ def test_a_limit_of_held_out_rows_is_the_same_rows_in_every_layout(data, max_row
     for dp_size, rows_per_batch in ((1, 1), (2, 2), (4, 3)):
         layout = dict(dp_size=dp_size, rows_per_batch=rows_per_batch, max_rows=max_rows)
         ranks = [list(held_out(data, dp_rank=rank, **layout)) for rank in range(dp_size)]
-        real = in_order(ranks, lambda inputs, labels: inputs["byte_doc_BS"]) != PADDING
+        real = in_order(ranks, lambda batch: batch.layout.byte_doc_BS) != PADDING
         assert real.any(dim=1).sum() == max_rows
-        found.append(in_order(ranks, lambda inputs, labels: inputs["input"])[real].tolist())
+        found.append(in_order(ranks, lambda batch: batch.ids_BS)[real].tolist())
     assert found[0] == found[1] == found[2] == ids[: len(found[0])].tolist()

@@ -5,11 +5,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from blt_titan.data.rows.loader import RowLoader, RowSource
+from blt_titan.data.rows.loader import RowLoader
 from blt_titan.data.rows.mixture import PERIOD, MixtureOrder, ShardSets, dataset_names, mixture_order
+from blt_titan.data.rows.source import RowSource
 from blt_titan.data.store.errors import DataError
 from blt_titan.data.store.shards import ShardSet
-from tests.helpers.small_loader import SHAPE, interleaved, mark_starts, merged, random_documents, rows_of, take, write
+from tests.helpers.small_loader import PATCHER, SHAPE, interleaved, merged, random_documents, rows_of, take, write
 
 STREAMS = 24
 WEIGHTS = [0.6, 0.3, 0.1]
@@ -29,7 +30,7 @@ def sets(tmp_path_factory) -> ShardSets:
 
 def loader_of(sets: ShardSets, **changes) -> RowLoader:
     order = mixture_order(sets, WEIGHTS, streams=STREAMS, seed=0)
-    return RowLoader(RowSource(sets, mark_starts, SHAPE), order, rows_per_batch=1, **changes)
+    return RowLoader(RowSource(sets, PATCHER, SHAPE), order, rows_per_batch=1, **changes)
 
 
 def dataset_of_ids(rows: np.ndarray) -> np.ndarray:
@@ -71,7 +72,7 @@ def test_no_stream_reads_one_data_set_alone():
 
 def test_shares_are_of_bytes(sets):
     loader = loader_of(sets)
-    rows = np.concatenate([inputs["input"].numpy() for inputs, _ in take(loader, 1000)])
+    rows = np.concatenate([batch.ids_BS.numpy() for batch in take(loader, 1000)])
     letters = dataset_of_ids(rows)
     # Letters are the same part of the text in each data set.
     assert np.abs(letters / letters.sum() - WEIGHTS).max() < 0.01
@@ -104,7 +105,7 @@ def test_a_mixture_goes_on_with_other_ranks(sets, num_workers):
 def test_other_weights_cannot_continue_a_run(sets):
     state = loader_of(sets).state_dict()
     order = mixture_order(sets, [0.5, 0.3, 0.2], streams=STREAMS, seed=0)
-    other = RowLoader(RowSource(sets, mark_starts, SHAPE), order, rows_per_batch=1)
+    other = RowLoader(RowSource(sets, PATCHER, SHAPE), order, rows_per_batch=1)
     with pytest.raises(DataError, match=r"written with data\.mixture \(shares\) = "):
         other.load_state_dict(state)
 

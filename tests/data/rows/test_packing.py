@@ -5,8 +5,10 @@ import pytest
 
 from blt_titan.batch import IGNORE_LABEL, PADDING
 from blt_titan.byte_vocab import BOS_ID, BOUNDARY_ID, EOS_ID, document_ids
-from blt_titan.data.rows.packing import PatchedIds, RowShape, empty_row, pack_row, patch_documents
+from blt_titan.data.rows.packing import PatchedIds, RowShape, empty_row, pack_row
+from blt_titan.data.rows.patcher import patch_documents
 from blt_titan.patching import rule_patch_starts
+from blt_titan.patching.rule import PatchRule
 from tests.helpers.whole_rows import FIELDS, laid_out
 
 
@@ -217,7 +219,7 @@ def test_a_row_does_not_write_to_its_source():
 def test_patch_documents_frames_each_document(documents):
     text = np.frombuffer(b"".join(documents), np.uint8)
     offsets = np.cumsum([0, *map(len, documents)])
-    ids, cuts = patch_documents(text, offsets, spaces)
+    ids, cuts = patch_documents(text, offsets, PatchRule("space"))
     expected = np.concatenate([document_ids(document) for document in documents])
     np.testing.assert_array_equal(ids, expected)
     assert ids.dtype == np.int16

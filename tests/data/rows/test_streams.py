@@ -1,4 +1,3 @@
-from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -6,9 +5,10 @@ import pytest
 
 from blt_titan.batch import IGNORE_LABEL
 from blt_titan.byte_vocab import BOS_ID, EOS_ID, document_ids
-from blt_titan.data.rows.packing import PatchedIds, Row, RowShape, patch_documents
+from blt_titan.data.rows.packing import PatchedIds, Row, RowShape
+from blt_titan.data.rows.patcher import patch_documents
 from blt_titan.data.rows.streams import POSITION_FIELDS, QUARANTINED, RowStream
-from blt_titan.patching import rule_patch_starts
+from blt_titan.patching.rule import PatchRule
 from tests.helpers.whole_rows import laid_out
 
 RecordBatches = list[list[bytes]]
@@ -36,14 +36,14 @@ def awkward_record_batches() -> RecordBatches:
 
 def stream_of(record_batches: RecordBatches, shape: RowShape) -> RowStream:
     """One epoch of record batches as a stream that ends."""
-    mark_starts = partial(rule_patch_starts, rule="space", max_patch_bytes=MAX_PATCH_BYTES)
+    rule = PatchRule("space", max_patch_bytes=MAX_PATCH_BYTES)
 
     def read_pick(pick: int) -> PatchedIds | None:
         if pick >= len(record_batches):
             return None
         documents = record_batches[pick]
         offsets = np.cumsum([0, *map(len, documents)])
-        return patch_documents(np.frombuffer(b"".join(documents), np.uint8), offsets, mark_starts)
+        return patch_documents(np.frombuffer(b"".join(documents), np.uint8), offsets, rule)
 
     return RowStream(read_pick, shape)
 

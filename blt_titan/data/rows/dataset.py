@@ -1,0 +1,120 @@
+"""The rows that one process makes: those of a data-parallel rank, or a worker's share of them.
+
+Which rows are whose is said in `loader.py`. A block of packed rows leaves, each with its stream's position after it; a
+record batch that cannot be used is passed over and noted, or ends the rows with its error.
+"""
+
+import itertools
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
+
+from blt_titan.data.rows.mixture import MixtureOrder
+from blt_titan.data.rows.order import StreamOrder
+from blt_titan.data.rows.packing import PatchedIds, Row
+from blt_titan.data.rows.source import RowSource
+from blt_titan.data.rows.streams import POSITION_FIELDS, QUARANTINED, RowStream
+from blt_titan.data.store.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+Block = list[tuple[Row, np.ndarray]]
+"""Rows, each with its stream's position after it."""
+
+MOST_QUARANTINED_IN_A_ROW = 1000
+"""So that a run whose data is gone ends."""
+
+
+class RowDataset(IterableDataset):
+    """The rows of one data-parallel rank, or in a worker process that worker's share of them.
+
+    Yields blocks of `rows_per_block` packed rows, each with its stream's position after it. NumPy arrays and not
+    tensors: a pipe measured faster than shared memory that is mapped anew for each block, and containers have little of
+    that. After data that cannot be used comes the error instead.
+    """
+
+    def __init__(
+        self,
+        source: RowSource,
+        order: StreamOrder | MixtureOrder,
+        *,
+        dp_rank: int,
+        dp_size: int,
+        positions: np.ndarray,
+        first_row: int,
+        rows_per_block: int,
+        quarantine: bool = False,
+        quarantine_log: Path | None = None,
+    ):
+        self.source = source
+        self.order = order
+        self.dp_rank = dp_rank
+        self.dp_size = dp_size
+        self.positions = positions
+        self.quarantine_log = quarantine_log
+        self.first_row = first_row
+        self.rows_per_block = rows_per_block
+        self.quarantine = quarantine
+        self._quarantined_in_a_row = 0
+
+    def __iter__(self) -> Iterator[Block | DataError]:
+        try:
+            yield from self._blocks()
+        except DataError as error:
+            yield from itertools.repeat(error)  # see `RowLoader._rows`
+
+    def _blocks(self) -> Iterator[Block]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        rows_of_rank = itertools.count(self.first_row + first, step)
+        streams: dict[int, RowStream] = {}
+        while True:
+            block: Block = []
+            for row_of_rank in itertools.islice(rows_of_rank, self.rows_per_block):
+                number = (row_of_rank * self.dp_size + self.dp_rank) % self.order.streams
+                stream = streams.get(number) or streams.setdefault(number, self._open(number))
+                row = stream.next_row()
+                assert row is not None
+                block.append((row, stream.position()))
+            yield block
+
+    def _open(self, number: int) -> RowStream:
+        order = self.order
+        stream = RowStream(
+            lambda pick: self._read(order.record_batch(number, pick)),
+            self.source.shape,
+            datasets=self.positions.shape[1] - len(POSITION_FIELDS),
+            dataset_of=(lambda pick: order.dataset(number, pick)) if isinstance(order, MixtureOrder) else None,
+        )
+        stream.seek(self.positions[number])
+        return stream
+
+    def _read(self, record_batch: int) -> PatchedIds:
+        try:
+            patched = self.source.read(record_batch)
+        except DataError as error:
+            self._quarantined_in_a_row += 1
+            if not self.quarantine:
+                raise
+            if self._quarantined_in_a_row == MOST_QUARANTINED_IN_A_ROW:
+                raise DataError(
+                    f"{self._quarantined_in_a_row} record batches in a row could not be used, the last: {error}"
+                ) from error
+            logger.warning(f"in quarantine: {error}")
+            if self.quarantine_log is not None:
+                self._note(self.quarantine_log, str(error))
+            return QUARANTINED
+        self._quarantined_in_a_row = 0
+        return patched
+
+    def _note(self, path: Path, what: str) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as log:
+                log.write(json.dumps({"dp_rank": self.dp_rank, "what": what}) + "\n")
+        except OSError as error:  # the state counts it all the same
+            logger.warning(f"{path}: cannot be written ({error.strerror})")
