@@ -16,7 +16,7 @@ Worked example, one row of S = 9, P = 5 that holds the document `ab c` cut into 
     patch_doc_BP      0   0   0  -1  -1
 
 The byte at i, whose target is the byte at i + 1, reads the patch just before the one that holds its target:
-`source[i] = patch[i + 1] - 1`. A longer view would leak the target's own patch.
+`source[i] = patch[i + 1] - 1`. `layout.lay_out` computes it for all. A longer view would leak the target's own patch.
 """
 
 from collections.abc import Callable

@@ -1,9 +1,12 @@
 """The layout of rows against a twin that is written slot by slot."""
 
+import doctest
+
 import numpy as np
 import pytest
 import torch
 
+from blt_titan import layout as module
 from blt_titan.batch import PADDING, ContextSlice
 from blt_titan.layout import lay_out
 
@@ -95,6 +98,11 @@ def test_rows_are_those_of_the_slot_by_slot_twin(slices, slots, dtype):
                     assert field.dtype == torch.from_numpy(lengths).dtype
                     assert field.is_contiguous()
                     assert field[number].tolist() == expected[name], (name, index, number)
+
+
+def test_doctests():
+    assert doctest.testmod(module).failed == 0
+    assert doctest.testmod(module).attempted > 0
 
 
 def test_the_example_of_the_module():

@@ -106,12 +106,12 @@ class RowDataset(IterableDataset):
                 ) from error
             logger.warning(f"in quarantine: {error}")
             if self.quarantine_log is not None:
-                self._note(self.quarantine_log, str(error))
+                self._log_quarantined(self.quarantine_log, str(error))
             return QUARANTINED
         self._quarantined_in_a_row = 0
         return patched
 
-    def _note(self, path: Path, what: str) -> None:
+    def _log_quarantined(self, path: Path, what: str) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a") as log:

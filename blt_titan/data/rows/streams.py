@@ -75,7 +75,7 @@ class RowStream:
             self._read_ahead()
         if len(self._held.ids) == self._delivered:
             return None
-        row = pack_row(_part(self._held, self._delivered, self._delivered + enough), self.shape)
+        row = pack_row(_between(self._held, self._delivered, self._delivered + enough), self.shape)
         self._take(row.n_ids)
         self._rows += 1
         return row
@@ -88,7 +88,7 @@ class RowStream:
         if self._delivered == len(self._held.ids):
             self._held = more
         else:
-            ids, cuts = _part(self._held, self._delivered, len(self._held.ids))
+            ids, cuts = _between(self._held, self._delivered, len(self._held.ids))
             self._held = PatchedIds(np.concatenate([ids, more.ids]), np.concatenate([cuts, more.cuts[1:] + len(ids)]))
         self._delivered = 0
         self._sizes.append(_PASSED_OVER if more is QUARANTINED else len(more.ids))
@@ -96,7 +96,7 @@ class RowStream:
     def _take(self, n_ids: int) -> None:
         self._delivered += n_ids
         if 2 * self._delivered > len(self._held.ids):
-            ids, cuts = _part(self._held, self._delivered, len(self._held.ids))
+            ids, cuts = _between(self._held, self._delivered, len(self._held.ids))
             self._held, self._delivered = PatchedIds(ids.copy(), cuts), 0
         while self._sizes:
             size = max(self._sizes[0], 0)
@@ -112,7 +112,7 @@ class RowStream:
             self._pick += 1
 
 
-def _part(source: PatchedIds, begin: int, end: int) -> PatchedIds:
+def _between(source: PatchedIds, begin: int, end: int) -> PatchedIds:
     """Return the ids from `begin` to `end`, or to their end; a patch that a border cuts keeps what is inside."""
     ids, cuts = source
     ids = ids[begin:end]
