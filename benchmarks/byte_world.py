@@ -34,12 +34,13 @@ from blt_titan.data.rows.collate import collate_rows
 from blt_titan.data.rows.packing import RowShape
 from blt_titan.loss import ByteCrossEntropy
 from blt_titan.model.blt import BLT
+from blt_titan.model.placement import Placement
 from blt_titan.model.sizes import BLT_FLAVORS
 from parallelisms.clipping import clip_grad_norm
 from parallelisms.collectives import gather_along_dim_1
-from parallelisms.context import apply_context_parallel
+from parallelisms.context import with_context_parallel
 from parallelisms.fsdp import apply_fsdp
-from parallelisms.hash_tables import columns_here, shard_columns
+from parallelisms.hash_tables import local_columns, shard_columns
 from parallelisms.meshes import Meshes, build_meshes
 from parallelisms.tensor import apply_tensor_parallel
 from parallelisms.weights import write_shard
@@ -58,11 +59,13 @@ def build(plan: str, meshes: Meshes, flavor: str) -> tuple[Any, ContextSlice]:
         model: Any = BLT(args)
     if plan == "repeated":
         meshes = dataclasses.replace(meshes, context=meshes.cp)
-    apply_context_parallel(model, meshes, halo_slices=WINDOW_REACH)
+    placement = Placement(write_parameter=write_shard, local_columns=local_columns)
+    placement = with_context_parallel(placement, meshes, halo_slices=WINDOW_REACH)
     if plan == "repeated":
-        repeat_local_models(model, meshes)
+        placement = repeat_local_models(model, placement, meshes)
     apply_tensor_parallel(model, meshes.tp, float8_all_gather=False)
-    shard_columns(model.hash_embedding, meshes.bytes, compute_dtype=torch.float32)
+    look_up = shard_columns(model.hash_embedding, meshes.bytes, compute_dtype=torch.float32)
+    model.placement = dataclasses.replace(placement, look_up=look_up)
     apply_fsdp(
         model,
         patch_mesh=meshes.patches,
@@ -73,7 +76,6 @@ def build(plan: str, meshes: Meshes, flavor: str) -> tuple[Any, ContextSlice]:
         reshard_after_forward=True,
         cpu_offload=False,
     )
-    model.write_parameter, model.columns_here = write_shard, columns_here
     model.to_empty(device="cpu")
     model.init_weights()
     part = ContextSlice(
@@ -82,15 +84,16 @@ def build(plan: str, meshes: Meshes, flavor: str) -> tuple[Any, ContextSlice]:
     return model, part
 
 
-def repeat_local_models(model: Any, meshes: Meshes) -> None:
-    """Cut the encoder's patches over tp, and gather them for the decoder."""
+def repeat_local_models(model: Any, placement: Placement, meshes: Meshes) -> Placement:
+    """Cut the encoder's patches over tp, and gather them for the decoder; return the placement for that."""
     encode, decode, tp = model.encoder.forward, model.decoder.forward, meshes.tp
 
     def encoder_forward(*inputs):
-        h_BSd, p_BPG = encode(*inputs)
-        return h_BSd, p_BPG.chunk(tp.size(), dim=1)[tp.get_local_rank()]
+        states = encode(*inputs)
+        return states._replace(p_BPG=states.p_BPG.chunk(tp.size(), dim=1)[tp.get_local_rank()])
 
-    before = model.last_patch_before
+    before = placement.last_patch_before
+    assert before is not None
     whole: dict[str, torch.Tensor] = {}
 
     def last_patch_before(p_BPG, last_patch_B1):
@@ -101,7 +104,7 @@ def repeat_local_models(model: Any, meshes: Meshes) -> None:
         return decode(h_BSd, whole.pop("p"), *rest)
 
     model.encoder.forward, model.decoder.forward = encoder_forward, decoder_forward
-    model.last_patch_before = last_patch_before
+    return dataclasses.replace(placement, last_patch_before=last_patch_before)
 
 
 def run(cp: int, tp: int, flavor: str, repetitions: int) -> dict[str, dict[str, Any]]:

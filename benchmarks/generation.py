@@ -59,7 +59,6 @@ def models_of(flavor: str, patch_bytes: float) -> tuple[BLT, EntropyModel, Patch
     probe.entropies.step = watch
     for step in generate(probe, [PROMPT[:64]], max_bytes=300, sampling=Sampling(seed=0)):
         assert step
-    probe.release()
     threshold = float(torch.cat(seen).quantile(1 - 1 / patch_bytes))
     return model.eval(), entropy_model.eval(), PatchRule("global", threshold=threshold, max_patch_bytes=512)
 
@@ -87,7 +86,6 @@ def time_ours(models: tuple[BLT, EntropyModel, PatchRule], prompt: bytes, max_by
         "cache_bytes": generator.cache_bytes,
         "bytes": max_bytes,
     }
-    generator.release()
     return figures
 
 

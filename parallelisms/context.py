@@ -5,14 +5,15 @@ after it. Over patches, attention sees the whole document, so keys and values ar
 is not kept for backward but gathered again. The bytes at the beginning of a slice read the patch before it.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
 from blt_titan.batch import RowSplit
+from blt_titan.model.placement import Placement
 from parallelisms.collectives import gather_along_dim_1, receive_from_before
 from parallelisms.meshes import Meshes
 
@@ -67,27 +68,25 @@ class LastPatchBefore:
         return torch.cat([torch.zeros_like(p_BPG[:, :1]), arrived], dim=1)[:, -1:]
 
 
-def apply_context_parallel(model: nn.Module, meshes: Meshes, *, halo_slices: int) -> None:
-    """Teach a BLT, or a stage of one, that its ranks hold slices of rows.
+def with_context_parallel(placement: Placement, meshes: Meshes, *, halo_slices: int) -> Placement:
+    """Return the placement of a BLT, or of a stage of one, whose ranks hold slices of rows.
 
     Args:
-        model: by the names of its parts.
+        placement: as it is without.
         meshes: `context` and `cp` are used.
         halo_slices: how many slices back a byte's window can begin (`batch.ContextSlice`).
     """
     split = RowSplit(slices=meshes.context.size(), query_part=meshes.cp.get_local_rank(), query_parts=meshes.cp.size())
-    setattr(model, "split", split)  # noqa: B010  (not a submodule, which pyright takes it for)
+    placement = replace(placement, split=split)
     if meshes.context.size() > 1:
-        for name in ("encoder", "decoder"):
-            if (part := getattr(model, name)) is not None:
-                for block in part.layers.values():
-                    block.attention.attend = HaloAttention(block.attention.attend, meshes.context, halo_slices)
-        if model.decoder is not None:
-            setattr(model, "last_patch_before", LastPatchBefore(meshes.context))  # noqa: B010
+        placement = replace(
+            placement,
+            attend_bytes=HaloAttention(placement.attend_bytes, meshes.context, halo_slices),
+            last_patch_before=LastPatchBefore(meshes.context),
+        )
     if meshes.cp.size() > 1:
-        for block in model.get_submodule("layers").children():
-            attention: Any = block.get_submodule("attention")
-            attention.attend = GatheredAttention(attention.attend, meshes.cp)
+        placement = replace(placement, attend_patches=GatheredAttention(placement.attend_patches, meshes.cp))
+    return placement
 
 
 def _take(x_BSX: torch.Tensor, slot_BT: torch.Tensor) -> torch.Tensor:

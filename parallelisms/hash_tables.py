@@ -22,30 +22,45 @@ from parallelisms.collectives import gather_rows, swap_columns_for_rows
 _ID_BITS = 9  # 260 ids
 
 
-def shard_columns(hash_embedding: nn.Module, mesh: DeviceMesh, *, compute_dtype: torch.dtype) -> None:
-    """Replace the table by a DTensor of columns, and its look-up by the exchange.
+class ColumnLookUp:
+    """Looks up in tables whose columns lie on several ranks, for the bytes of all of them.
+
+    Args:
+        mesh: of the table: (bytes) or (dp_replicate, bytes).
+        compute_dtype: dtype of the sums that travel and leave.
+    """
+
+    def __init__(self, mesh: DeviceMesh, compute_dtype: torch.dtype):
+        self.mesh = mesh[mesh.mesh_dim_names[-1]] if mesh.ndim > 1 else mesh  # pyright: ignore[reportOptionalSubscript]
+        self.grad_placements = [*[Partial()] * (mesh.ndim - 1), Shard(1)]
+        self.compute_dtype = compute_dtype
+
+    def __call__(self, embedding: Any, ids_BT: torch.Tensor, doc_BT: torch.Tensor, skip: int) -> torch.Tensor:
+        """Sum the tables' rows for all but the first `skip` bytes: [B, T] -> [B, T - skip, d]."""
+        B, S = ids_BT.shape[0], ids_BT.shape[1] - skip
+        # Documents count from -2 (before the row) up; with the id beside it one integer says all.
+        everyone = gather_rows((doc_BT.int() + 2) << _ID_BITS | ids_BT.int(), self.mesh)
+        ids, docs = everyone & (1 << _ID_BITS) - 1, (everyone >> _ID_BITS) - 2
+        weight = embedding.weight.to_local(grad_placements=self.grad_placements)
+        columns = embedding.sum_rows(ids, docs, skip, weight).to(self.compute_dtype)
+        return swap_columns_for_rows(columns.flatten(0, 1), self.mesh).view(B, S, -1)
+
+
+def shard_columns(hash_embedding: nn.Module, mesh: DeviceMesh, *, compute_dtype: torch.dtype) -> ColumnLookUp:
+    """Replace the table by a DTensor of columns.
 
     Args:
         hash_embedding: the module; its `weight` [rows, d] may be on the meta device.
         mesh: (bytes) or (dp_replicate, bytes); the last axis divides d.
         compute_dtype: dtype of the sums that travel and leave. Tables and sums stay in the weight's own dtype.
+
+    Returns:
+        How to look up in it from now on.
     """
     module: Any = hash_embedding
     placements = [*[Replicate()] * (mesh.ndim - 1), Shard(1)]
-    grad_placements = [*[Partial()] * (mesh.ndim - 1), Shard(1)]
     module.weight = nn.Parameter(distribute_tensor(module.weight.data, mesh, placements, src_data_rank=None))
-    axis = mesh[mesh.mesh_dim_names[-1]] if mesh.ndim > 1 else mesh  # pyright: ignore[reportOptionalSubscript]
-
-    def look_up(ids_BT: torch.Tensor, doc_BT: torch.Tensor, skip: int) -> torch.Tensor:
-        B, S = ids_BT.shape[0], ids_BT.shape[1] - skip
-        # Documents count from -2 (before the row) up; with the id beside it one integer says all.
-        everyone = gather_rows((doc_BT.int() + 2) << _ID_BITS | ids_BT.int(), axis)
-        ids, docs = everyone & (1 << _ID_BITS) - 1, (everyone >> _ID_BITS) - 2
-        weight = module.weight.to_local(grad_placements=grad_placements)
-        columns = module.sum_rows(ids, docs, skip, weight).to(compute_dtype)
-        return swap_columns_for_rows(columns.flatten(0, 1), axis).view(B, S, -1)
-
-    module.look_up = look_up
+    return ColumnLookUp(mesh, compute_dtype)
 
 
 def reduce_partial_gradients(parameters: Iterable[nn.Parameter]) -> None:
@@ -57,7 +72,7 @@ def reduce_partial_gradients(parameters: Iterable[nn.Parameter]) -> None:
             parameter.grad = gradient.redistribute(placements=parameter.placements)
 
 
-def columns_here(parameter: nn.Parameter) -> tuple[torch.Tensor, range] | None:
+def local_columns(parameter: nn.Parameter) -> tuple[torch.Tensor, range] | None:
     """Return this rank's part of a table as a tensor and its columns; None if it is not split by whole columns."""
     if not isinstance(parameter, DTensor):
         return parameter.data, range(parameter.shape[1])

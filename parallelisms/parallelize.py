@@ -5,6 +5,7 @@ sharded, still without weights; `init_weights` then draws them. What is not supp
 (`support.py`).
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch.nn as nn
@@ -17,11 +18,12 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
 from blt_titan.batch import halo_slices
+from blt_titan.model.placement import Placement
 from parallelisms.activation_checkpointing import checkpoint_global_blocks, checkpoint_local_blocks
-from parallelisms.context import apply_context_parallel
+from parallelisms.context import with_context_parallel
 from parallelisms.float8 import uses_float8
 from parallelisms.fsdp import apply_fsdp
-from parallelisms.hash_tables import columns_here, shard_columns
+from parallelisms.hash_tables import local_columns, shard_columns
 from parallelisms.meshes import Meshes, build_meshes
 from parallelisms.tensor import apply_tensor_parallel
 from parallelisms.weights import write_shard
@@ -46,9 +48,11 @@ def parallelize_part(model: Any, meshes: Meshes | None, job_config: Any) -> nn.M
     param_dtype = TORCH_DTYPE_MAP[job_config.training.mixed_precision_param]
     compile_model = compiles_model(job_config)
     ignored = []
+    placement = Placement(write_parameter=write_shard, local_columns=local_columns)
     if meshes is not None:
         if meshes.context.size() > 1:
-            apply_context_parallel(model, meshes, halo_slices=run_halo_slices(job_config, model.args.local_window))
+            halo = run_halo_slices(job_config, model.args.local_window)
+            placement = with_context_parallel(placement, meshes, halo_slices=halo)
         if meshes.tp.size() > 1:
             float8 = job_config.quantize.linear.float8
             # Emulation is for CPUs too, and gloo moves no float8.
@@ -56,7 +60,8 @@ def parallelize_part(model: Any, meshes: Meshes | None, job_config: Any) -> nn.M
             apply_tensor_parallel(model, meshes.tp, float8_all_gather=gathers_float8)
         table = getattr(model, "hash_embedding", None)
         if table is not None and job_config.hash_embedding.sharding == "columns":
-            shard_columns(table, meshes.bytes, compute_dtype=param_dtype)
+            look_up = shard_columns(table, meshes.bytes, compute_dtype=param_dtype)
+            placement = replace(placement, look_up=look_up)
             ignored = [table.weight]
     if job_config.activation_checkpoint.mode != "none":
         checkpoint_global_blocks(
@@ -84,8 +89,7 @@ def parallelize_part(model: Any, meshes: Meshes | None, job_config: Any) -> nn.M
             f"Sharded the global blocks over {_shape(meshes.patches)} and tp {meshes.tp.size()}, local modules over "
             f"{_shape(meshes.bytes)}, rows over {meshes.context.size()} slices"
         )
-    for name, function in (("write_parameter", write_shard), ("columns_here", columns_here)):
-        setattr(model, name, function)
+    model.placement = placement
     return model
 
 

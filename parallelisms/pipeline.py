@@ -6,7 +6,6 @@ indices of the rows reach every stage as keyword arguments, which schedules spli
 Cuts minimise the largest stage's FLOPs. A decoder is heavy: 31 % of a 1B, so 3 stages balance and 4 do not.
 """
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -83,7 +82,7 @@ def n_stages(job_config: JobConfig, n_layers: int) -> int:
 
 
 def pipeline(
-    model: nn.Module,
+    model: Any,
     parallel_dims: ParallelDims,
     job_config: JobConfig,
     device: torch.device,
@@ -94,7 +93,7 @@ def pipeline(
     """Cut `model` into stages, split each over the rest of the mesh, build the schedule (torchtitan's `pipelining_fn`).
 
     Args:
-        model: a BLT on the meta device.
+        model: a BLT on the meta device; stages take its modules.
         parallel_dims: the run's meshes.
         job_config: the run's settings.
         device: of this rank.
@@ -119,7 +118,7 @@ def pipeline(
     )
     stages, parts = [], []
     for index in own:
-        part = stage_of(model, cuts[index], is_first=index == 0, is_last=index == total - 1)
+        part = model.stage(cuts[index], is_first=index == 0, is_last=index == total - 1)
         part = parallelize_part(part, meshes, job_config)
         parts.append(part)
         inputs, outputs = _boundary_tensors(job_config, model_args, is_first=index == 0, is_last=index == total - 1)
@@ -127,19 +126,6 @@ def pipeline(
         stages.append(PipelineStage(part, index, total, device, inputs, outputs, group=pp_mesh.get_group()))
     schedule = build_pipeline_schedule(job_config, stages, loss_fn)
     return schedule, parts, own[0] == 0, total - 1 in own
-
-
-def stage_of(model: nn.Module, layers: range, *, is_first: bool, is_last: bool) -> nn.Module:
-    """Copy of `model` with some layers; hash tables and encoder only in the first stage, the decoder in the last."""
-    part: Any = copy.deepcopy(model)
-    for name in list(part.layers):
-        if int(name) not in layers:
-            del part.layers[name]
-    if not is_first:
-        part.hash_embedding = part.encoder = None
-    if not is_last:
-        part.decoder = None
-    return part
 
 
 def _boundary_tensors(job_config: Any, args: Any, *, is_first: bool, is_last: bool) -> tuple[Any, Any]:

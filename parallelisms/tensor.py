@@ -36,9 +36,9 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, *, float8_all_gath
     plan = {
         "attention_norm": SequenceParallel(),
         "attention": prepare(
-            # The rotary tables and the mask are plain, the same on all ranks of the axis.
-            input_layouts=(Shard(1), None, None),
-            desired_input_layouts=(Replicate(), None, None),
+            # The rotary tables and the mask are plain, the same on all ranks of the axis; what attends is no tensor.
+            input_layouts=(Shard(1), None, None, None),
+            desired_input_layouts=(Replicate(), None, None, None),
         ),
         "attention.wq": colwise(),
         "attention.wk": colwise(),

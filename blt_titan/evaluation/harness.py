@@ -172,18 +172,15 @@ class BLTHarness(LM):
             sampling=sampling,
             seeds=[self._seed + number for number in numbers],
         )
-        try:
-            for step in steps:
-                for row, byte in enumerate(step):
-                    if byte is None or stopped[row]:
-                        stopped[row] = True
-                        continue
-                    made[row].append(byte)
-                    stopped[row] = any(made[row].endswith(stop) for stop in stops)
-                if all(stopped):
-                    break
-        finally:
-            self._generator.release()  # likelihoods are scored with the same models
+        for step in steps:
+            for row, byte in enumerate(step):
+                if byte is None or stopped[row]:
+                    stopped[row] = True
+                    continue
+                made[row].append(byte)
+                stopped[row] = any(made[row].endswith(stop) for stop in stops)
+            if all(stopped):
+                break
         # A row that chose EOS is not stopped where all ended with it.
         return [
             (_before_stops(bytes(content), stops), end or len(content) < max_bytes)

@@ -1,4 +1,4 @@
-"""Key/value caches of the three stacks, as what `Attention.attend` is replaced by.
+"""Key/value caches of a stack, which its blocks attend to; they are handed over with each call, the model keeps none.
 
 A stack first reads prompts, all bytes at once, and then goes on byte by byte (the global one patch by patch):
 
@@ -6,52 +6,49 @@ A stack first reads prompts, all bytes at once, and then goes on byte by byte (t
                     slots      4 5 2 3
     grown           slots      0 1 2 3 4 5 . .    in steps of GROWTH_SLOTS, so that there are few shapes
 
-Shapes are fixed between growths and nothing here asks the device for a number. A model that carries caches must not be
-trained or called otherwise.
+Shapes are fixed between growths and nothing here asks the device for a number.
 
 Letters: B rows, S slots of a prompt, T slots of a cache, H heads, K head size.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
-from blt_titan.model.attention import AttentionMask, attend
-from blt_titan.model.layers import Rotation, rotary_angles
+from blt_titan.model.attention import AttentionMask, DenseMask, attend
+from blt_titan.model.layers import Attend, Rotation, rotary_angles
 
 GROWTH_SLOTS = 256
 
 
 class LayerCache:
-    """The cache of one layer; called in place of `attend`."""
+    """The keys and values of one layer, and attention to them."""
 
     def __init__(self, stack: "StackCache"):
         self._stack = stack
         self.k_BTHK: torch.Tensor | None = None
         self.v_BTHK: torch.Tensor | None = None
 
-    def __call__(
-        self, q_BSHK: torch.Tensor, k_BSHK: torch.Tensor, v_BSHK: torch.Tensor, mask: AttentionMask | None
+    def attend_in_prompt(
+        self, q_BSHK: torch.Tensor, k_BSHK: torch.Tensor, v_BSHK: torch.Tensor, mask: AttentionMask
     ) -> torch.Tensor:
-        """Attend in a prompt under its mask, or, without one, from the next slot of each row to the cache."""
-        if mask is not None:
-            self._fill(k_BSHK, v_BSHK)
-            return attend(q_BSHK, k_BSHK, v_BSHK, mask)
-        stack, k, v = self._stack, *self._held()
-        k[stack.rows, stack.slot_B] = k_BSHK[:, 0]
-        v[stack.rows, stack.slot_B] = v_BSHK[:, 0]
-        q, k, v = (x.transpose(1, 2) for x in (q_BSHK, k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=stack.visible_B11T).transpose(1, 2)
-
-    def _fill(self, k_BSHK: torch.Tensor, v_BSHK: torch.Tensor) -> None:
-        """Keep what a prompt's keys and values leave in the cache."""
-        source_BT, there_BT = self._stack.from_prompt(k_BSHK.shape[1])
-        there = there_BT[..., None, None]
+        """Attend within prompts, and keep what their keys and values leave in the cache."""
+        source_BT, filled_BT = self._stack.slots_from_prompt(k_BSHK.shape[1])
+        filled_BT11 = filled_BT[..., None, None]
         rows = self._stack.rows[:, None]
-        self.k_BTHK = torch.where(there, k_BSHK[rows, source_BT], 0)
-        self.v_BTHK = torch.where(there, v_BSHK[rows, source_BT], 0)
+        self.k_BTHK = torch.where(filled_BT11, k_BSHK[rows, source_BT], 0)
+        self.v_BTHK = torch.where(filled_BT11, v_BSHK[rows, source_BT], 0)
+        return attend(q_BSHK, k_BSHK, v_BSHK, mask)
+
+    def attend_to_cache(
+        self, q_B1HK: torch.Tensor, k_B1HK: torch.Tensor, v_B1HK: torch.Tensor, mask: AttentionMask
+    ) -> torch.Tensor:
+        """Attend from the next slot of each row, which is kept first, to the cache."""
+        stack, k, v = self._stack, *self._held()
+        k[stack.rows, stack.slot_B] = k_B1HK[:, 0]
+        v[stack.rows, stack.slot_B] = v_B1HK[:, 0]
+        return attend(q_B1HK, k, v, mask)
 
     def grow(self, slots: int) -> None:
         """Make room for so many slots."""
@@ -69,17 +66,26 @@ class StackCache:
     """The caches of a stack's layers and what they share: positions, slots, and what a query may see.
 
     Args:
-        blocks: of the stack; their attention is replaced.
+        n_layers: of the stack.
         window: W of a ring; None for a cache that grows.
         head_dim: K.
         theta: RoPE base.
     """
 
-    def __init__(self, blocks: nn.ModuleDict, *, window: int | None, head_dim: int, theta: float):
+    def __init__(self, n_layers: int, *, window: int | None, head_dim: int, theta: float):
         self._window, self._head_dim, self._theta = window, head_dim, theta
-        self._attention: list[Any] = [block.get_submodule("attention") for block in blocks.children()]
-        self.layers = [LayerCache(self) for _ in self._attention]
+        self.layers = [LayerCache(self) for _ in range(n_layers)]
         self._angles: Rotation | None = None
+
+    @property
+    def in_prompt(self) -> Sequence[Attend]:
+        """Attention of each layer while prompts are read."""
+        return [layer.attend_in_prompt for layer in self.layers]
+
+    @property
+    def to_cache(self) -> Sequence[Attend]:
+        """Attention of each layer in a step."""
+        return [layer.attend_to_cache for layer in self.layers]
 
     def begin(self, lengths_B: torch.Tensor, most: int) -> None:
         """Take the lengths of prompts (of the real slots of each row), integer [B]; the longest is `most`."""
@@ -93,15 +99,15 @@ class StackCache:
             # The newest position of each slot that lies in the prompt.
             behind_BT = (self.lengths_B[:, None] - 1 - self._slots_T) // self._window
             self._source_BT = self._slots_T + self._window * behind_BT
-        self._there_BT = (self._source_BT >= 0) & (self._source_BT < self.lengths_B[:, None])
-        self.context_BT = torch.where(self._there_BT, 0, -1)
+        self._filled_BT = (self._source_BT >= 0) & (self._source_BT < self.lengths_B[:, None])
+        self.context_BT = torch.where(self._filled_BT, 0, -1)
 
-    def from_prompt(self, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def slots_from_prompt(self, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return which slot of the prompt each slot of the cache holds, int64 [B, T], and whether it holds one."""
-        return self._source_BT.clamp(0, slots - 1), self._there_BT
+        return self._source_BT.clamp(0, slots - 1), self._filled_BT
 
-    def step(self, pos_B: torch.Tensor, context_B: torch.Tensor | None = None) -> Rotation:
-        """Prepare for the next slot of each row; return its rotation.
+    def step(self, pos_B: torch.Tensor, context_B: torch.Tensor | None = None) -> tuple[Rotation, DenseMask]:
+        """Prepare for the next slot of each row; return its rotation, and what it sees of the cache.
 
         Args:
             pos_B: its position, int64 [B].
@@ -118,10 +124,9 @@ class StackCache:
         if context_B is not None:
             self.context_BT[self.rows, self.slot_B] = context_B
             visible_BT = visible_BT & (self.context_BT == context_B[:, None])
-        self.visible_B11T = visible_BT[:, None, None]
         assert self._angles is not None
         cos, sin = self._angles
-        return cos[pos_B], sin[pos_B]
+        return (cos[pos_B], sin[pos_B]), DenseMask(visible_BT[:, None, None])
 
     def reserve(self, positions: int) -> None:
         """Make room for positions below this."""
@@ -134,16 +139,6 @@ class StackCache:
             self._slots_T = torch.arange(self.capacity, device=self.rows.device)
             for layer in self.layers:
                 layer.grow(self.capacity)
-
-    def install(self) -> None:
-        """Let the blocks attend to the caches."""
-        for attention, cache in zip(self._attention, self.layers, strict=True):
-            attention.attend = cache
-
-    def release(self) -> None:
-        """Let the blocks attend as they did before."""
-        for attention in self._attention:
-            attention.attend = attend
 
     @property
     def bytes_held(self) -> int:

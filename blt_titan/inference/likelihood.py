@@ -40,7 +40,7 @@ class Likelihood(NamedTuple):
 
 
 class LikelihoodScorer:
-    """Scores documents; takes both models over.
+    """Scores documents; models are only read.
 
     Args:
         model: on its device.
@@ -69,7 +69,7 @@ class LikelihoodScorer:
                 "stride from 1 to the context"
             )
         rule.require(entropy_model=entropy_model is not None)
-        self.model, self.rule = model.eval(), rule
+        self.model, self.rule = model, rule
         self.context_bytes, self._stride = context_bytes, stride_bytes
         self._scorer = None if entropy_model is None else EntropyScorer(entropy_model)
         self._device = model.decoder.output.weight.device

@@ -118,13 +118,9 @@ def complete(
     max_bytes: int,
     sampling: Sampling | None = None,
 ) -> bytes:
-    """Continue one prompt and leave the models as they were; see `generate`."""
-    generator = CachedBLT(model, rule, entropy_model)
-    try:
-        steps = generate(generator, [prompt], max_bytes=max_bytes, sampling=sampling)
-        return bytes(byte for [byte] in steps if byte is not None)
-    finally:
-        generator.release()
+    """Continue one prompt; see `generate`."""
+    steps = generate(CachedBLT(model, rule, entropy_model), [prompt], max_bytes=max_bytes, sampling=sampling)
+    return bytes(byte for [byte] in steps if byte is not None)
 
 
 class TextStream:

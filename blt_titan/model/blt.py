@@ -12,110 +12,179 @@ forward never asks the host for a number.
 
 Single-device code: how it is split over devices lives in `parallelisms`, which finds `hash_embedding`, `encoder`,
 `layers` (the global blocks) and `decoder` by these names. What the model offers for that: it can be cut between global
-blocks (a part that is None is another stage's), and a device may hold one slice of each row (`batch.SliceLayout`), then
-with `split` saying which, and `last_patch_before` and `Attention.attend` fetching what lies on other devices.
+blocks (`BLTStage`), and what a device does otherwise than one alone would, because it holds
+one slice of each row (`batch.SliceLayout`) or of a weight, is in its `placement`.
 
 Letters: B rows, S byte slots, P patch slots, d local width, G global width, V vocabulary.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 
-from blt_titan.batch import RowSplit
+from blt_titan.batch import LAYOUT_FIELDS, SLICE_FIELDS, PatchLayout, SliceLayout
 from blt_titan.model.attention import AttentionMask, SlicedMask, causal_mask, window_mask
 from blt_titan.model.decoder import LocalDecoder
-from blt_titan.model.encoder import LocalEncoder
+from blt_titan.model.encoder import EncoderStates, LocalEncoder
 from blt_titan.model.hash_embedding import HashEmbedding
-from blt_titan.model.initialization import ColumnsHere, WriteParameter, all_columns, initialize, write_whole
-from blt_titan.model.layers import Rotation, block_stack, rotary_angles
+from blt_titan.model.initialization import initialize
+from blt_titan.model.layers import Attend, Rotation, block_stack, rotary_angles, run_blocks
 from blt_titan.model.layout import layout_from_patch_lengths
+from blt_titan.model.placement import Placement
 from blt_titan.model.sizes import BLTArgs
 
 
-class BLT(nn.Module):
-    """A BLT without its patcher. Safe to build on the meta device; `init_weights` then sets everything."""
+class StackAttends(NamedTuple):
+    """Attention of each layer of the three stacks, where it takes keys and values from elsewhere too."""
+
+    encoder: Sequence[Attend]
+    patches: Sequence[Attend]
+    decoder: Sequence[Attend]
+
+
+class BLTStates(NamedTuple):
+    """What a forward computes on its way."""
+
+    byte_states: tuple[torch.Tensor, ...]
+    """As in `EncoderStates`."""
+    p_BPG: torch.Tensor
+    """Patch states after the global transformer (not normed)."""
+    logits_BSV: torch.Tensor
+    """fp32; at padded slots they are finite and mean nothing."""
+
+
+_ByteContext = tuple[Rotation, AttentionMask]
+"""What encoder and decoder share: rotation of the bytes' positions, and what each byte may see."""
+
+
+class _Parts(nn.Module):
+    """What a BLT and its pipeline stages share: how each part is run, where it lives, and its initial weights."""
+
+    layers: nn.ModuleDict
 
     def __init__(self, args: BLTArgs):
         super().__init__()
-        args.validate()
         self.args = args
+        self.placement = Placement()
+
+    def _encode(
+        self,
+        hash_embedding: HashEmbedding,
+        encoder: LocalEncoder,
+        ids_BS: torch.Tensor,
+        layout: PatchLayout,
+        context: _ByteContext,
+        attends: Sequence[Attend] | None = None,
+    ) -> EncoderStates:
+        placement = self.placement
+        before = layout.slice[:2] if isinstance(layout.slice, SliceLayout) else (None, None)
+        hashed_BSd = hash_embedding(ids_BS, layout.byte_doc_BS, *before, placement.look_up)
+        n_patches = layout.patch_pos_BP.shape[1] // placement.split.slices
+        attends = attends or [placement.attend_bytes] * len(encoder.layers)
+        return encoder(ids_BS, hashed_BSd, layout.byte_patch_BS, n_patches, *context, attends)
+
+    def _run_patches(
+        self, p_BPG: torch.Tensor, layout: PatchLayout, attends: Sequence[Attend] | None = None
+    ) -> torch.Tensor:
+        if not len(self.layers):
+            return p_BPG
+        args, split = self.args, self.placement.split
+        n_queries = layout.patch_pos_BP.shape[1] // split.query_parts
+        queries = range(split.query_part * n_queries, (split.query_part + 1) * n_queries)
+        mask = causal_mask(layout.patch_doc_BP, backend=args.attention_backend, queries=queries)
+        patch_pos_BQ = layout.patch_pos_BP[:, queries.start : queries.stop]
+        rotation = rotary_angles(patch_pos_BQ, head_dim=args.global_head_dim, theta=args.rope_theta)
+        attends = attends or [self.placement.attend_patches] * len(self.layers)
+        return run_blocks(self.layers, p_BPG, rotation, mask, attends)
+
+    def _decode(
+        self,
+        decoder: LocalDecoder,
+        h_BSd: torch.Tensor,
+        p_BPG: torch.Tensor,
+        layout: PatchLayout,
+        context: _ByteContext,
+        attends: Sequence[Attend] | None = None,
+    ) -> torch.Tensor:
+        placement = self.placement
+        before_B1G = None
+        if placement.last_patch_before is not None:
+            assert isinstance(layout.slice, SliceLayout)
+            before_B1G = placement.last_patch_before(p_BPG, layout.slice.last_patch_B1)
+        attends = attends or [placement.attend_bytes] * len(decoder.layers)
+        return decoder(h_BSd, p_BPG, layout.source_patch_BS, *context, attends, before_B1G)
+
+    def _byte_context(self, layout: PatchLayout) -> _ByteContext:
+        """Prepare the local stacks."""
+        args = self.args
+        rotation = rotary_angles(layout.byte_pos_BS, head_dim=args.local_head_dim, theta=args.rope_theta)
+        sliced = layout.slice
+        if not isinstance(sliced, SliceLayout):
+            mask = window_mask(layout.byte_doc_BS, window=args.local_window, backend=args.attention_backend)
+            return rotation, mask
+        before_doc_BW = sliced.before_doc_BR[:, sliced.before_doc_BR.shape[1] - (args.local_window - 1) :]
+        mask = window_mask(
+            layout.byte_doc_BS, window=args.local_window, backend=args.attention_backend, before_doc_BW=before_doc_BW
+        )
+        return rotation, SlicedMask(mask, sliced.tail_BT, sliced.halo_BW)
+
+    def init_weights(self, buffer_device: torch.device | None = None) -> None:
+        """Draw every parameter from the run's seed and its name. There are no buffers, hence no buffer device."""
+        initialize(
+            self,
+            seed=self.args.init_seed,
+            depth_scaling=self.args.init_depth_scaling,
+            stack_depths={
+                "encoder.layers": self.args.encoder_layers,
+                "layers": self.args.global_layers,
+                "decoder.layers": self.args.decoder_layers,
+            },
+            write=self.placement.write_parameter,
+            local_columns=self.placement.local_columns,
+        )
+
+
+class BLT(_Parts):
+    """A BLT without its patcher. Safe to build on the meta device; `init_weights` then sets everything."""
+
+    def __init__(self, args: BLTArgs):
+        args.validate()
+        super().__init__(args)
         self.hash_embedding = HashEmbedding(
             args.local_dim, ngrams=args.hash_ngrams, n_functions=args.hash_functions, n_rows=args.hash_rows
         )
         self.encoder = LocalEncoder(args)
         self.layers = block_stack(args.global_layers, args.global_dim, args.global_heads, args.global_ffn_hidden)
         self.decoder = LocalDecoder(args)
-        self.split = RowSplit()
-        self.last_patch_before: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
-        self.write_parameter: WriteParameter = write_whole
-        self.columns_here: ColumnsHere = all_columns
 
-    def forward(
-        self,
-        inputs: torch.Tensor,
-        h_BSd: torch.Tensor | None = None,
-        *,
-        byte_pos_BS: torch.Tensor,
-        byte_doc_BS: torch.Tensor,
-        byte_patch_BS: torch.Tensor,
-        source_patch_BS: torch.Tensor,
-        patch_pos_BP: torch.Tensor,
-        patch_doc_BP: torch.Tensor,
-        **slice_layout: torch.Tensor,
-    ) -> Any:
-        """Score the next byte at every slot; the indices are those of `batch.PatchLayout`.
+    def forward(self, ids_BS: torch.Tensor, **fields: torch.Tensor) -> torch.Tensor:
+        """Score the next byte at every slot.
 
-        `inputs` are token ids, integer [B, S]; in a part without encoder the patch states [B, P, G] of the part before,
-        with its byte states `h_BSd`. `slice_layout` are the fields of `batch.SliceLayout`, where a device holds one
-        slice of each row.
+        Args:
+            ids_BS: token ids, integer [B, S].
+            fields: those of the `batch.PatchLayout` of the rows, and of its slice if it has one.
 
         Returns:
-            Logits, fp32 [B, S, V]; at padded slots they are finite and mean nothing. A part without decoder returns
-            patch states and byte states.
+            Logits, fp32 [B, S, V]; at padded slots they are finite and mean nothing.
         """
-        args, split = self.args, self.split
-        byte_context: tuple[Any, ...] = ()
-        if self.encoder is not None or self.decoder is not None:
-            byte_context = self._byte_context(byte_pos_BS, byte_doc_BS, slice_layout)
-        if self.encoder is None:
-            p_BPG = inputs
-        else:
-            hashed_BSd = self.hash_embedding(
-                inputs, byte_doc_BS, slice_layout.get("before_ids_BR"), slice_layout.get("before_doc_BR")
-            )
-            n_patches = patch_pos_BP.shape[1] // split.slices
-            h_BSd, p_BPG = self.encoder(inputs, hashed_BSd, byte_patch_BS, n_patches, *byte_context)
-        if len(self.layers):
-            n_queries = patch_pos_BP.shape[1] // split.query_parts
-            queries = range(split.query_part * n_queries, (split.query_part + 1) * n_queries)
-            patch_mask = causal_mask(patch_doc_BP, backend=args.attention_backend, queries=queries)
-            patch_pos_BQ = patch_pos_BP[:, queries.start : queries.stop]
-            patch_rotation = rotary_angles(patch_pos_BQ, head_dim=args.global_head_dim, theta=args.rope_theta)
-            for block in self.layers.values():
-                p_BPG = block(p_BPG, patch_rotation, patch_mask)
-        if self.decoder is None:
-            return p_BPG, h_BSd
-        before_B1G = None
-        if self.last_patch_before is not None:
-            before_B1G = self.last_patch_before(p_BPG, slice_layout["last_patch_B1"])
-        return self.decoder(h_BSd, p_BPG, source_patch_BS, *byte_context, before_B1G)
+        return self.run(ids_BS, _layout_of(fields)).logits_BSV
 
-    def _byte_context(
-        self, byte_pos_BS: torch.Tensor, byte_doc_BS: torch.Tensor, slice_layout: dict[str, torch.Tensor]
-    ) -> tuple[Rotation, AttentionMask]:
-        args = self.args
-        rotation = rotary_angles(byte_pos_BS, head_dim=args.local_head_dim, theta=args.rope_theta)
-        if not slice_layout:
-            return rotation, window_mask(byte_doc_BS, window=args.local_window, backend=args.attention_backend)
-        before_doc_BR = slice_layout["before_doc_BR"]
-        before_doc_BW = before_doc_BR[:, before_doc_BR.shape[1] - (args.local_window - 1) :]
-        mask = window_mask(
-            byte_doc_BS, window=args.local_window, backend=args.attention_backend, before_doc_BW=before_doc_BW
-        )
-        return rotation, SlicedMask(mask, slice_layout["tail_BT"], slice_layout["halo_BW"])
+    def run(self, ids_BS: torch.Tensor, layout: PatchLayout, attends: StackAttends | None = None) -> BLTStates:
+        """Score the next byte at every slot, and return what is computed on the way.
+
+        Args:
+            ids_BS: token ids, integer [B, S].
+            layout: of the rows.
+            attends: attention of each layer; None for the placement's.
+        """
+        encoder_attends, patch_attends, decoder_attends = attends or (None, None, None)
+        context = self._byte_context(layout)
+        states = self._encode(self.hash_embedding, self.encoder, ids_BS, layout, context, encoder_attends)
+        p_BPG = self._run_patches(states.p_BPG, layout, patch_attends)
+        logits_BSV = self._decode(self.decoder, states.byte_states[-1], p_BPG, layout, context, decoder_attends)
+        return BLTStates(states.byte_states, p_BPG, logits_BSV)
 
     def logits(self, token_ids_BS: torch.Tensor, patch_lengths_BP: torch.Tensor) -> torch.Tensor:
         """Score full rows whose patches are given as lengths, as in `transformers`.
@@ -133,17 +202,58 @@ class BLT(nn.Module):
         layout = layout_from_patch_lengths(token_ids_BS, patch_lengths_BP)
         return self(token_ids_BS, **layout.as_dict())
 
-    def init_weights(self, buffer_device: torch.device | None = None) -> None:
-        """Draw every parameter from the run's seed and its name. There are no buffers, hence no buffer device."""
-        initialize(
-            self,
-            seed=self.args.init_seed,
-            depth_scaling=self.args.init_depth_scaling,
-            stack_depths={
-                "encoder.layers": self.args.encoder_layers,
-                "layers": self.args.global_layers,
-                "decoder.layers": self.args.decoder_layers,
-            },
-            write=self.write_parameter,
-            columns_here=self.columns_here,
-        )
+    def stage(self, layers: range, *, is_first: bool, is_last: bool) -> "BLTStage":
+        """Return the pipeline stage with these global blocks; it has this model's own modules, not copies.
+
+        Args:
+            layers: numbers of the blocks.
+            is_first: it has the hash tables and the encoder.
+            is_last: it has the decoder.
+        """
+        return BLTStage(self, layers, is_first=is_first, is_last=is_last)
+
+
+class BLTStage(_Parts):
+    """Consecutive parts of a BLT, under their names in it; see `BLT.stage`. What it lacks is None."""
+
+    def __init__(self, model: BLT, layers: range, *, is_first: bool, is_last: bool):
+        super().__init__(model.args)
+        self.hash_embedding = model.hash_embedding if is_first else None
+        self.encoder = model.encoder if is_first else None
+        self.layers = nn.ModuleDict({name: block for name, block in model.layers.items() if int(name) in layers})
+        self.decoder = model.decoder if is_last else None
+
+    def forward(
+        self, inputs: torch.Tensor, h_BSd: torch.Tensor | None = None, **fields: torch.Tensor
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Run these parts.
+
+        Args:
+            inputs: in the first stage token ids, integer [B, S]; in others the patch states of the stage before,
+                [B, P, G].
+            h_BSd: in others than the first, the byte states of the stage before.
+            fields: as in `BLT.forward`.
+
+        Returns:
+            Of the last stage logits, fp32 [B, S, V]; of others patch states and byte states.
+        """
+        layout, p_BPG = _layout_of(fields), inputs
+        context = self._byte_context(layout) if self.encoder is not None or self.decoder is not None else None
+        if self.encoder is not None:
+            assert self.hash_embedding is not None
+            assert context is not None
+            states = self._encode(self.hash_embedding, self.encoder, inputs, layout, context)
+            h_BSd, p_BPG = states.byte_states[-1], states.p_BPG
+        assert h_BSd is not None
+        p_BPG = self._run_patches(p_BPG, layout)
+        if self.decoder is None:
+            return p_BPG, h_BSd
+        assert context is not None
+        return self._decode(self.decoder, h_BSd, p_BPG, layout, context)
+
+
+def _layout_of(fields: dict[str, torch.Tensor]) -> PatchLayout:
+    return PatchLayout(
+        *(fields[name] for name in LAYOUT_FIELDS),
+        slice=SliceLayout(*(fields[name] for name in SLICE_FIELDS)) if "tail_BT" in fields else (),
+    )

@@ -11,6 +11,8 @@ nothing to see (an empty patch, a padded byte) yields exactly 0, with finite gra
 Letters: B rows, S byte slots, P patch slots, d local width, k slots of a patch (written N), H heads, K head size.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -60,6 +62,13 @@ class CrossAttention(nn.Module):
         self.wo = nn.Linear(dim, dim, bias=False)
 
 
+class KeysValues(NamedTuple):
+    """Keys and values of patches: all that bytes which read them need."""
+
+    k_BPNd: torch.Tensor
+    v_BPNd: torch.Tensor
+
+
 class PatchesReadBytes(CrossAttention):
     """The encoder's direction: the k slots of a patch attend over the bytes of that patch."""
 
@@ -97,28 +106,20 @@ class PatchesReadBytes(CrossAttention):
 class BytesReadPatches(CrossAttention):
     """The decoder's direction: a byte attends over the k slots of its source patch."""
 
-    def forward(self, byte_BSd: torch.Tensor, patch_BPNd: torch.Tensor, source_patch_BS: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, byte_BSd: torch.Tensor, patches: torch.Tensor | KeysValues, source_patch_BS: torch.Tensor
+    ) -> torch.Tensor:
         """Attend over k gathered slots.
 
         Args:
             byte_BSd: decoder states [B, S, d].
-            patch_BPNd: slots of each patch [B, P, k, d].
+            patches: slots of each patch [B, P, k, d], or what `keys_values` has made of them.
             source_patch_BS: the patch that the byte reads, int64 [B, S]; negative for none.
 
         Returns:
             byte + attention, [B, S, d].
         """
-        return self.read(byte_BSd, *self.keys_values(patch_BPNd), source_patch_BS)
-
-    def keys_values(self, patch_BPNd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Project the slots of patches, [B, P, k, d] each: what bytes that read them need, however many they are."""
-        normed = self.kv_norm(patch_BPNd)
-        return self.wk(normed), self.wv(normed)
-
-    def read(
-        self, byte_BSd: torch.Tensor, k_BPNd: torch.Tensor, v_BPNd: torch.Tensor, source_patch_BS: torch.Tensor
-    ) -> torch.Tensor:
-        """Attend over slots that were projected by `keys_values`; the rest as `forward`."""
+        k_BPNd, v_BPNd = patches if isinstance(patches, KeysValues) else self.keys_values(patches)
         N, d = k_BPNd.shape[2:]
         H, K = self.n_heads, d // self.n_heads
         index_BS = source_patch_BS.clamp(min=0)
@@ -130,3 +131,8 @@ class BytesReadPatches(CrossAttention):
         weight_BSNH = (score_BSNH.softmax(dim=2) * reads_BS11).type_as(v_BSNHK)
         out_BSd = (weight_BSNH[..., None] * v_BSNHK).sum(2).flatten(2)
         return byte_BSd + self.wo(out_BSd)
+
+    def keys_values(self, patch_BPNd: torch.Tensor) -> KeysValues:
+        """Project the slots of patches [B, P, k, d], for bytes that read them one after another."""
+        normed = self.kv_norm(patch_BPNd)
+        return KeysValues(self.wk(normed), self.wv(normed))

@@ -4,13 +4,16 @@ Letters: B rows, S byte slots, P patch slots, d local width, k slots of a patch 
 V vocabulary.
 """
 
+from collections.abc import Iterable, Sequence
+from typing import cast
+
 import torch
 import torch.nn as nn
 
 from blt_titan.byte_vocab import VOCAB_SIZE
 from blt_titan.model.attention import AttentionMask
-from blt_titan.model.cross_attention import BytesReadPatches
-from blt_titan.model.layers import NORM_EPS, Rotation, block_stack
+from blt_titan.model.cross_attention import BytesReadPatches, KeysValues
+from blt_titan.model.layers import NORM_EPS, Attend, Rotation, block_stack
 from blt_titan.model.sizes import BLTArgs
 
 
@@ -36,6 +39,7 @@ class LocalDecoder(nn.Module):
         source_patch_BS: torch.Tensor,
         rotation: Rotation,
         mask: AttentionMask,
+        attends: Sequence[Attend],
         before_B1G: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Decode rows of bytes.
@@ -46,18 +50,51 @@ class LocalDecoder(nn.Module):
             source_patch_BS: the patch each byte reads, integer [B, S], negative for none.
             rotation: RoPE of the byte positions.
             mask: window mask of the row.
+            attends: attention of each layer.
             before_B1G: state of the last patch before the first; bytes that read it have P as their source.
 
         Returns:
             Logits, fp32 [B, S, V].
         """
-        source_BS = source_patch_BS.long()
         if before_B1G is not None:
             p_BPG = torch.cat([p_BPG, before_B1G], dim=1)
-        patch_BPNd = self.patch_projection(p_BPG).unflatten(-1, (self.slots_per_patch, -1))
-        for i, block in enumerate(self.layers.values()):
+        patches = [self.patch_slots(p_BPG)] * len(self.cross_attention)
+        return self.read_and_decode(h_BSd, patches, source_patch_BS.long(), rotation, mask, attends)
+
+    def patch_slots(self, p_BPG: torch.Tensor) -> torch.Tensor:
+        """Cut patch states into what bytes read: [B, P, G] -> [B, P, k, d]."""
+        return self.patch_projection(p_BPG).unflatten(-1, (self.slots_per_patch, -1))
+
+    def keys_values(self, p_BPG: torch.Tensor) -> list[KeysValues]:
+        """Project patch states for each layer that reads them."""
+        slots_BPNd, readers = self.patch_slots(p_BPG), cast(Iterable[BytesReadPatches], self.cross_attention)
+        return [cross_attention.keys_values(slots_BPNd) for cross_attention in readers]
+
+    def read_and_decode(
+        self,
+        h_BSd: torch.Tensor,
+        patches: Sequence[torch.Tensor | KeysValues],
+        source_BS: torch.Tensor,
+        rotation: Rotation,
+        mask: AttentionMask,
+        attends: Sequence[Attend],
+    ) -> torch.Tensor:
+        """Decode bytes that read these patches.
+
+        Args:
+            h_BSd: as in `forward`.
+            patches: for each layer that reads them, `patch_slots` or `keys_values`.
+            source_BS: int64; the rest as in `forward`.
+            rotation: as in `forward`.
+            mask: as in `forward`.
+            attends: as in `forward`.
+
+        Returns:
+            Logits, fp32 [B, S, V].
+        """
+        for i, (block, attend) in enumerate(zip(self.layers.values(), attends, strict=True)):
             if i < len(self.cross_attention):
                 # CrossAttention already added its queries: the residual is doubled here too.
-                h_BSd = h_BSd + self.cross_attention[i](h_BSd, patch_BPNd, source_BS)
-            h_BSd = block(h_BSd, rotation, mask)
+                h_BSd = h_BSd + self.cross_attention[i](h_BSd, patches[i], source_BS)
+            h_BSd = block(h_BSd, rotation, mask, attend)
         return self.output(self.norm(h_BSd)).float()

@@ -3,7 +3,9 @@
 Letters: B rows, S byte slots, P patch slots, d local width, k slots of a patch (written N), G global width, X = k * d.
 """
 
-from typing import cast
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import tee
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -11,8 +13,17 @@ import torch.nn as nn
 from blt_titan.byte_vocab import VOCAB_SIZE
 from blt_titan.model.attention import AttentionMask
 from blt_titan.model.cross_attention import PatchesReadBytes, max_bytes
-from blt_titan.model.layers import Rotation, block_stack
+from blt_titan.model.layers import Attend, Rotation, block_stack
 from blt_titan.model.sizes import BLTArgs
+
+
+class EncoderStates(NamedTuple):
+    """What the encoder gives."""
+
+    byte_states: tuple[torch.Tensor, ...]
+    """[B, S, d] each (not normed), after each layer where patches read them; the last are what the decoder takes."""
+    p_BPG: torch.Tensor
+    """Patch states, as wide as the global transformer."""
 
 
 class LocalEncoder(nn.Module):
@@ -41,7 +52,8 @@ class LocalEncoder(nn.Module):
         n_patches: int,
         rotation: Rotation,
         mask: AttentionMask,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        attends: Sequence[Attend],
+    ) -> EncoderStates:
         """Encode rows of bytes.
 
         Args:
@@ -51,42 +63,49 @@ class LocalEncoder(nn.Module):
             n_patches: P.
             rotation: RoPE of the byte positions.
             mask: window mask of the row.
-
-        Returns:
-            Byte states [B, S, d] (not normed) and patch states [B, P, G].
+            attends: attention of each layer.
         """
         # Bytes that belong to no patch go to slot P, which the pooling drops.
         patch_BS = torch.where(byte_patch_BS < 0, n_patches, byte_patch_BS).long()
-        h_BSd = self.tok_embeddings(token_ids_BS) + hash_embedding_BSd
-        p_BPX = None
-        for i, block in enumerate(self.layers.values()):
-            h_BSd = block(h_BSd, rotation, mask)
-            p_BPX = self.read_bytes(i, p_BPX, h_BSd, patch_BS, n_patches)
-        assert p_BPX is not None
-        return h_BSd, self.to_global(p_BPX)
+        # Layer by layer: patches read the bytes before the next layer is run.
+        read, kept = tee(self.byte_states(token_ids_BS, hash_embedding_BSd, rotation, mask, attends))
+        p_BPG = self.patch_states(read, patch_BS, n_patches)
+        return EncoderStates(tuple(kept), p_BPG)
 
-    def read_bytes(
-        self, layer: int, p_BPX: torch.Tensor | None, h_BSd: torch.Tensor, patch_BS: torch.Tensor, n_patches: int
-    ) -> torch.Tensor | None:
-        """Let patches read the bytes after a layer, if they do there; before the first time they pool them.
+    def byte_states(
+        self,
+        token_ids_BS: torch.Tensor,
+        hash_embedding_BSd: torch.Tensor,
+        rotation: Rotation,
+        mask: AttentionMask,
+        attends: Sequence[Attend],
+    ) -> Iterator[torch.Tensor]:
+        """Run the layers; yield byte states [B, S, d] after each where patches read them. Arguments as in `forward`."""
+        h_BSd = self.tok_embeddings(token_ids_BS) + hash_embedding_BSd
+        first_read = len(self.layers) - len(self.cross_attention)
+        for i, (block, attend) in enumerate(zip(self.layers.values(), attends, strict=True)):
+            h_BSd = block(h_BSd, rotation, mask, attend)
+            if i >= first_read:
+                yield h_BSd
+
+    def patch_states(self, states: Iterable[torch.Tensor], patch_BS: torch.Tensor, n_patches: int) -> torch.Tensor:
+        """Pool the bytes of each patch, then let it read them.
 
         Args:
-            layer: the layer that gave `h_BSd`.
-            p_BPX: what patches read so far [B, P, k * d]; None before the first time.
-            h_BSd: byte states [B, S, d].
+            states: what `byte_states` yields, or the same of some of the bytes.
             patch_BS: the patch that holds each byte, int64 [B, S], P for none.
             n_patches: P.
-        """
-        number = layer - (len(self.layers) - len(self.cross_attention))
-        if number < 0:
-            return None
-        if p_BPX is None:
-            pooled_BPd = max_bytes(h_BSd, patch_BS, n_patches + 1)[:, :n_patches]
-            p_BPX = cast(torch.Tensor, self.patch_projection(pooled_BPd))
-        slots_BPNd = p_BPX.unflatten(-1, (self.slots_per_patch, -1))
-        # CrossAttention already added its queries: the residual is doubled, as the released weights expect.
-        return p_BPX + self.cross_attention[number](slots_BPNd, h_BSd, patch_BS).flatten(2)
 
-    def to_global(self, p_BPX: torch.Tensor) -> torch.Tensor:
-        """Bring patches to the width of the global transformer: [B, P, k * d] -> [B, P, G]."""
+        Returns:
+            Patch states, [B, P, G].
+        """
+        p_BPX = None
+        for cross_attention, h_BSd in zip(self.cross_attention, states, strict=True):
+            if p_BPX is None:
+                pooled_BPd = max_bytes(h_BSd, patch_BS, n_patches + 1)[:, :n_patches]
+                p_BPX = self.patch_projection(pooled_BPd)
+            slots_BPNd = p_BPX.unflatten(-1, (self.slots_per_patch, -1))
+            # CrossAttention already added its queries: the residual is doubled, as the released weights expect.
+            p_BPX = p_BPX + cross_attention(slots_BPNd, h_BSd, patch_BS).flatten(2)
+        assert p_BPX is not None
         return p_BPX if self.global_projection is None else self.global_projection(p_BPX)

@@ -12,14 +12,17 @@ paper's best model forgets at each newline. A newline belongs to the line that i
 Letters: B rows, S byte slots, V vocabulary, W window.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn as nn
 
 from blt_titan.batch import PADDING
 from blt_titan.byte_vocab import NEWLINE_ID, VOCAB_SIZE
-from blt_titan.model.attention import window_mask
-from blt_titan.model.initialization import WriteParameter, initialize, write_whole
-from blt_titan.model.layers import NORM_EPS, block_stack, rotary_angles
+from blt_titan.model.attention import AttentionMask, window_mask
+from blt_titan.model.initialization import initialize
+from blt_titan.model.layers import NORM_EPS, Attend, Rotation, block_stack, rotary_angles, run_blocks
+from blt_titan.model.placement import Placement
 from blt_titan.model.sizes import EntropyModelArgs
 
 
@@ -34,7 +37,7 @@ class EntropyModel(nn.Module):
         self.layers = block_stack(args.n_layers, args.dim, args.n_heads, args.ffn_hidden)
         self.norm = nn.RMSNorm(args.dim, eps=NORM_EPS)
         self.output = nn.Linear(args.dim, VOCAB_SIZE, bias=False)
-        self.write_parameter: WriteParameter = write_whole
+        self.placement = Placement()
 
     def forward(
         self,
@@ -56,14 +59,47 @@ class EntropyModel(nn.Module):
         Returns:
             Logits, fp32 [B, S, V].
         """
-        args = self.args
-        rotation = rotary_angles(byte_pos_BS, head_dim=args.dim // args.n_heads, theta=args.rope_theta)
         context_BS = self.contexts(token_ids_BS, byte_doc_BS)
-        mask = window_mask(context_BS, window=args.window, backend=args.attention_backend)
-        h_BSD = self.tok_embeddings(token_ids_BS)
-        for block in self.layers.values():
-            h_BSD = block(h_BSD, rotation, mask)
+        return self.run(token_ids_BS, *self.rotation_and_mask(byte_pos_BS, context_BS))
+
+    def run(
+        self,
+        token_ids_BS: torch.Tensor,
+        rotation: Rotation,
+        mask: AttentionMask,
+        attends: Sequence[Attend] | None = None,
+    ) -> torch.Tensor:
+        """Score the next byte at every slot, whatever else its attention sees.
+
+        Args:
+            token_ids_BS: ids, integer [B, S].
+            rotation: of their positions.
+            mask: what each byte may see.
+            attends: attention of each layer, where it takes keys and values from elsewhere too.
+
+        Returns:
+            Logits, fp32 [B, S, V].
+        """
+        attends = attends or [self.placement.attend_bytes] * len(self.layers)
+        h_BSD = run_blocks(self.layers, self.tok_embeddings(token_ids_BS), rotation, mask, attends)
         return self.output(self.norm(h_BSD)).float()
+
+    def rotation_and_mask(
+        self, pos_BS: torch.Tensor, context_BS: torch.Tensor, before_context_BW: torch.Tensor | None = None
+    ) -> tuple[Rotation, AttentionMask]:
+        """Prepare `run` for bytes at these positions.
+
+        Args:
+            pos_BS: integer [B, S].
+            context_BS: what `contexts` gives, integer [B, S].
+            before_context_BW: of the W - 1 bytes before the first slot, if their keys precede the slots' own.
+        """
+        args = self.args
+        rotation = rotary_angles(pos_BS, head_dim=args.dim // args.n_heads, theta=args.rope_theta)
+        mask = window_mask(
+            context_BS, window=args.window, backend=args.attention_backend, before_doc_BW=before_context_BW
+        )
+        return rotation, mask
 
     def contexts(self, token_ids_BS: torch.Tensor, byte_doc_BS: torch.Tensor) -> torch.Tensor:
         """Number what a byte may see: its document, or with `reset_at_newline` its line; integer [B, S], PADDING kept.
@@ -82,5 +118,5 @@ class EntropyModel(nn.Module):
             seed=self.args.init_seed,
             depth_scaling=self.args.init_depth_scaling,
             stack_depths={"layers": self.args.n_layers},
-            write=self.write_parameter,
+            write=self.placement.write_parameter,
         )

@@ -31,6 +31,10 @@ HASH_PRIMES = (
 """One polynomial base per hash function, in the released models' order."""
 
 
+LookUp = Callable[["HashEmbedding", torch.Tensor, torch.Tensor, int], torch.Tensor]
+"""Sums of the tables' rows, [B, S, d], for ids and documents [B, T] but for their first T - S, which are only read."""
+
+
 def ngram_hashes(
     token_ids_BS: torch.Tensor, doc_BS: torch.Tensor, *, ngrams: Sequence[int], n_functions: int, n_rows: int
 ) -> torch.Tensor:
@@ -66,8 +70,9 @@ def ngram_hashes(
     return torch.stack(rows, dim=-1)
 
 
-LookUp = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
-"""Sums of table rows, [B, S, d], for ids and documents [B, T] without their first T - S bytes, which are only read."""
+def look_up_whole(embedding: "HashEmbedding", ids_BT: torch.Tensor, doc_BT: torch.Tensor, skip: int) -> torch.Tensor:
+    """Look up in tables that one device holds; see `LookUp`."""
+    return embedding.sum_rows(ids_BT, doc_BT, skip, embedding.weight)
 
 
 class HashEmbedding(nn.Module):
@@ -84,8 +89,6 @@ class HashEmbedding(nn.Module):
         self.n_rows = n_rows
         self.n_tables = n_functions * len(self.ngrams)
         self.weight = nn.Parameter(torch.empty(self.n_tables * n_rows, dim))
-        # Set where the columns of the table lie on several devices.
-        self.look_up: LookUp | None = None
 
     @property
     def reach_bytes(self) -> int:
@@ -98,6 +101,7 @@ class HashEmbedding(nn.Module):
         doc_BS: torch.Tensor,
         before_ids_BR: torch.Tensor | None = None,
         before_doc_BR: torch.Tensor | None = None,
+        look_up: LookUp = look_up_whole,
     ) -> torch.Tensor:
         """Look up and sum.
 
@@ -106,6 +110,7 @@ class HashEmbedding(nn.Module):
             doc_BS: document of each byte, integer [B, S].
             before_ids_BR: ids of the bytes before the first slot, at least `reach_bytes`; None where the row begins.
             before_doc_BR: their documents.
+            look_up: where the tables lie.
 
         Returns:
             Sums over the tables, [B, S, d].
@@ -115,9 +120,7 @@ class HashEmbedding(nn.Module):
             skip = self.reach_bytes
             token_ids_BS = torch.cat([before_ids_BR[:, before_ids_BR.shape[1] - skip :], token_ids_BS], dim=1)
             doc_BS = torch.cat([before_doc_BR[:, before_doc_BR.shape[1] - skip :], doc_BS], dim=1)
-        if self.look_up is not None:
-            return self.look_up(token_ids_BS, doc_BS, skip)
-        return self.sum_rows(token_ids_BS, doc_BS, skip, self.weight)
+        return look_up(self, token_ids_BS, doc_BS, skip)
 
     def sum_rows(self, ids_BT: torch.Tensor, doc_BT: torch.Tensor, skip: int, weight: torch.Tensor) -> torch.Tensor:
         """Sum the rows of `weight`, which may hold only some columns, for all but the first `skip` bytes."""

@@ -21,8 +21,8 @@ DepthScaling = Literal["none", "current", "total"]
 WriteParameter = Callable[[nn.Parameter, torch.Tensor], None]
 """Stores a full tensor into a parameter, which may hold only a slice of it."""
 
-ColumnsHere = Callable[[nn.Parameter], tuple[torch.Tensor, range] | None]
-"""The part of a table that is stored here, and which columns it is; None if it is not whole columns."""
+LocalColumns = Callable[[nn.Parameter], tuple[torch.Tensor, range] | None]
+"""The part of a table that this device stores, and which columns it is; None if it is not whole columns."""
 
 _WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module)\.")
 _BLOCK_OUTPUT = re.compile(r"^(?P<stack>(?:\w+\.)?layers)\.(?P<layer>\d+)\.(attention\.wo|feed_forward\.w2)\.weight$")
@@ -46,7 +46,7 @@ def initialize(
     depth_scaling: DepthScaling,
     stack_depths: dict[str, int],
     write: WriteParameter = write_whole,
-    columns_here: ColumnsHere = all_columns,
+    local_columns: LocalColumns = all_columns,
 ) -> None:
     """Set every parameter of `model`.
 
@@ -57,7 +57,7 @@ def initialize(
             sqrt(2 (l + 1)) ("current") or sqrt(2 (L + 1)) ("total").
         stack_depths: L by stack name (`encoder.layers`, `layers`, `decoder.layers`), of the whole model.
         write: how a full tensor enters a parameter; `parallelisms` passes one that keeps a rank's slice.
-        columns_here: which columns of a hash table to draw.
+        local_columns: which columns of a hash table to draw.
     """
     for wrapped_name, parameter in model.named_parameters():
         name = _WRAPPERS.sub("", wrapped_name)
@@ -71,8 +71,8 @@ def initialize(
                 std /= (2 * (depth + 1)) ** 0.5
         if not name.startswith("hash_embedding."):
             write(parameter, _draw_whole(name, parameter, std, seed))
-        elif (here := columns_here(parameter)) is not None:
-            _draw_columns(*here, name, std, seed)
+        elif (stored := local_columns(parameter)) is not None:
+            _draw_columns(*stored, name, std, seed)
         else:
             whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
             _draw_columns(whole, range(parameter.shape[1]), name, std, seed)

@@ -3,7 +3,7 @@
 Letters: B rows, S slots (bytes or patches), D width of the stack, H heads, K head size, F hidden width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
@@ -54,18 +54,25 @@ class Attention(nn.Module):
     def __init__(self, dim: int, n_heads: int):
         super().__init__()
         self.head_dim = dim // n_heads
-        # Replaced where a row lies on several devices: keys and values then come from others too.
-        self.attend: Attend = attend
         self.wq = nn.Linear(dim, dim, bias=False)
         self.wk = nn.Linear(dim, dim, bias=False)
         self.wv = nn.Linear(dim, dim, bias=False)
         self.wo = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x_BSD: torch.Tensor, rotation: Rotation, mask: AttentionMask) -> torch.Tensor:
-        """Attend within the row: [B, S, D] -> [B, S, D]."""
+    def forward(
+        self, x_BSD: torch.Tensor, rotation: Rotation, mask: AttentionMask, attend: Attend = attend
+    ) -> torch.Tensor:
+        """Attend within the row: [B, S, D] -> [B, S, D].
+
+        Args:
+            x_BSD: normed states.
+            rotation: of their positions.
+            mask: what each may see.
+            attend: where keys and values come from that `x_BSD` does not give: a cache, other devices.
+        """
         # -1 heads, not self.n_heads: under tensor parallelism a rank holds a part of them.
         q, k, v = (w(x_BSD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        return self.wo(self.attend(rotate(q, rotation), rotate(k, rotation), v, mask).flatten(-2))
+        return self.wo(attend(rotate(q, rotation), rotate(k, rotation), v, mask).flatten(-2))
 
 
 class FeedForward(nn.Module):
@@ -92,10 +99,29 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = nn.RMSNorm(dim, eps=NORM_EPS)
         self.feed_forward = FeedForward(dim, ffn_hidden)
 
-    def forward(self, x_BSD: torch.Tensor, rotation: Rotation, mask: AttentionMask) -> torch.Tensor:
-        """Map [B, S, D] -> [B, S, D]."""
-        h_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotation, mask)
+    def forward(
+        self, x_BSD: torch.Tensor, rotation: Rotation, mask: AttentionMask, attend: Attend = attend
+    ) -> torch.Tensor:
+        """Map [B, S, D] -> [B, S, D]; the other arguments are those of `Attention`."""
+        h_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotation, mask, attend)
         return h_BSD + self.feed_forward(self.ffn_norm(h_BSD))
+
+
+def run_blocks(
+    blocks: nn.ModuleDict, h_BSD: torch.Tensor, rotation: Rotation, mask: AttentionMask, attends: Sequence[Attend]
+) -> torch.Tensor:
+    """Run a stack: [B, S, D] -> [B, S, D].
+
+    Args:
+        blocks: of the stack.
+        h_BSD: what enters the first.
+        rotation: of the positions.
+        mask: what each position may see.
+        attends: attention of each block.
+    """
+    for block, own_attend in zip(blocks.values(), attends, strict=True):
+        h_BSD = block(h_BSD, rotation, mask, own_attend)
+    return h_BSD
 
 
 def block_stack(n_layers: int, dim: int, n_heads: int, ffn_hidden: int) -> nn.ModuleDict:

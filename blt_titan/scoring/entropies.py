@@ -28,9 +28,9 @@ from blt_titan.batch import PADDING
 from blt_titan.byte_vocab import BOS_ID, BOUNDARY_ID
 from blt_titan.data.rows.packing import frame_documents
 from blt_titan.data.store.shards import RecordBatch
-from blt_titan.model.attention import attend, resolve_backend, window_mask
+from blt_titan.model.attention import attend, resolve_backend
 from blt_titan.model.entropy_model import EntropyModel
-from blt_titan.model.layers import rotary_angles
+from blt_titan.model.sizes import EntropyModelArgs
 from blt_titan.patching.rounding import Storage, from_storage, to_storage
 from blt_titan.patching.rule import PatchRule
 
@@ -87,11 +87,28 @@ class _CarriedAttention:
     def keep(self, lanes: torch.Tensor) -> None:
         """Leave only these lanes, int64 [B'], by number."""
         if self.kv_BWHX is not None:
-            self.kv_BWHX = self.kv_BWHX[lanes]
+            self.kv_BWHX = self.kv_BWHX[lanes.to(self.kv_BWHX.device)]
+
+
+class _Carried:
+    """What lanes carry from chunk to chunk."""
+
+    def __init__(self, args: EntropyModelArgs, lanes: int):
+        self.attention = [_CarriedAttention(args.window) for _ in range(args.n_layers)]
+        # Documents are told apart by numbers that grow along a lane; 0 is nothing's.
+        self.context_BW = torch.full((lanes, args.window - 1), PADDING, dtype=torch.int64)
+        self.last_context_B1 = torch.zeros(lanes, 1, dtype=torch.int64)
+        self.position = 0
+
+    def keep(self, lanes: torch.Tensor) -> None:
+        """Leave only these lanes, int64 [B'], by number."""
+        self.context_BW, self.last_context_B1 = self.context_BW[lanes], self.last_context_B1[lanes]
+        for carried in self.attention:
+            carried.keep(lanes)
 
 
 class EntropyScorer:
-    """Scores documents with an entropy model, which it takes over: the model's attention is replaced.
+    """Scores documents with an entropy model, which is only read.
 
     Args:
         model: in the dtype and on the device that it shall compute with. Entropies are computed in fp32.
@@ -100,14 +117,13 @@ class EntropyScorer:
     """
 
     def __init__(self, model: EntropyModel, *, lanes: int = LANES, chunk: int = CHUNK):
-        self.model = model.eval().requires_grad_(False)
+        self.model = model
         self.lanes = lanes
         self.chunk = chunk
         self.slots_run = 0
         """Byte slots computed so far, padding included."""
         self.device = model.tok_embeddings.weight.device
         self._keeps_lanes = resolve_backend(model.args.attention_backend, self.device) == "flex"
-        self._attention = [_CarriedAttention(model.args.window) for _ in model.layers]
 
     def score(self, ids: np.ndarray) -> np.ndarray:
         """Return H[i], nats of the byte that follows ids[i]: documents' ids, integer [N] -> fp32 [N]."""
@@ -127,15 +143,7 @@ class EntropyScorer:
         """
         pieces, finished = self._pieces(iter(requests)), deque[_Request]()
         lanes = [_Lane() for _ in range(self.lanes)]
-        # Documents are told apart by numbers that grow along a lane; 0 is nothing's.
-        context_BW = torch.full((self.lanes, self.model.args.window - 1), PADDING, dtype=torch.int64)
-        last_context_B = torch.zeros(self.lanes, 1, dtype=torch.int64)
-        position = 0
-        for block, carried in zip(self.model.layers.children(), self._attention, strict=True):
-            attention: Any = block.get_submodule("attention")
-            # Here, not once: generation, which takes the model over as well, may have had it meanwhile.
-            attention.attend = carried
-            carried.kv_BWHX = None
+        carried = _Carried(self.model.args, self.lanes)
         while True:
             for lane in lanes:
                 while lane.waiting < self.chunk and (piece := next(pieces, None)) is not None:
@@ -143,17 +151,13 @@ class EntropyScorer:
                     lane.waiting += len(piece[1])
             busy = [number for number, lane in enumerate(lanes) if lane.waiting]
             if not busy:
-                for carried in self._attention:
-                    carried.kv_BWHX = None
                 return
             enough = 1 << (len(busy) - 1).bit_length()
             if enough < len(lanes) and not self._keeps_lanes:
                 idle = [number for number, lane in enumerate(lanes) if not lane.waiting]
                 kept = torch.tensor(sorted(busy + idle[: enough - len(busy)]))
                 lanes = [lanes[number] for number in kept.tolist()]
-                context_BW, last_context_B = context_BW[kept], last_context_B[kept]
-                for carried in self._attention:
-                    carried.keep(kept.to(self.device))
+                carried.keep(kept)
             taken = [lane.take(self.chunk) for lane in lanes]
             ids_BC = torch.full((len(lanes), self.chunk), BOUNDARY_ID, dtype=torch.int64)
             real_BC = torch.zeros(len(lanes), self.chunk, dtype=torch.bool)
@@ -161,13 +165,7 @@ class EntropyScorer:
                 together = np.concatenate([ids for _, ids, _ in stretches]) if stretches else np.empty(0, np.int64)
                 ids_BC[number, : len(together)] = torch.from_numpy(together.astype(np.int64))
                 real_BC[number, : len(together)] = True
-            document_BC = last_context_B + (ids_BC == BOS_ID).cumsum(1)
-            context_BC = self.model.contexts(ids_BC, document_BC)
-            last_context_B = context_BC[:, -1:]
-            context_BC = torch.where(real_BC, context_BC, PADDING)
-            entropies_BC = self._forward(ids_BC, context_BC, context_BW, position)
-            context_BW = torch.cat([context_BW, context_BC], dim=1)[:, context_BC.shape[1] :]
-            position += self.chunk
+            entropies_BC = self._forward(ids_BC, real_BC, carried)
             for number, stretches in enumerate(taken):
                 done = 0
                 for request, ids, begin in stretches:
@@ -193,21 +191,23 @@ class EntropyScorer:
             for begin, end in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
                 yield request, ids[begin:end], begin
 
-    def _forward(
-        self, ids_BC: torch.Tensor, context_BC: torch.Tensor, context_BW: torch.Tensor, position: int
-    ) -> np.ndarray:
-        model, args = self.model, self.model.args
+    def _forward(self, ids_BC: torch.Tensor, real_BC: torch.Tensor, carried: _Carried) -> np.ndarray:
+        """Read the next chunk of each lane: ids, and which of them are no padding; return entropies, fp32 [B, C]."""
+        model = self.model
         self.slots_run += ids_BC.numel()
-        ids_BC, context_BC, context_BW = (x.to(self.device) for x in (ids_BC, context_BC, context_BW))
-        pos_BC = torch.arange(position, position + self.chunk, device=self.device).expand_as(ids_BC)
-        rotation = rotary_angles(pos_BC, head_dim=args.dim // args.n_heads, theta=args.rope_theta)
-        mask = window_mask(context_BC, window=args.window, backend=args.attention_backend, before_doc_BW=context_BW)
+        document_BC = carried.last_context_B1 + (ids_BC == BOS_ID).cumsum(1)
+        context_BC = model.contexts(ids_BC, document_BC)
+        carried.last_context_B1 = context_BC[:, -1:]
+        context_BC = torch.where(real_BC, context_BC, PADDING)
+        pos_BC = torch.arange(carried.position, carried.position + self.chunk, device=self.device).expand_as(ids_BC)
+        rotation, mask = model.rotation_and_mask(pos_BC, context_BC.to(self.device), carried.context_BW.to(self.device))
         # A run may score inside an autocast of its own, and must not get other entropies there.
         with torch.autocast(self.device.type, enabled=False):
-            h = model.tok_embeddings(ids_BC)
-            for block in model.layers.values():
-                h = block(h, rotation, mask)
-            return entropy_nats(model.output(model.norm(h))).cpu().numpy()
+            logits_BCV = model.run(ids_BC.to(self.device), rotation, mask, carried.attention)
+            entropies_BC = entropy_nats(logits_BCV).cpu().numpy()
+        carried.context_BW = torch.cat([carried.context_BW, context_BC], dim=1)[:, context_BC.shape[1] :]
+        carried.position += self.chunk
+        return entropies_BC
 
 
 Share = Callable[[Callable[[], np.ndarray], RecordBatch], np.ndarray]

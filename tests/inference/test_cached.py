@@ -78,7 +78,7 @@ def check_boundaries(rule: PatchRule, ids: np.ndarray, lengths: list[int], **ent
 def test_every_byte_s_logits_are_those_of_the_whole_row(rule):
     cached = compare(rule, blt(), [1], steps=200)
 
-    assert cached.global_steps == cached._closed[0] - 1 > 5  # BOS was a patch of the prompt
+    assert cached.global_steps == cached.ledger.closed[0] - 1 > 5  # BOS was a patch of the prompt
 
 
 @pytest.mark.parametrize("rule", [RULES["entropy"], RULES["space"]], ids=["entropy", "space"])

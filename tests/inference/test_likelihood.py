@@ -62,7 +62,6 @@ def test_one_pair_of_models_may_score_and_generate_in_turn():
     scorer, generator = LikelihoodScorer(model, rule, entropy_model), CachedBLT(model, rule, entropy_model)
     first = dict(scorer.score([ids]))[0].nats
     generator.prefill([ids[:40]])
-    generator.release()
     assert np.array_equal(dict(scorer.score([ids]))[0].nats, first)
     text = complete(model, b"to be", rule, entropy_model=entropy_model, max_bytes=20)
     assert text == complete(blt(), b"to be", rule, entropy_model=model_of(), max_bytes=20)

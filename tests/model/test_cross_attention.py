@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from blt_titan.model.attention import window_mask
+from blt_titan.model.attention import attend, window_mask
 from blt_titan.model.cross_attention import BytesReadPatches, PatchesReadBytes, gather_patches, max_bytes, sum_bytes
 from blt_titan.model.layers import rotary_angles
 from tests.helpers.small_models import small_blt
@@ -137,14 +137,15 @@ def encode(encoder, patch_BS, P, h_seed=0):
     hashed = torch.randn(B, S, 32, generator=torch.Generator().manual_seed(h_seed + 1))
     doc_BS = torch.where(patch_BS < 0, -1, 0)
     rotation = rotary_angles(torch.arange(S).expand(B, S), head_dim=16, theta=5e5)
-    return encoder(ids_BS, hashed, patch_BS, P, rotation, window_mask(doc_BS, window=8))
+    attends = [attend] * len(encoder.layers)
+    return encoder(ids_BS, hashed, patch_BS, P, rotation, window_mask(doc_BS, window=8), attends)
 
 
 @pytest.mark.parametrize("global_dim", [64, 96], ids=["same_width", "projected"])
 def test_the_state_of_an_empty_patch_is_exactly_zero(global_dim):
     model = small_blt(global_dim=global_dim)
     patch_BS = indices()
-    h_BSd, p_BPG = encode(model.encoder, patch_BS, P=10)
+    (*_, h_BSd), p_BPG = encode(model.encoder, patch_BS, P=10)
     empty = torch.zeros(3, 10, dtype=torch.bool)
     empty[:, 8:] = True
     empty[2, 6:] = True

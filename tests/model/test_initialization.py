@@ -212,6 +212,8 @@ def test_write_decides_what_a_rank_keeps():
         return halves[id(parameter)], columns
 
     depths = {"encoder.layers": 2, "layers": 4, "decoder.layers": 3}
-    initialize(model, seed=0, depth_scaling="none", stack_depths=depths, write=keep_right_half, columns_here=right_half)
+    initialize(
+        model, seed=0, depth_scaling="none", stack_depths=depths, write=keep_right_half, local_columns=right_half
+    )
     for name, parameter in model.named_parameters():
         assert torch.equal(halves[id(parameter)], whole[name][..., whole[name].shape[-1] // 2 :]), name

@@ -7,8 +7,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from blt_titan.model import initialization
-from blt_titan.model.hash_embedding import HashEmbedding
-from parallelisms.hash_tables import columns_here, shard_columns
+from blt_titan.model.hash_embedding import HashEmbedding, look_up_whole
+from parallelisms.hash_tables import local_columns, shard_columns
 from parallelisms.weights import write_shard
 from tests.helpers.distributed import run_distributed
 from tests.helpers.sent_bytes import SentBytes
@@ -28,8 +28,9 @@ def traffic(sharding: str, n_rows: int) -> dict[str, int]:
     module: nn.Module = HashEmbedding(DIM, ngrams=NGRAMS, n_functions=1, n_rows=n_rows)
     nn.init.normal_(module.weight)
     if sharding == "columns":
-        shard_columns(module, mesh, compute_dtype=torch.bfloat16)
+        look_up = shard_columns(module, mesh, compute_dtype=torch.bfloat16)
     else:
+        look_up = look_up_whole
         # Both dtypes bf16, in favour of FSDP: by default it sums gradients in fp32.
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
         fully_shard(module, mesh=mesh, mp_policy=policy)
@@ -39,7 +40,7 @@ def traffic(sharding: str, n_rows: int) -> dict[str, int]:
     ids = torch.randint(4, 260, (1, S), dtype=torch.int32)
     before = torch.zeros(1, 7, dtype=torch.int32)
     with SentBytes() as counter:
-        out = module(ids, torch.zeros_like(ids), before, before)
+        out = module(ids, torch.zeros_like(ids), before, before, look_up)
         assert out.dtype == torch.bfloat16
         assert out.shape == (1, S, DIM)
         out.sum().backward()
@@ -90,7 +91,7 @@ def drawn_columns() -> list[str]:
     parent = nn.Module()
     parent.hash_embedding = module
     initialization.initialize(
-        parent, seed=0, depth_scaling="none", stack_depths={}, write=write_shard, columns_here=columns_here
+        parent, seed=0, depth_scaling="none", stack_depths={}, write=write_shard, local_columns=local_columns
     )
     local = module.weight.to_local()
     assert local.shape == (66, 4)

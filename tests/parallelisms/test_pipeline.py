@@ -7,7 +7,7 @@ import torch
 
 from blt_titan.model.blt import BLT
 from blt_titan.model.sizes import BLT_FLAVORS
-from parallelisms.pipeline import cut_layers, stage_of
+from parallelisms.pipeline import cut_layers
 
 
 def largest(cuts, encoder, layers, decoder) -> float:
@@ -56,7 +56,7 @@ def test_stages_hold_every_parameter_once_under_its_name():
     with torch.device("meta"):
         model = BLT(BLT_FLAVORS["debug"])
     cuts = [range(0, 0), range(0, 2), range(2, 3)]
-    stages = [stage_of(model, cut, is_first=i == 0, is_last=i == 2) for i, cut in enumerate(cuts)]
+    stages = [model.stage(cut, is_first=i == 0, is_last=i == 2) for i, cut in enumerate(cuts)]
     names = [name for stage in stages for name, _ in stage.named_parameters()]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
     assert {name.split(".")[0] for name, _ in stages[0].named_parameters()} == {"hash_embedding", "encoder"}

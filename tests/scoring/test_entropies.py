@@ -1,5 +1,7 @@
 """Entropies in lanes against the whole document alone: long, short, many, carried over chunks, reset at newlines."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -75,17 +77,20 @@ def test_little_is_padded():
 def shapes_of_forwards(scorer: EntropyScorer, n_documents: int) -> set[tuple[int, ...]]:
     """Score documents whose lanes run dry one by one, check the entropies, and return the shapes that were run."""
     shapes, forward = set(), scorer._forward
+    all_carried = []
 
-    def watched(ids_BC, *others):
+    def watched(ids_BC, real_BC, carried):
         shapes.add(tuple(ids_BC.shape))
-        return forward(ids_BC, *others)
+        all_carried.append(weakref.ref(carried))
+        return forward(ids_BC, real_BC, carried)
 
     scorer._forward = watched
     each = documents([40 * i for i in range(1, n_documents + 1)])
     expected = [scored_alone(model_of(), ids) for ids in each]
     for number, entropies in scorer.score_all(enumerate(each)):
         np.testing.assert_allclose(entropies, expected[number], atol=ENTROPY_ATOL, rtol=0)
-    assert all(carried.kv_BWHX is None for carried in scorer._attention), "nothing is held between calls"
+    assert all_carried
+    assert all(carried() is None for carried in all_carried), "nothing is held between calls"
     return shapes
 
 

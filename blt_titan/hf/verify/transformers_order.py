@@ -12,9 +12,8 @@ ask and R those that are read, K head size.
 """
 
 import copy
-from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -26,7 +25,6 @@ from blt_titan.model.attention import AttentionMask, DenseMask, attend
 from blt_titan.model.blt import BLT
 from blt_titan.model.cross_attention import CrossAttention
 from blt_titan.model.hash_embedding import HashEmbedding, ngram_hashes
-from blt_titan.model.layers import TransformerBlock
 
 
 class FloatsAre(TorchFunctionMode):
@@ -63,24 +61,21 @@ def in_transformers_order(model: BLT) -> BLT:
     """
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     model = copy.deepcopy(model, memo={id(parameter): parameter for parameter in model.parameters()})
-    assert model.encoder is not None
-    assert model.decoder is not None
-    assert model.hash_embedding is not None
     model.args = replace(model.args, attention_backend="sdpa")
-    for block in (*_blocks(model.encoder.layers), *_blocks(model.decoder.layers)):
-        block.attention.attend = _DenseWindow(model.args.local_window)
     encoder: Any = model.encoder
     encoder.cross_attention = nn.ModuleList(_DensePatchesReadBytes(inner) for inner in encoder.cross_attention)
     decoder: Any = model.decoder
     decoder.cross_attention = nn.ModuleList(_DenseBytesReadPatches(inner) for inner in decoder.cross_attention)
     encoder.tok_embeddings = _EmbeddingsInTurn(encoder.tok_embeddings, model.hash_embedding)
-    # They are in the byte's embedding already.
-    model.hash_embedding.look_up = lambda ids_BS, doc_BS, skip: torch.zeros((), device=ids_BS.device)
+    model.placement = replace(
+        model.placement, attend_bytes=_DenseWindow(model.args.local_window), look_up=_added_to_bytes
+    )
     return model
 
 
-def _blocks(stack: nn.ModuleDict) -> Iterable[TransformerBlock]:
-    return cast(Iterable[TransformerBlock], stack.values())
+def _added_to_bytes(embedding: HashEmbedding, ids_BS: torch.Tensor, doc_BS: torch.Tensor, skip: int) -> torch.Tensor:
+    """Look up nothing: `_EmbeddingsInTurn` has added the tables' rows already."""
+    return torch.zeros((), device=ids_BS.device)
 
 
 class _DenseWindow:
