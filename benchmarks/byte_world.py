@@ -129,11 +129,11 @@ def run(cp: int, tp: int, flavor: str, repetitions: int) -> dict[str, dict[str, 
             began, counter = time.perf_counter(), SentBytes()
             if repetition == 0:
                 with counter:
-                    loss_fn(model(ids_BS, **layout.as_dict()), labels_BS).backward()
+                    loss_fn(model(ids_BS, layout), labels_BS).backward()
                 sent[plan] = counter.total
                 norms[plan] = clip_grad_norm(model.parameters(), 1e9, pp_mesh=None).item()
                 continue
-            loss_fn(model(ids_BS, **layout.as_dict()), labels_BS).backward()
+            loss_fn(model(ids_BS, layout), labels_BS).backward()
             dist.barrier()
             seconds[plan].append(time.perf_counter() - began)
     assert abs(norms["context"] - norms["repeated"]) <= 1e-4 * norms["context"], norms

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from benchmarks.result_file import write_result
 from blt_titan.byte_vocab import document_ids
+from blt_titan.layout import layout_without_patches
 from blt_titan.model.entropy_model import EntropyModel
 from blt_titan.model.sizes import ENTROPY_FLAVORS
 from blt_titan.scoring.entropies import CHUNK, LANES, EntropyScorer, entropy_nats
@@ -61,7 +62,7 @@ def score_plainly(model: EntropyModel, documents: list[np.ndarray]) -> None:
             part = torch.from_numpy(ids[begin : begin + PLAIN_BYTES].astype(np.int64))
             row = torch.nn.functional.pad(part, (0, PLAIN_BYTES - len(part)))[None].to(device)
             doc = torch.where(pos < len(part), 0, -1).to(device)
-            entropy_nats(model(row, byte_pos_BS=pos.to(device), byte_doc_BS=doc)).cpu()
+            entropy_nats(model(row, layout_without_patches(doc))).cpu()
 
 
 def seconds_of(work: Callable[[list[np.ndarray]], object], documents: list[np.ndarray]) -> float:

@@ -75,11 +75,6 @@ class PatchLayout(NamedTuple):
     slice: SliceLayout | tuple[()] = ()
     """What a slice of a row needs of the slices before it; empty where devices hold whole rows."""
 
-    def as_dict(self) -> dict[str, torch.Tensor]:
-        """Return the tensors by field name, those of the slice among them."""
-        tensors: dict[str, torch.Tensor] = {name: getattr(self, name) for name in LAYOUT_FIELDS}
-        return tensors | self.slice._asdict() if isinstance(self.slice, SliceLayout) else tensors
-
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "PatchLayout":
         """Return the layout with every tensor changed, those of the slice too."""
         return PatchLayout(*map(change, self[:-1]), slice=SliceLayout(*map(change, self.slice)) if self.slice else ())

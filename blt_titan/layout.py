@@ -91,3 +91,18 @@ def lay_out(
         patch_pos_BP=torch.from_numpy(patch_pos_BP),
         patch_doc_BP=torch.from_numpy(patch_doc_BP),
     )
+
+
+def layout_without_patches(byte_doc_BS: torch.Tensor) -> PatchLayout:
+    """Lay out rows for a model that knows no patches: rows of no patch slots, whose bytes are in none.
+
+    Args:
+        byte_doc_BS: document of each byte, integer [B, S], PADDING where padded.
+
+    Returns:
+        The layout, on the device and in the type of `byte_doc_BS`.
+    """
+    real_BS = byte_doc_BS != PADDING
+    no_patch_BS, no_slots_B0 = torch.full_like(byte_doc_BS, PADDING), byte_doc_BS[:, :0]
+    pos_S = torch.arange(byte_doc_BS.shape[1], dtype=byte_doc_BS.dtype, device=byte_doc_BS.device)
+    return PatchLayout(pos_S * real_BS, byte_doc_BS, no_patch_BS, no_patch_BS, no_slots_B0, no_slots_B0)

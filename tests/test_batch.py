@@ -13,6 +13,7 @@ from blt_titan.data.rows.collate import collate_rows
 from blt_titan.data.rows.packing import PatchedIds, RowShape, pack_row
 from blt_titan.model.layout import layout_from_patch_lengths
 from blt_titan.patching import rule_patch_starts
+from tests.helpers.layout_fields import fields_of
 
 DOCUMENTS = [b"ab c", b"", b"one, two;  three", "π is not 3".encode(), b"x"]
 
@@ -44,13 +45,13 @@ def test_worked_example_is_what_the_packer_makes():
     assert list(table) == ["token_ids_BS", "labels_BS", *LAYOUT_FIELDS]
     made = collate_rows([row], shape)
     for name, values in table.items():
-        field = {"token_ids_BS": made.ids_BS, "labels_BS": made.labels_BS, **made.layout.as_dict()}[name]
+        field = {"token_ids_BS": made.ids_BS, "labels_BS": made.labels_BS, **fields_of(made.layout)}[name]
         assert field[0].tolist() == values, name
 
 
 def test_worked_example_without_its_padding_is_what_lengths_make():
     ids = torch.from_numpy(document_ids(b"ab c"))[None]
-    layout = layout_from_patch_lengths(ids, torch.tensor([[1, 3, 2, 1, 0]])).as_dict()
+    layout = fields_of(layout_from_patch_lengths(ids, torch.tensor([[1, 3, 2, 1, 0]])))
     for name, values in docstring_table().items():
         if name in LAYOUT_FIELDS:
             assert layout[name][0].tolist() == values[: layout[name].shape[1]], name
@@ -71,7 +72,7 @@ def test_full_rows_are_laid_out_alike_from_lengths_and_by_the_packer(n_patches, 
     made = collate_rows([pack_row(PatchedIds(ids, cuts), shape)], shape)
     lengths = np.append(np.diff(cuts[: n_patches + 1]), 1)
     ids_BS = torch.from_numpy(ids[:n])[None]
-    layout = layout_from_patch_lengths(ids_BS, torch.from_numpy(lengths)[None]).as_dict()
+    layout = fields_of(layout_from_patch_lengths(ids_BS, torch.from_numpy(lengths)[None]))
     for name in LAYOUT_FIELDS:
         assert torch.equal(layout[name], getattr(made.layout, name).to(layout[name].dtype)), name
     assert torch.equal(ids_BS, made.ids_BS.to(ids_BS.dtype))
@@ -80,9 +81,9 @@ def test_full_rows_are_laid_out_alike_from_lengths_and_by_the_packer(n_patches, 
 def test_rows_of_other_lengths_do_not_disturb_each_other():
     ids = torch.from_numpy(document_ids(b"abcdefgh"))[None].expand(3, 10)
     lengths = torch.tensor([[1, 10, 0, 0], [1, 1, 1, 8], [1, 9, 1, 0]])
-    together = layout_from_patch_lengths(ids, lengths).as_dict()
+    together = fields_of(layout_from_patch_lengths(ids, lengths))
     for row in range(3):
-        alone = layout_from_patch_lengths(ids[row : row + 1], lengths[row : row + 1]).as_dict()
+        alone = fields_of(layout_from_patch_lengths(ids[row : row + 1], lengths[row : row + 1]))
         for name in LAYOUT_FIELDS:
             assert torch.equal(together[name][row], alone[name][0]), name
     # The last patch of rows 0 and 1 counts the target too; in row 2 it holds nothing else, so it is padding.

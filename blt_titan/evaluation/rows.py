@@ -36,13 +36,13 @@ ScoreBatch = Callable[[Batch], torch.Tensor]
 
 
 def batch_scorer(model: Callable[..., torch.Tensor]) -> ScoreBatch:
-    """Return the scorer of a model that is called with the ids [B, S] and the layout by name, and returns logits."""
+    """Return the scorer of a model that is called with the ids [B, S] and their layout, and returns logits."""
     loss_fn = ByteCrossEntropy()
 
     def score(batch: Batch) -> torch.Tensor:
         ids_BS, layout, labels_BS = batch
         loss_fn.eos_nats = None
-        nats = loss_fn(model(ids_BS, **layout.as_dict()), labels_BS)
+        nats = loss_fn(model(ids_BS, layout), labels_BS)
         assert loss_fn.eos_nats is not None
         return batch_sums(nats, loss_fn.eos_nats, labels_BS)
 

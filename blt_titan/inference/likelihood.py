@@ -114,7 +114,7 @@ class LikelihoodScorer:
         rows = [document.row(begin, end) for document, begin, end, _ in batch]
         ids_BS = pad_ids([row.ids for row in rows])
         layout = layout_rows(rows).map(lambda tensor: tensor.to(self._device))
-        logits_BSV = self.model(torch.from_numpy(ids_BS).to(self._device), **layout.as_dict())
+        logits_BSV = self.model(torch.from_numpy(ids_BS).to(self._device), layout)
         targets_BS = np.zeros_like(ids_BS)
         for row, (document, begin, end, _) in enumerate(batch):
             targets_BS[row, : end - begin] = document.ids[begin + 1 : end + 1]

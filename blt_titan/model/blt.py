@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
-from blt_titan.batch import LAYOUT_FIELDS, SLICE_FIELDS, PatchLayout, SliceLayout
+from blt_titan.batch import PatchLayout, SliceLayout
 from blt_titan.model.attention import AttentionMask, SlicedMask, causal_mask, window_mask
 from blt_titan.model.decoder import LocalDecoder
 from blt_titan.model.encoder import EncoderStates, LocalEncoder
@@ -159,17 +159,17 @@ class BLT(_Parts):
         self.layers = block_stack(args.global_layers, args.global_dim, args.global_heads, args.global_ffn_hidden)
         self.decoder = LocalDecoder(args)
 
-    def forward(self, ids_BS: torch.Tensor, **fields: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids_BS: torch.Tensor, layout: PatchLayout) -> torch.Tensor:
         """Score the next byte at every slot.
 
         Args:
             ids_BS: token ids, integer [B, S].
-            fields: those of the `batch.PatchLayout` of the rows, and of its slice if it has one.
+            layout: of the rows, with its slice where this device holds one slice of each.
 
         Returns:
             Logits, fp32 [B, S, V]; at padded slots they are finite and mean nothing.
         """
-        return self.run(ids_BS, _layout_of(fields)).logits_BSV
+        return self.run(ids_BS, layout).logits_BSV
 
     def run(self, ids_BS: torch.Tensor, layout: PatchLayout, attends: StackAttends | None = None) -> BLTStates:
         """Score the next byte at every slot, and return what is computed on the way.
@@ -200,7 +200,7 @@ class BLT(_Parts):
             ValueError: if the lengths are not of that form.
         """
         layout = layout_from_patch_lengths(token_ids_BS, patch_lengths_BP)
-        return self(token_ids_BS, **layout.as_dict())
+        return self(token_ids_BS, layout)
 
     def stage(self, layers: range, *, is_first: bool, is_last: bool) -> "BLTStage":
         """Return the pipeline stage with these global blocks; it has this model's own modules, not copies.
@@ -224,7 +224,7 @@ class BLTStage(_Parts):
         self.decoder = model.decoder if is_last else None
 
     def forward(
-        self, inputs: torch.Tensor, h_BSd: torch.Tensor | None = None, **fields: torch.Tensor
+        self, inputs: torch.Tensor, h_BSd: torch.Tensor | None = None, *, layout: PatchLayout
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Run these parts.
 
@@ -232,12 +232,12 @@ class BLTStage(_Parts):
             inputs: in the first stage token ids, integer [B, S]; in others the patch states of the stage before,
                 [B, P, G].
             h_BSd: in others than the first, the byte states of the stage before.
-            fields: as in `BLT.forward`.
+            layout: as in `BLT.forward`.
 
         Returns:
             Of the last stage logits, fp32 [B, S, V]; of others patch states and byte states.
         """
-        layout, p_BPG = _layout_of(fields), inputs
+        p_BPG = inputs
         context = self._byte_context(layout) if self.encoder is not None or self.decoder is not None else None
         if self.encoder is not None:
             assert self.hash_embedding is not None
@@ -250,10 +250,3 @@ class BLTStage(_Parts):
             return p_BPG, h_BSd
         assert context is not None
         return self._decode(self.decoder, h_BSd, p_BPG, layout, context)
-
-
-def _layout_of(fields: dict[str, torch.Tensor]) -> PatchLayout:
-    return PatchLayout(
-        *(fields[name] for name in LAYOUT_FIELDS),
-        slice=SliceLayout(*(fields[name] for name in SLICE_FIELDS)) if "tail_BT" in fields else (),
-    )

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn as nn
 
-from blt_titan.batch import PADDING
+from blt_titan.batch import PADDING, PatchLayout
 from blt_titan.byte_vocab import NEWLINE_ID, VOCAB_SIZE
 from blt_titan.model.attention import AttentionMask, window_mask
 from blt_titan.model.initialization import initialize
@@ -39,28 +39,19 @@ class EntropyModel(nn.Module):
         self.output = nn.Linear(args.dim, VOCAB_SIZE, bias=False)
         self.placement = Placement()
 
-    def forward(
-        self,
-        token_ids_BS: torch.Tensor,
-        *,
-        byte_pos_BS: torch.Tensor,
-        byte_doc_BS: torch.Tensor,
-        **patch_layout: torch.Tensor,
-    ) -> torch.Tensor:
+    def forward(self, token_ids_BS: torch.Tensor, layout: PatchLayout) -> torch.Tensor:
         """Score the next byte at every slot.
 
         Args:
             token_ids_BS: ids, integer [B, S].
-            byte_pos_BS: position of each byte, integer [B, S].
-            byte_doc_BS: document of each byte, integer [B, S].
-            patch_layout: the rest of `batch.PatchLayout`, accepted so that both models train from one loader;
-                this model knows no patches.
+            layout: of the rows. This model knows no patches and reads positions and documents of the bytes only; it
+                takes them in this form because both models train from one loader.
 
         Returns:
             Logits, fp32 [B, S, V].
         """
-        context_BS = self.contexts(token_ids_BS, byte_doc_BS)
-        return self.run(token_ids_BS, *self.rotation_and_mask(byte_pos_BS, context_BS))
+        context_BS = self.contexts(token_ids_BS, layout.byte_doc_BS)
+        return self.run(token_ids_BS, *self.rotation_and_mask(layout.byte_pos_BS, context_BS))
 
     def run(
         self,

@@ -122,8 +122,8 @@ class BLTTrainer(Trainer):
     def post_dataloading_process(
         self, input_dict: dict[str, Any], labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], dict[str, Any]]:
-        """Pass the layout as keyword arguments: those reach every pipeline stage, extra inputs only the first."""
-        return input_dict["ids"], labels, {}, input_dict["layout"].as_dict()
+        """Pass the layout as a keyword argument: those reach every pipeline stage, extra inputs only the first."""
+        return input_dict["ids"], labels, {}, {"layout": input_dict["layout"]}
 
     def train_step(self, data_iterator: Iterator[Batch]) -> None:
         """Make one step: accumulate, clip, update, and log where it is due."""

@@ -81,7 +81,7 @@ class BLTValidator(BaseValidator):
         losses: list[torch.Tensor] = []
         self.pp_schedule.eval(
             *((ids_BS,) if self.has_first_stage else ()),
-            **layout.as_dict(),
+            layout=layout,
             **({"target": labels_BS, "losses": losses} if self.has_last_stage else {}),
         )
         if not self.has_last_stage:

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import torch
 
+from blt_titan.layout import layout_without_patches
 from blt_titan.model.entropy_model import EntropyModel
 from blt_titan.model.sizes import EntropyModelArgs
 from blt_titan.scoring.entropies import entropy_nats
@@ -27,5 +28,5 @@ def model_of(**changes) -> EntropyModel:
 def scored_alone(model: EntropyModel, ids: np.ndarray) -> np.ndarray:
     """One document, one row, no cache."""
     row = torch.from_numpy(ids.astype(np.int64))[None]
-    logits = model(row, byte_pos_BS=torch.arange(len(ids))[None], byte_doc_BS=torch.zeros_like(row))
+    logits = model(row, layout_without_patches(torch.zeros_like(row)))
     return entropy_nats(logits)[0].numpy()

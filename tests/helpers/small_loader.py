@@ -17,6 +17,7 @@ from blt_titan.data.rows.source import RowSource
 from blt_titan.data.store.manifest import Counts, Manifest, write_manifest
 from blt_titan.data.store.shards import ShardSet, ShardWriter, install
 from blt_titan.patching.rule import PatchRule
+from tests.helpers.layout_fields import fields_of
 
 SHAPE = RowShape(segments=2, segment_bytes=32, segment_patches=10)
 STREAMS = 12
@@ -55,7 +56,7 @@ def take(loader: RowLoader, count: int) -> list[Batch]:
 
 def rows_of(batches: list[Batch]) -> torch.Tensor:
     """All fields of each row side by side, [rows, 6 S + 2 P]."""
-    fields = [[batch.ids_BS, *batch.layout.as_dict().values(), batch.labels_BS] for batch in batches]
+    fields = [[batch.ids_BS, *fields_of(batch.layout).values(), batch.labels_BS] for batch in batches]
     return torch.cat([torch.cat(of_batch, dim=1) for of_batch in fields])
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from blt_titan.batch import WHOLE_ROW, ContextSlice
+from blt_titan.batch import WHOLE_ROW, ContextSlice, PatchLayout
 from blt_titan.byte_vocab import document_ids
 from blt_titan.data.rows.collate import collate_rows
 from blt_titan.data.rows.packing import PatchedIds, Row, RowShape, pack_row
@@ -81,7 +81,7 @@ def packed(documents: Sequence[bytes], shape: RowShape) -> Row:
 
 def stack_rows(
     rows: Sequence[Row], shape: RowShape, part: ContextSlice = WHOLE_ROW
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Return ids [B, S], labels [B, S] and the keyword arguments of a model's forward."""
+) -> tuple[torch.Tensor, torch.Tensor, PatchLayout]:
+    """Return ids [B, S], labels [B, S] and the layout."""
     batch = collate_rows(rows, shape, part)
-    return batch.ids_BS, batch.labels_BS, batch.layout.as_dict()
+    return batch.ids_BS, batch.labels_BS, batch.layout

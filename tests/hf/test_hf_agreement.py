@@ -10,6 +10,7 @@ from blt_titan.hf.model_card import NEWEST_TRANSFORMERS
 from blt_titan.hf.names import blt_name_to_hf, entropy_name_to_hf
 from blt_titan.hf.pretrained import BLT, EntropyModel, save_pretrained
 from blt_titan.hf.verify.transformers_order import FloatsAre, in_transformers_order
+from blt_titan.layout import layout_without_patches
 
 transformers = pytest.importorskip("transformers", reason="install the dev extra to compare with transformers")
 
@@ -158,12 +159,7 @@ def test_entropy_model_agrees_with_the_patcher(tmp_path):
     theirs.save_pretrained(tmp_path)
     ours = EntropyModel.from_pretrained(tmp_path)
     tokens_BS, _ = random_rows(Shape("patcher", seq_len=90))
-    S = tokens_BS.shape[1]
-    logits = ours(
-        tokens_BS,
-        byte_pos_BS=torch.arange(S).expand_as(tokens_BS),
-        byte_doc_BS=torch.zeros_like(tokens_BS),
-    )
+    logits = ours(tokens_BS, layout_without_patches(torch.zeros_like(tokens_BS)))
     _, _, their_logits = theirs.model.patcher(tokens_BS, patch_size=4, threshold=1.3)
     torch.testing.assert_close(logits, their_logits, atol=LOGITS_ATOL, rtol=0)
 

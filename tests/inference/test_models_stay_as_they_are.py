@@ -29,7 +29,7 @@ SHAPE = RowShape(2, 60, 40)
 
 def train_step(model, optimizer) -> torch.Tensor:
     ids, labels, layout = stack_rows([packed(DOCUMENTS[:2], SHAPE)], SHAPE)
-    logits = model(ids, **layout)
+    logits = model(ids, layout)
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten().long(), ignore_index=IGNORE_LABEL)
     optimizer.zero_grad()
     loss.backward()

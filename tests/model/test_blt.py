@@ -49,7 +49,7 @@ def other_byte(id_: int) -> int:
 
 
 def training_loss(model, token_ids, labels, layout):
-    logits = model(token_ids, **layout)
+    logits = model(token_ids, layout)
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten().long(), ignore_index=IGNORE_LABEL, reduction="sum")
 
 
@@ -107,14 +107,14 @@ def test_bytes_reach_far_through_patches_only():
 def test_packed_documents_give_the_logits_that_each_gives_alone(changes):
     model = small_blt(**changes)
     together, _, layout = stack_rows([packed(DOCUMENTS, RowShape(1, 200, 80))], RowShape(1, 200, 80))
-    in_one_row = model(together, **layout)[0]
+    in_one_row = model(together, layout)[0]
     ids = torch.cat([torch.from_numpy(document_ids(document)) for document in DOCUMENTS]).int()
     by_lengths = model.logits(*batch_by_spaces([ids]))[0]
     first = 0
     for document in DOCUMENTS:
         alone, _, layout = stack_rows([packed([document], RowShape(1, 100, 50))], RowShape(1, 100, 50))
         n = len(document) + 2
-        expected = model(alone, **layout)[0, :n]
+        expected = model(alone, layout)[0, :n]
         for got in (in_one_row, by_lengths):
             torch.testing.assert_close(got[first : first + n], expected, atol=LOGITS_ATOL, rtol=0)
         first += n
@@ -126,12 +126,10 @@ def test_without_document_borders_the_logits_would_differ():
     """The row above is no easy one: the same bytes as one document give other logits."""
     model = small_blt()
     ids, _, layout = stack_rows([packed(DOCUMENTS[:2], RowShape(1, 100, 60))], RowShape(1, 100, 60))
-    apart = model(ids, **layout)
-    joined = {
-        name: torch.where(x > 0, 0, x) if name.endswith(("doc_BS", "doc_BP")) else x for name, x in layout.items()
-    }
+    apart = model(ids, layout)
+    joined = layout._replace(byte_doc_BS=layout.byte_doc_BS.clamp(max=0), patch_doc_BP=layout.patch_doc_BP.clamp(max=0))
     n = len(DOCUMENTS[0]) + 2
-    difference = (model(ids, **joined) - apart).abs().amax(-1)[0]
+    difference = (model(ids, joined) - apart).abs().amax(-1)[0]
     assert difference[:n].max() <= LOGITS_ATOL
     assert difference[n : n + 20].min() > LEAK
 
@@ -147,7 +145,7 @@ def test_segments_of_a_row_do_not_matter():
         shape = RowShape(segments, -(-n // segments) + 23 * (segments - 1), -(-60 // segments) + 2 * segments)
         slots.add((shape.n_bytes, shape.n_patches))
         ids, _, layout = stack_rows([packed(DOCUMENTS[::-1], shape), packed(DOCUMENTS, shape)], shape)
-        logits.append(model(ids, **layout)[:, :n])
+        logits.append(model(ids, layout)[:, :n])
     assert len(slots) == 4
     for other in logits[1:]:
         torch.testing.assert_close(other, logits[0], atol=LOGITS_ATOL, rtol=0)
@@ -159,10 +157,10 @@ def test_padding_and_the_other_rows_of_a_batch_do_not_matter():
 
     def logits_and_gradients(rows, shape, fill):
         ids, labels, layout = stack_rows(rows, shape)
-        ids = torch.where(layout["byte_doc_BS"] < 0, fill, ids)
+        ids = torch.where(layout.byte_doc_BS < 0, fill, ids)
         model.zero_grad()
         training_loss(model, ids, labels, layout).backward()
-        return model(ids, **layout).detach()[0, :60], {name: p.grad for name, p in model.named_parameters()}
+        return model(ids, layout).detach()[0, :60], {name: p.grad for name, p in model.named_parameters()}
 
     tight, wide = RowShape(1, 70, 40), RowShape(3, 70, 50)
     documents = DOCUMENTS[:2]
@@ -189,7 +187,7 @@ def test_a_batch_of_empty_rows_has_zero_gradients(changes):
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert not parameter.grad.any(), f"{name}: {parameter.grad.abs().max()}"
-    assert model(ids, **layout).isfinite().all()
+    assert model(ids, layout).isfinite().all()
 
 
 @every_shape
@@ -226,10 +224,10 @@ def test_runs_on_the_meta_device(changes):
     with torch.device("meta"):
         model = BLT(args)
     ids, labels, layout = stack_rows([packed(DOCUMENTS[:2], RowShape(1, 128, 40))] * 2, RowShape(1, 128, 40))
-    layout = {name: x.to("meta") for name, x in layout.items()}
+    layout = layout.map(lambda x: x.to("meta"))
     loss = training_loss(model, ids.to("meta"), labels.to("meta"), layout)
     loss.backward()
-    assert model(ids.to("meta"), **layout).shape == (2, 128, VOCAB_SIZE)
+    assert model(ids.to("meta"), layout).shape == (2, 128, VOCAB_SIZE)
     assert all(parameter.grad.is_meta for parameter in model.parameters())
 
 
@@ -274,10 +272,10 @@ def test_each_cross_attention_doubles_the_residual():
             model.encoder.layers[name].register_forward_hook(lambda m, args, out, n=name: seen.update({n: out}))
         ids, _, layout = stack_rows([packed(DOCUMENTS[:1], RowShape(1, 32, 9))], RowShape(1, 32, 9))
         model.encoder.register_forward_hook(lambda m, args, out: states.update(patches=out[1]))
-        model(ids, **layout)
+        model(ids, layout)
         pooled_after, factor = ("0", 4) if every else ("1", 2)
-        for p in range(int(layout["byte_patch_BS"].max()) + 1):
-            pooled = seen[pooled_after][0, layout["byte_patch_BS"][0] == p].amax(0)
+        for p in range(int(layout.byte_patch_BS.max()) + 1):
+            pooled = seen[pooled_after][0, layout.byte_patch_BS[0] == p].amax(0)
             expected = factor * model.encoder.patch_projection(pooled)
             torch.testing.assert_close(states["patches"][0, p], expected, atol=LOGITS_ATOL, rtol=LOGITS_ATOL)
 
@@ -297,13 +295,13 @@ def test_cuda_equals_cpu(changes):
     results = []
     for device in ("cpu", "cuda"):
         model = small_blt(**changes).to(device)
-        on_device = {name: x.to(device) for name, x in layout.items()}
+        on_device = layout.map(lambda x, device=device: x.to(device))
         loss = training_loss(model, ids.to(device), labels.to(device), on_device)
         loss.backward()
-        logits = model(ids.to(device), **on_device).detach().cpu()
+        logits = model(ids.to(device), on_device).detach().cpu()
         results.append((logits, {name: p.grad.cpu() for name, p in model.named_parameters()}))
     (cpu_logits, cpu_grads), (cuda_logits, cuda_grads) = results
-    real = layout["byte_doc_BS"] >= 0
+    real = layout.byte_doc_BS >= 0
     torch.testing.assert_close(cuda_logits[real], cpu_logits[real], atol=GPU_LOGITS_ATOL, rtol=0)
     assert cuda_logits.isfinite().all()
     for name, expected in cpu_grads.items():
@@ -317,7 +315,7 @@ def test_cuda_forward_and_backward_never_wait_for_the_device():
     model = small_blt().to("cuda")
     # Enough bytes that the embedding's backward takes its sorting path too.
     ids, labels, layout = stack_rows([packed(DOCUMENTS, RowShape(2, 100, 45))] * 20, RowShape(2, 100, 45))
-    ids, labels, layout = ids.cuda(), labels.cuda(), {name: x.cuda() for name, x in layout.items()}
+    ids, labels, layout = ids.cuda(), labels.cuda(), layout.map(torch.Tensor.cuda)
     training_loss(model, ids, labels, layout).backward()  # compiles FlexAttention
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")

@@ -5,6 +5,7 @@ import torch
 
 from blt_titan.byte_vocab import document_ids
 from blt_titan.data.rows.packing import RowShape, empty_row
+from blt_titan.layout import layout_without_patches
 from tests.helpers.small_models import DOCUMENTS, packed, small_entropy_model, stack_rows
 from tests.helpers.tensor_watch import NoHostRead
 
@@ -15,8 +16,7 @@ LEAK = 1e-4
 
 
 def score(model, ids_BS):
-    B, S = ids_BS.shape
-    return model(ids_BS, byte_pos_BS=torch.arange(S).expand(B, S), byte_doc_BS=torch.zeros(B, S, dtype=torch.int32))
+    return model(ids_BS, layout_without_patches(torch.zeros_like(ids_BS)))
 
 
 @pytest.mark.parametrize(("window", "reach"), [(4, 6), (8, 14), (100, 99)])
@@ -39,7 +39,7 @@ def test_a_byte_reaches_forward_by_the_window_of_each_layer_and_never_back(windo
 def test_documents_of_a_row_do_not_see_each_other():
     model = small_entropy_model()
     ids, _, layout = stack_rows([packed(DOCUMENTS, RowShape(1, 200, 80))], RowShape(1, 200, 80))
-    together = model(ids, **layout)[0]
+    together = model(ids, layout)[0]
     first = 0
     for document in DOCUMENTS:
         alone = score(model, torch.from_numpy(document_ids(document))[None].int())[0]
@@ -52,8 +52,8 @@ def test_gradients_are_finite_with_empty_rows_and_nothing_is_read_on_the_host():
     shape = RowShape(1, 70, 60)
     ids, _, layout = stack_rows([packed(DOCUMENTS[:2], shape), empty_row(shape)], shape)
     with NoHostRead() as watch:
-        logits = model(ids, **layout)
-        (logits[:1].logsumexp(-1) * (layout["byte_doc_BS"][:1] >= 0)).sum().backward()
+        logits = model(ids, layout)
+        (logits[:1].logsumexp(-1) * (layout.byte_doc_BS[:1] >= 0)).sum().backward()
     assert "embedding_dense_backward" in watch.seen, "the backward was not watched"
     assert logits.isfinite().all()
     assert logits.dtype == torch.float32

@@ -83,7 +83,7 @@ def saved_with(mode: str, option: str, local: bool) -> int:
         checkpoint_local_blocks(model)
     batch = collate_rows(word_rows(2, SHAPE), SHAPE)
     with LiveBytes() as live:
-        loss = ByteCrossEntropy()(model(batch.ids_BS, **batch.layout.as_dict()), batch.labels_BS)
+        loss = ByteCrossEntropy()(model(batch.ids_BS, batch.layout), batch.labels_BS)
     assert loss.requires_grad
     return live.total
 
@@ -137,7 +137,7 @@ def test_no_compiled_graph_has_symbolic_inputs():
         for shape, training in ((SHAPE, True), (RowShape(1, 512, 160), False)):
             batch = collate_rows(word_rows(1, shape), shape)
             with torch.set_grad_enabled(training):
-                logits = model(batch.ids_BS, **batch.layout.as_dict())
+                logits = model(batch.ids_BS, batch.layout)
             if training:
                 logits.sum().backward()
     torch._dynamo.reset()

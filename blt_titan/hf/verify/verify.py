@@ -15,6 +15,7 @@ from blt_titan.hf.model_card import OLDEST_TRANSFORMERS
 from blt_titan.hf.names import blt_name_to_hf, entropy_name_to_hf
 from blt_titan.hf.pretrained import BLT, ByteTokenizer, EntropyModel, Pretrained
 from blt_titan.hf.verify.transformers_order import FloatsAre, in_transformers_order
+from blt_titan.layout import layout_without_patches
 from blt_titan.model.blt import BLT as BareBLT
 from blt_titan.model.entropy_model import EntropyModel as BareEntropyModel
 from blt_titan.patching import starts_to_lengths
@@ -228,7 +229,7 @@ def _cut(pretrained: Pretrained, ids: np.ndarray) -> _Cut:
     model = EntropyModel.from_pretrained(pretrained.directory).double()
     ids_1N = torch.from_numpy(ids)[None]
     with torch.no_grad(), FloatsAre(torch.float64):
-        logits = model(ids_1N, byte_pos_BS=torch.arange(len(ids))[None], byte_doc_BS=torch.zeros_like(ids_1N))
+        logits = model(ids_1N, layout_without_patches(torch.zeros_like(ids_1N)))
     return _Cut(starts_to_lengths(starts), starts, nats, logits)
 
 

@@ -8,6 +8,7 @@ from blt_titan.batch import IGNORE_LABEL, LAYOUT_FIELDS, PADDING, SLICE_FIELDS, 
 from blt_titan.byte_vocab import BOS_ID, EOS_ID, document_ids
 from blt_titan.data.rows.collate import collate_rows
 from blt_titan.data.rows.packing import PatchedIds, Row, RowShape, empty_row, pack_row
+from tests.helpers.layout_fields import fields_of
 
 WINDOW = 12  # longer than some slices
 REACH = 13
@@ -90,7 +91,7 @@ def test_slices_are_those_of_the_byte_by_byte_twin(shape, count):
     for index in range(count):
         part = ContextSlice(index, count, window_bytes=WINDOW, reach_bytes=REACH, halo_slices=count - 1)
         batch = collate_rows(rows, shape, part)
-        layout = batch.layout.as_dict()
+        layout = fields_of(batch.layout)
         assert list(layout) == [*LAYOUT_FIELDS, *(SLICE_FIELDS if count > 1 else ())]
         fields = layout | {"ids_BS": batch.ids_BS, "labels_BS": batch.labels_BS}
         for i, row in enumerate(rows):
@@ -106,7 +107,7 @@ def test_the_example_of_the_module():
     ids = np.arange(10, 24, dtype=np.int16)
     shape = RowShape(2, 6, 3)
     row = pack_row(PatchedIds(ids, np.cumsum([0, 1, 3, 4, 2, 4])), shape)
-    halves = [collate_rows([row], shape, ContextSlice(index, 2, 4, 3, 1)).layout.as_dict() for index in (0, 1)]
+    halves = [fields_of(collate_rows([row], shape, ContextSlice(index, 2, 4, 3, 1)).layout) for index in (0, 1)]
     pad, before = PADDING, 3
     assert [half["byte_patch_BS"][0].tolist() for half in halves] == [[0, 1, 1, 1, pad, pad], [0, 0, 0, 0, 1, 1]]
     assert [half["source_patch_BS"][0].tolist() for half in halves] == [

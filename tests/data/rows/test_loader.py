@@ -19,6 +19,7 @@ from blt_titan.data.rows.source import RowSource
 from blt_titan.data.rows.streams import POSITION_FIELDS, RowStream
 from blt_titan.data.store.errors import DataError
 from blt_titan.data.store.shards import ShardSet
+from tests.helpers.layout_fields import fields_of
 from tests.helpers.small_loader import (
     PATCHER,
     ROWS_PER_BATCH,
@@ -68,7 +69,7 @@ def test_rows_come_from_their_streams_in_turn(data, expected):
 def test_batches_are_what_the_model_takes(data):
     (batch,) = take(loader_of(data, rows_per_batch=3), 1)
     assert isinstance(batch, Batch)
-    layout = batch.layout.as_dict()
+    layout = fields_of(batch.layout)
     assert list(layout) == list(LAYOUT_FIELDS)
     for name, tensor in (layout | {"ids_BS": batch.ids_BS, "labels_BS": batch.labels_BS}).items():
         assert tensor.shape == (3, SHAPE.n_patches if name.endswith("BP") else SHAPE.n_bytes)
