@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 
 from benchmarks.result_file import write_result
-from blt_titan.hf.to_checkpoint import write_checkpoint
+from blt_titan.checkpoint.write import write_checkpoint
 from blt_titan.model.blt import BLT
 from blt_titan.model.entropy_model import EntropyModel
 from blt_titan.model.sizes import BLT_FLAVORS, ENTROPY_FLAVORS

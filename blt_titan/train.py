@@ -9,7 +9,7 @@ import sys
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
 
-from blt_titan.checkpoint.description import CheckpointError
+from blt_titan.checkpoint.read import CheckpointError
 from blt_titan.config.check import RunConfigError, check_run, load_run_config
 from blt_titan.config.resume import RunStateError
 from blt_titan.data.store.errors import DataError

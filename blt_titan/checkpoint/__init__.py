@@ -1,1 +1,1 @@
-"""What model a checkpoint holds, and reading it safely."""
+"""Checkpoints: what model they hold (description), which step (steps, find), how they are read and written."""

@@ -11,7 +11,7 @@ can be read.
 import json
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -190,7 +190,7 @@ RULE: Mapping[str, Field] = {
     "threshold_add": NATS(None, null=True),
     "stride": BYTES(None, null=True),
     "max_patch_bytes": BYTES(None, null=True),
-    "storage": text("float16", choices=get_args(Storage)),
+    "storage": text(choices=get_args(Storage)),
 }
 _SEEDS = partial(whole, -(2**63), 2**64)
 _ARGS: Mapping[type, Mapping[str, Field]] = {
@@ -234,13 +234,13 @@ _ARGS: Mapping[type, Mapping[str, Field]] = {
 
 
 def read_args(kind: type, content: Mapping[str, Any], where: str) -> Any:
-    """Make a model's arguments, `kind`, of an object that holds some of them; those of newer versions are left out.
+    """Make a model's arguments, `kind`, of an object that holds all of them and no other.
 
     Raises:
         FieldError: naming the field, or what makes no shape.
     """
-    table = {field.name: _ARGS[kind][field.name] for field in fields(kind) if field.name in content}
-    values = read_fields(content, table, where)
+    refuse_unknown(content, list(_ARGS[kind]), where)
+    values = read_fields(content, _ARGS[kind], where)
     return valid_args(kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}), where)
 
 

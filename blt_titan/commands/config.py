@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import tomli_w
 
-from blt_titan.checkpoint.description import CheckpointError
+from blt_titan.checkpoint.read import CheckpointError
 from blt_titan.commands.arguments import Parser, whole
 from blt_titan.commands.ending import command
 from blt_titan.commands.run_settings import add_config, run_arguments, split_overrides

@@ -21,7 +21,9 @@ from pathlib import Path
 
 import torch
 
-from blt_titan.checkpoint.description import CheckpointError, latest_checkpoint, load_entropy_model, load_weights
+from blt_titan.checkpoint.find import latest_checkpoint
+from blt_titan.checkpoint.load import load_entropy_model, load_weights
+from blt_titan.checkpoint.read import CheckpointError
 from blt_titan.commands.arguments import Parser, whole
 from blt_titan.commands.ending import command
 from blt_titan.commands.run_settings import SHIPPED

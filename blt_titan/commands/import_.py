@@ -11,10 +11,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from blt_titan.checkpoint.write import require_free, write_checkpoint
 from blt_titan.commands.arguments import Parser, filled, model, output_directory, writing
 from blt_titan.commands.ending import command
 from blt_titan.hf.pretrained import BLT, EntropyModel, Pretrained
-from blt_titan.hf.to_checkpoint import require_free, write_checkpoint
 
 NAME = "blt-titan import"
 

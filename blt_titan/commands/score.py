@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from blt_titan.byte_vocab import BOS_ID, BYTE_OFFSET
-from blt_titan.checkpoint.description import CheckpointError, load_entropy_model
+from blt_titan.checkpoint.load import load_entropy_model
+from blt_titan.checkpoint.read import CheckpointError
 from blt_titan.commands.arguments import BATCH, Parser, existing_directory, plain, whole, writing
 from blt_titan.commands.ending import command
 from blt_titan.commands.model_options import add_device_option

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch.distributed.run import determine_local_world_size
 
-from blt_titan.checkpoint.description import CheckpointError
+from blt_titan.checkpoint.read import CheckpointError
 from blt_titan.commands import prepare
 from blt_titan.commands.arguments import Parser, filled, whole
 from blt_titan.commands.ending import command

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from blt_titan.byte_vocab import BYTE_OFFSET, document_ids
-from blt_titan.checkpoint.description import CheckpointError, load_entropy_model
+from blt_titan.checkpoint.load import load_entropy_model
+from blt_titan.checkpoint.read import CheckpointError
 from blt_titan.commands.arguments import (
     MOST_PATCH_BYTES,
     NATS,

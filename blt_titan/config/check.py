@@ -19,7 +19,8 @@ import blt_titan.titan  # noqa: F401
 # isort: split
 from torchtitan.tools.utils import device_type
 
-from blt_titan.checkpoint.description import CheckpointError, load_entropy_model
+from blt_titan.checkpoint.load import load_entropy_model
+from blt_titan.checkpoint.read import CheckpointError
 from blt_titan.config.keys import refused_values, shown
 from blt_titan.config.parallel import unsupported_settings
 from blt_titan.config.read import RunConfigError, load_run_config

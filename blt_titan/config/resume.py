@@ -6,24 +6,25 @@ that names the key, what the checkpoint has and what the run says.
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
-from blt_titan.checkpoint.description import MODEL_KEY, describe_model, fill_state, latest_checkpoint
+from blt_titan.checkpoint.description import MODEL_KEY, Description
+from blt_titan.checkpoint.find import latest_checkpoint
 from blt_titan.checkpoint.json_fields import FieldError, parse_object
+from blt_titan.checkpoint.load import describe_model, fill_state
 from blt_titan.checkpoint.read import CheckpointError, SafeReader, damage
+from blt_titan.checkpoint.steps import is_complete, step_folder, step_folders, step_of
 from blt_titan.config.keys import KEYS, shown
 from blt_titan.config.read import RunConfigError, settings_of
 from blt_titan.data.rows.continuation import IDENTITY_KEY, ROWS_KEY
 
-NOT_OF_THE_MODEL = ("init_seed", "attention_backend", "nominal_patch_bytes")
-"""Arguments that change neither weights nor what is computed with them."""
-RESET = "reset_at_newline"
-"""The one argument that is a setting of its own."""
+_KEYS_OF_ARGS = {"name": "model.name", "reset_at_newline": "entropy_model.reset_at_newline"}
+"""What of a model is a setting of its own; the rest belongs to `model.flavor`."""
 _RECORDED = (
     *(f"optimizer.{name}" for name in KEYS["optimizer"]),
     *(f"lr_scheduler.{name}" for name in KEYS["lr_scheduler"]),
@@ -52,12 +53,6 @@ def newest_sound(folder: str | Path) -> Path | None:
         ) from error
 
 
-def saved_steps(folder: str | Path) -> list[int]:
-    """Return the steps that have a folder `step-N`, whole or not."""
-    names = [path.name[5:] for path in Path(folder).glob("step-*")]
-    return sorted(int(name) for name in names if name.isascii() and name.isdigit() and name == str(int(name)))
-
-
 def checkpoint_to_load(config: Any) -> Path | None:
     """Return the checkpoint that a run begins from; None if it begins from nothing.
 
@@ -72,14 +67,14 @@ def checkpoint_to_load(config: Any) -> Path | None:
                 raise RunConfigError(f"checkpoint.{key} = {value!r} needs checkpoint.enable = true")
         return None
     if settings.load_step >= 0:
-        path = folder / f"step-{settings.load_step}"
-        there = ", ".join(map(str, saved_steps(folder))) or "none"
-        if not path.is_dir():
+        path, saved = step_folder(folder, settings.load_step), step_folders(folder)
+        steps = ", ".join(map(str, saved)) or "none"
+        if settings.load_step not in saved:
             raise RunConfigError(
-                f"checkpoint.load_step = {settings.load_step}: {folder} has no such step; it has {there}"
+                f"checkpoint.load_step = {settings.load_step}: {folder} has no such step; it has {steps}"
             )
         if fault := damage(path):
-            raise RunConfigError(f"checkpoint.load_step = {settings.load_step}: {fault}; the steps there are {there}")
+            raise RunConfigError(f"checkpoint.load_step = {settings.load_step}: {fault}; the steps there are {steps}")
         return path
     newest = newest_sound(folder)
     if newest is not None or settings.initial_load_path is None:
@@ -91,7 +86,7 @@ def checkpoint_to_load(config: Any) -> Path | None:
             "complete checkpoint: remove it"
         )
     path = Path(begin_from)
-    if "://" in begin_from or not (path / ".metadata").is_file():
+    if "://" in begin_from or not is_complete(path):
         raise RunConfigError(
             f"checkpoint.initial_load_path = {begin_from!r}: holds no complete checkpoint (a .metadata file); name a "
             "step-N folder here, or what `blt-titan import` wrote"
@@ -110,7 +105,7 @@ def loads_weights_only(config: Any, checkpoint: Path) -> bool:
     """Tell whether of a checkpoint that a run begins from nothing but weights is loaded."""
     settings = config.checkpoint
     if checkpoint.parent == run_checkpoints(config):
-        return checkpoint.name == "step-0"
+        return step_of(checkpoint) == 0
     return settings.initial_load_model_only
 
 
@@ -130,23 +125,7 @@ def check_model(checkpoint: Path, config: Any, spec: Any, *, weights_only: bool 
     metadata = SafeReader(checkpoint).read_metadata().state_dict_metadata
     args = spec.model_args[config.model.flavor]
     if isinstance(metadata.get(MODEL_KEY), BytesStorageMetadata):
-        saved = describe_model(checkpoint)
-        here = {"name": config.model.name, "args": {} if weights_only else plain_args(args, config)}
-        if fault := other_model(saved if not weights_only else saved | {"args": {}}, here):
-            like = [
-                flavor
-                for flavor, its in spec.model_args.items()
-                if saved["name"] == config.model.name
-                and other_model(saved, {"name": saved["name"], "args": plain_args(its, config)}) is None
-            ]
-            key = "model.name" if saved["name"] != config.model.name else "model.flavor"
-            if f" {RESET} = " in fault:
-                key = f"entropy_model.{RESET}"
-            meant = f" (it is model.flavor = {like[0]!r})" if like else ""
-            raise RunConfigError(
-                f"{key} = {shown(settings_of(config)[key])}: {checkpoint} {fault}{meant}; set it as it was, or begin "
-                "in another job.dump_folder"
-            )
+        _check_description(describe_model(checkpoint), checkpoint, config, spec, weights_only)
     with torch.device("meta"):
         wanted = {name: tuple(p.shape) for name, p in spec.model_cls(args).named_parameters()}
     for name, shape in wanted.items():
@@ -160,21 +139,25 @@ def check_model(checkpoint: Path, config: Any, spec: Any, *, weights_only: bool 
             )
 
 
-def plain_args(args: Any, config: Any) -> dict[str, Any]:
-    """Return a model's arguments as a checkpoint says them, with what the settings add."""
-    changed = type(args)(**{key: getattr(args, key) for key in asdict(args)})
-    changed.update_from_config(config)
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(changed).items()}
+def _check_description(saved: Description, checkpoint: Path, config: Any, spec: Any, weights_only: bool) -> None:
+    own = {flavor: _described(config, args) for flavor, args in spec.model_args.items()}
+    found = saved.difference(own[config.model.flavor])
+    if found is None or (weights_only and found.field != "name"):
+        return
+    key = _KEYS_OF_ARGS.get(found.field, "model.flavor")
+    like = [flavor for flavor, description in own.items() if saved.difference(description) is None]
+    meant = f" (it is model.flavor = {like[0]!r})" if like else ""
+    raise RunConfigError(
+        f"{key} = {shown(settings_of(config)[key])}: {checkpoint} {found}{meant}; set it as it was, or begin "
+        "in another job.dump_folder"
+    )
 
 
-def other_model(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
-    """Say what a checkpoint's model has otherwise, if weights or what is computed with them differ."""
-    if saved["name"] != here["name"]:
-        return f"is of a model {saved['name']!r}"
-    for key, value in saved["args"].items():
-        if key not in NOT_OF_THE_MODEL and here["args"].get(key) != value:
-            return f"is of a model with {key} = {value!r}, this run has {here['args'].get(key)!r}"
-    return None
+def _described(config: Any, args: Any) -> Description:
+    """Describe a run's model, with what its settings add to a flavor's arguments."""
+    args = replace(args)
+    args.update_from_config(config)
+    return Description(config.model.name, args)
 
 
 def saved_position(checkpoint: Path) -> tuple[dict[str, Any], int]:

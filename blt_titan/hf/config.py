@@ -131,7 +131,7 @@ def why_not_by_itself(entropy_args: EntropyModelArgs | None, rule: PatchRule | N
     Its patcher knows one threshold for the whole text; any other mode means one-byte patches, without a word.
     """
     if rule is None:
-        return "the rule of its patches is not known (older checkpoints do not say it; --threshold does)"
+        return "the rule of its patches is not known (directories of others may not say it; --threshold does)"
     if rule.rule != "global":
         return (
             f"patching.rule = {rule.rule!r}: transformers cuts only where the entropy is above one threshold ('global')"

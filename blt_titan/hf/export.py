@@ -3,12 +3,10 @@
 Everything is written beside the directory first and renamed at the end, so that one that has the name is whole.
 """
 
-import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -16,15 +14,11 @@ from typing import Any, get_args
 import torch
 
 from blt_titan.byte_vocab import BOS_ID, EOS_ID, RESERVED_ID
-from blt_titan.checkpoint.description import (
-    NotDescribedError,
-    build_meta,
-    describe_model,
-    find_checkpoint,
-    read_description,
-    require_shapes,
-)
+from blt_titan.checkpoint.description import Description, identity
+from blt_titan.checkpoint.digest import weights_digest
+from blt_titan.checkpoint.find import find_checkpoint
 from blt_titan.checkpoint.json_fields import FieldError, read_object
+from blt_titan.checkpoint.load import NotDescribedError, build_meta, describe_model, require_shapes
 from blt_titan.checkpoint.read import CheckpointError
 from blt_titan.data.store.sidecars import SidecarSettings, fingerprint_of
 from blt_titan.hf.config import HFConfigError, hf_config, why_not_by_itself
@@ -34,11 +28,9 @@ from blt_titan.hf.tensors import Entry, StoredTensors, TensorSource, write_safet
 from blt_titan.hf.tokenizer import tokenizer_files
 from blt_titan.model.blt import BLT
 from blt_titan.model.entropy_model import EntropyModel
-from blt_titan.model.initialization import DepthScaling
 from blt_titan.model.sizes import BLTArgs, EntropyModelArgs
 from blt_titan.patching.rounding import Storage
 from blt_titan.patching.rule import PatchRule
-from blt_titan.scoring.score_data import model_settings
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -57,24 +49,24 @@ class Weights:
     """The fingerprint of the entropy model that its training text was cut with, if that is known."""
 
 
-def stored_weights(path: str | os.PathLike[str], *, described: Mapping[str, Any] | None = None) -> Weights:
+def stored_weights(path: str | os.PathLike[str], *, description: Description | None = None) -> Weights:
     """Return the weights of a checkpoint `step-N`, or of the last one of a run's folder.
 
     Args:
         path: of the checkpoint.
-        described: what model it holds, for a checkpoint that does not say so itself.
+        description: what model it holds, for a checkpoint that does not say so itself.
 
     Raises:
-        CheckpointError: there is none, it cannot be read, or it is of an older kind that names no model.
+        CheckpointError: there is none, it cannot be read, or it does not say what model it holds.
     """
     checkpoint = find_checkpoint(path)
     try:
-        described = describe_model(checkpoint)
+        description = describe_model(checkpoint)
     except NotDescribedError:
-        if described is None:
+        if description is None:
             raise
-    args, rule, entropies = read_description(described, str(checkpoint))
-    return Weights(args, StoredTensors(checkpoint), str(checkpoint), rule, entropies)
+    tensors = StoredTensors(checkpoint)
+    return Weights(description.args, tensors, str(checkpoint), description.rule, description.entropies)
 
 
 def with_threshold(rule: PatchRule | None, entropies: str, threshold: float, origin: str) -> tuple[PatchRule, str]:
@@ -113,7 +105,7 @@ def check_entropy_model(fingerprint: str, entropy: Weights, rule: PatchRule | No
     if rule is not None and storages.get(fingerprint, rule.storage) != rule.storage:
         raise CheckpointError(
             f"the training text was cut by entropies rounded to {storages[fingerprint]}, but the rule says "
-            f"{rule.storage}, as checkpoints from before rules had `storage` do; go on from a newer checkpoint"
+            f"{rule.storage}: take the rule of the model's checkpoint"
         )
     if fingerprint not in storages:
         raise CheckpointError(
@@ -124,17 +116,11 @@ def check_entropy_model(fingerprint: str, entropy: Weights, rule: PatchRule | No
 
 def fingerprints_of(entropy: Weights) -> dict[str, Storage]:
     """Return what an entropy model may be known by, each with the storage of entropies that belongs to it."""
-    digest = hashlib.sha256()
-    for entry in sorted(model_entries(entropy, EntropyModel, str, torch.float32), key=lambda entry: entry.name):
-        digest.update(entry.name.encode())
-        for block in entry.blocks():
-            digest.update(block.float().contiguous().numpy().tobytes())
-    settings, weights = model_settings(entropy.args), digest.hexdigest()
-    # How its weights were drawn is not in every layout, and does not change what they are.
+    entries = model_entries(entropy, EntropyModel, str, torch.float32)
+    digest = weights_digest({entry.name: entry.blocks() for entry in entries})
     return {
-        fingerprint_of(SidecarSettings(storage, settings | {"init_depth_scaling": drawn}, weights, "float32")): storage
+        fingerprint_of(SidecarSettings(storage, identity(entropy.args), digest, "float32")): storage
         for storage in get_args(Storage)
-        for drawn in get_args(DepthScaling)
     }
 
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from blt_titan.checkpoint.description import CheckpointError, holds_checkpoint, load_entropy_model, load_model
+from blt_titan.checkpoint.find import holds_checkpoint
+from blt_titan.checkpoint.load import load_entropy_model, load_model
+from blt_titan.checkpoint.read import CheckpointError
 from blt_titan.hf.export import Weights, check_entropy_model, stored_weights, with_threshold
 from blt_titan.hf.pretrained import BLT, EntropyModel, Pretrained
 from blt_titan.hf.tensors import ModuleTensors
@@ -76,7 +78,7 @@ def load_for_inference(
         other_patches = rule != as_trained
     if rule is None:
         raise CheckpointError(
-            f"{origin}: does not say where its patches begin, as older checkpoints and directories of others may not; "
+            f"{origin}: does not say where its patches begin, as directories of others may not; "
             "name --threshold for the rule 'global'"
         )
     entropy_model = None

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from blt_titan.byte_vocab import BOS_ID, bytes_to_ids
-from blt_titan.checkpoint.description import build_meta
+from blt_titan.checkpoint.load import build_meta
 from blt_titan.hf.config import (
     OUR_KEY,
     entropy_config,

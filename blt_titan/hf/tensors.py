@@ -22,7 +22,7 @@ import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from blt_titan.checkpoint.description import fill_state
+from blt_titan.checkpoint.load import fill_state
 from blt_titan.checkpoint.read import CheckpointError, SafeReader, brief
 from blt_titan.progress import ProgressBar
 

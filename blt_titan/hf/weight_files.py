@@ -11,8 +11,8 @@ import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 
-from blt_titan.checkpoint.description import few
 from blt_titan.checkpoint.json_fields import read_object
+from blt_titan.checkpoint.load import few
 from blt_titan.checkpoint.read import brief
 from blt_titan.hf.config import config_errors
 

@@ -6,7 +6,7 @@ scaling table as remembered, not checked against it; 20M and 100M keep its propo
 trains in minutes on two CPU cores.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, get_args
 
 import torch.nn as nn
@@ -41,6 +41,10 @@ class PartFlops(NamedTuple):
     encoder: float
     global_layer: float
     decoder: float
+
+
+NOT_THE_MODEL = {"identity": False}
+"""Marks arguments that change neither the shape of weights nor what is computed with them: `checkpoint.identity`."""
 
 
 @dataclass
@@ -83,13 +87,13 @@ class BLTArgs:
     """Rows V of one hash table."""
     rope_theta: float = 500_000.0
     """RoPE base of the local and global stacks."""
-    attention_backend: AttentionBackend = "auto"
+    attention_backend: AttentionBackend = field(default="auto", metadata=NOT_THE_MODEL)
     """"auto": FlexAttention on CUDA, block-local SDPA elsewhere."""
-    init_depth_scaling: DepthScaling = "none"
+    init_depth_scaling: DepthScaling = field(default="none", metadata=NOT_THE_MODEL)
     """Divide the initial std of block outputs by nothing, sqrt(2 (l + 1)) or sqrt(2 (L + 1))."""
-    init_seed: int = 0
+    init_seed: int = field(default=0, metadata=NOT_THE_MODEL)
     """Seed of the initial weights; a run sets it from `debug.seed`."""
-    nominal_patch_bytes: float = 4.5
+    nominal_patch_bytes: float = field(default=4.5, metadata=NOT_THE_MODEL)
     """Mean patch length that `get_nparams_and_flops` assumes; metrics use the measured one."""
 
     def __post_init__(self):
@@ -192,11 +196,11 @@ class EntropyModelArgs:
     """RoPE base."""
     reset_at_newline: bool = False
     """A byte sees nothing from before its line; a run sets it from `entropy_model.reset_at_newline`."""
-    attention_backend: AttentionBackend = "auto"
+    attention_backend: AttentionBackend = field(default="auto", metadata=NOT_THE_MODEL)
     """"auto": FlexAttention on CUDA, block-local SDPA elsewhere."""
-    init_depth_scaling: DepthScaling = "none"
+    init_depth_scaling: DepthScaling = field(default="none", metadata=NOT_THE_MODEL)
     """As in `BLTArgs`."""
-    init_seed: int = 0
+    init_seed: int = field(default=0, metadata=NOT_THE_MODEL)
     """Seed of the initial weights; a run sets it from `debug.seed`."""
 
     def __post_init__(self):

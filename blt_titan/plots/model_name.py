@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
+from blt_titan.checkpoint.steps import METADATA, complete_steps
 from blt_titan.plots.metrics_file import RunMetrics, open_regular
 
 SETTINGS = "config.toml"
@@ -48,8 +49,8 @@ def model_name(run: Path, metrics: RunMetrics) -> ModelName:
 
 def _of_checkpoints(run: Path) -> str:
     try:
-        for metadata in sorted(run.glob("checkpoint/step-*/.metadata")):
-            with open_regular(metadata) as file:
+        for step in complete_steps(run / "checkpoint").values():
+            with open_regular(step / METADATA) as file:
                 names = file.read(_MOST_METADATA_BYTES)
             if b"tok_embeddings.weight" in names:
                 return BLT if b"encoder.tok_embeddings.weight" in names else ENTROPY

@@ -4,15 +4,15 @@ Ranks share nothing but the directory. Rank r of R takes every R-th shard, if it
 one completes the sidecar. A rank that is killed leaves a temporary file, and its shard is scored again.
 """
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from blt_titan.byte_vocab import BYTE_OFFSET
+from blt_titan.checkpoint.description import identity
+from blt_titan.checkpoint.digest import weights_digest
 from blt_titan.data.rows.packing import frame_documents
 from blt_titan.data.store.manifest import SPLITS, read_manifest
 from blt_titan.data.store.shards import RecordBatch, ShardSet
@@ -26,7 +26,6 @@ from blt_titan.data.store.sidecars import (
     withdraw_sidecar,
 )
 from blt_titan.model.entropy_model import EntropyModel
-from blt_titan.model.sizes import EntropyModelArgs
 from blt_titan.patching.rounding import Storage
 from blt_titan.progress import ProgressBar
 from blt_titan.scoring.entropies import EntropyScorer
@@ -46,16 +45,8 @@ class ScoreSummary:
 
 def sidecar_settings(model: EntropyModel, storage: Storage, compute_dtype: str) -> SidecarSettings:
     """Return what a sidecar is made with; `model` still in fp32."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().float().numpy().tobytes())
-    return SidecarSettings(storage, model_settings(model.args), digest.hexdigest(), compute_dtype)
-
-
-def model_settings(args: EntropyModelArgs) -> dict[str, Any]:
-    """Return the arguments of an entropy model that change its entropies."""
-    return {key: value for key, value in asdict(args).items() if key not in ("init_seed", "attention_backend")}
+    digest = weights_digest({name: [parameter] for name, parameter in model.named_parameters()})
+    return SidecarSettings(storage, identity(model.args), digest, compute_dtype)
 
 
 def score_data(

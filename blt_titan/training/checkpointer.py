@@ -24,8 +24,9 @@ from torchtitan.components.checkpoint import (
     CheckpointManager,
 )
 
-from blt_titan.checkpoint.description import cannot_read
+from blt_titan.checkpoint.load import cannot_read
 from blt_titan.checkpoint.read import CheckpointError, SafeLoadPlanner, SafeReader, brief
+from blt_titan.checkpoint.steps import step_of
 from blt_titan.config.resume import RunStateError, newest_sound
 from blt_titan.data.store.errors import DataError
 
@@ -92,7 +93,7 @@ class RunCheckpoints(CheckpointManager):
         if dist.get_rank() == 0:
             try:
                 path = newest_sound(folder or self.folder)
-                found = [-1 if path is None else int(path.name[5:])]
+                found = [-1 if path is None else step_of(path)]
             except CheckpointError as error:
                 found = [error]
         dist.broadcast_object_list(found)

@@ -13,14 +13,14 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from blt_titan.checkpoint.description import complete_checkpoints
+from blt_titan.checkpoint.description import Description
+from blt_titan.checkpoint.steps import complete_steps, is_complete, set_later_aside, step_folder
 from blt_titan.hf.export import export_hf, stored_weights
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class HFExports:
     Args:
         checkpoints: the folder of the run's `step-N`.
         out: the folder to write `step-N` directories in.
-        described: what model it is, as a checkpoint says; a last one of weights alone does not.
+        description: of the model; a last checkpoint of weights alone does not say it.
         entropy_checkpoint: becomes the patcher.
         dtype: of the weights, a name of torch's.
         force: write models that need explicit `patch_lengths`, too.
@@ -51,14 +51,14 @@ class HFExports:
         checkpoints: Path,
         out: Path,
         *,
-        described: Mapping[str, Any],
+        description: Description,
         entropy_checkpoint: str | None,
         dtype: str,
         force: bool,
     ):
         self._checkpoints, self._out = checkpoints, out
         self._settings = {
-            "described": dict(described),
+            "description": description.to_json(),
             "entropy_checkpoint": entropy_checkpoint,
             "dtype": dtype,
             "force": force,
@@ -72,23 +72,18 @@ class HFExports:
         self.failed: list[str] = []
         """What went wrong, one sentence for each."""
 
-    def take_up(self, resumed_at: int, is_exported: Callable[[int], bool]) -> None:
+    def go_on_from(self, resumed_at: int, is_exported: Callable[[int], bool]) -> None:
         """Go on with what the run did not come to before it was stopped, to be called before others are added.
 
         Args:
             resumed_at: the step of the checkpoint that it goes on from; later ones are abandoned.
             is_exported: whether the checkpoint of a step should have a directory.
         """
-        aside = self._out / f"abandoned-{time.strftime('%Y%m%d-%H%M%S')}"
-        for path in self._out.glob("step-*"):
-            if path.name[5:].isdigit() and int(path.name[5:]) > resumed_at:
-                logger.warning(f"{path} is later than the step {resumed_at} that this run resumes at: moved to {aside}")
-                aside.mkdir(exist_ok=True)
-                path.rename(aside / path.name)
+        set_later_aside(self._out, resumed_at, is_kept=Path.is_dir)
         # What is still linked had not been exported to its end.
-        linked, saved = complete_checkpoints(self._out / _LINKS), complete_checkpoints(self._checkpoints)
-        there = {step for step in saved if (self._out / f"step-{step}" / "config.json").is_file()}
-        due = linked.keys() | set(filter(is_exported, saved.keys() - there))
+        linked, saved = complete_steps(self._out / _LINKS), complete_steps(self._checkpoints)
+        exported = {step for step in saved if (self._directory(step) / "config.json").is_file()}
+        due = linked.keys() | set(filter(is_exported, saved.keys() - exported))
         due = {step for step in due if step <= resumed_at}
         for path in (self._out / _LINKS).glob("*"):
             if path not in {self._links(step) for step in due & linked.keys()}:
@@ -109,7 +104,7 @@ class HFExports:
     def poll(self) -> None:
         """Look after the export that runs, and begin the next if it can; returns at once."""
         for step in list(self._waiting):
-            if (self._checkpoints / f"step-{step}" / ".metadata").is_file():
+            if is_complete(step_folder(self._checkpoints, step)):
                 self._waiting.remove(step)
                 self._link(step)
         if self._process is not None:
@@ -131,7 +126,7 @@ class HFExports:
                 break
             time.sleep(_POLL_S)
         for step in self._waiting:
-            self.failed.append(f"{self._checkpoints}/step-{step} is not complete, so it was not exported")
+            self.failed.append(f"{step_folder(self._checkpoints, step)} is not complete, so it was not exported")
         self._waiting.clear()
         if self.failed:
             raise ExportFailedError("; ".join(self.failed))
@@ -142,19 +137,22 @@ class HFExports:
             self._process.kill()
             self._process.wait()
             self._process = None
-        if left := complete_checkpoints(self._out / _LINKS):
+        if left := complete_steps(self._out / _LINKS):
             steps = ", ".join(map(str, left))
             logger.warning(f"not exported: steps {steps}; they are kept in {self._out / _LINKS} until the run resumes")
 
     def _links(self, step: int) -> Path:
-        return self._out / _LINKS / f"step-{step}"
+        return step_folder(self._out / _LINKS, step)
+
+    def _directory(self, step: int) -> Path:
+        return step_folder(self._out, step)
 
     @property
     def _log(self) -> Path:
-        return self._out / f"step-{self._step}.log"
+        return self._directory(self._step).with_suffix(".log")
 
     def _link(self, step: int) -> None:
-        links, source = self._links(step), self._checkpoints / f"step-{step}"
+        links, source = self._links(step), step_folder(self._checkpoints, step)
         self._unlink(links)
         links.parent.mkdir(parents=True, exist_ok=True)
         partial = links.with_suffix(".partial")
@@ -177,7 +175,7 @@ class HFExports:
 
     def _begin(self, step: int) -> None:
         self._step = step
-        settings = self._settings | {"checkpoint": str(self._links(step)), "out": str(self._out / f"step-{step}")}
+        settings = self._settings | {"checkpoint": str(self._links(step)), "out": str(self._directory(step))}
         environment = {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC_")}
         with open(self._log, "wb") as log:
             self._process = subprocess.Popen(
@@ -193,10 +191,10 @@ class HFExports:
         self._unlink(self._links(self._step))
         if code == 0:
             self._log.unlink(missing_ok=True)
-            logger.info(f"exported {self._out}/step-{self._step}")
+            logger.info(f"exported {self._directory(self._step)}")
             return
         lines = self._log.read_text(errors="replace").strip().splitlines()
-        why = f"{self._out}/step-{self._step} was not exported: {lines[-1] if lines else f'exit code {code}'}"
+        why = f"{self._directory(self._step)} was not exported: {lines[-1] if lines else f'exit code {code}'}"
         logger.error(f"{why} (see {self._log})")
         self.failed.append(why)
 
@@ -207,7 +205,7 @@ def main(arguments: Sequence[str]) -> int:
     settings = json.loads(arguments[0])
     entropy = settings["entropy_checkpoint"]
     export_hf(
-        stored_weights(settings["checkpoint"], described=settings["described"]),
+        stored_weights(settings["checkpoint"], description=Description.from_json(settings["description"], "the run")),
         settings["out"],
         entropy=stored_weights(entropy) if entropy else None,
         dtype=getattr(torch, settings["dtype"]),

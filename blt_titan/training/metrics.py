@@ -177,7 +177,7 @@ class BLTMetrics(MetricsProcessor):
             grad_norm: before clipping.
             lr: learning rate of the step.
             counts: COUNTS since the last line, summed over ranks.
-            bytes_seen: targets since the run began, EOS included, summed over ranks; below 0 if not known.
+            bytes_seen: targets since the run began, EOS included, summed over ranks.
             dataset_ids: ids of each data set of the mixture since the run began, summed over ranks.
         """
         now = time.perf_counter()
@@ -197,7 +197,7 @@ class BLTMetrics(MetricsProcessor):
             "grad_norm": grad_norm,
             "lr": lr,
             "data_wait_share": sum(self.data_loading_times) / seconds,
-            "bytes_seen": bytes_seen if bytes_seen >= 0 else math.nan,
+            "bytes_seen": bytes_seen,
         }
         flops = 3 * self.model_args.forward_flops_per_byte(self.job_config.training.seq_len, mean_patch_bytes)
         # Of all bytes, as if patches had always been as long as since the last line.

@@ -24,7 +24,7 @@ from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
 from blt_titan.batch import WHOLE_ROW, ContextSlice
-from blt_titan.checkpoint.description import load_entropy_model
+from blt_titan.checkpoint.load import load_entropy_model
 from blt_titan.data.rows.held_out import HeldOutRows
 from blt_titan.data.rows.loader import RowLoader
 from blt_titan.data.rows.mixture import MixtureOrder, ShardSets, mixture_order

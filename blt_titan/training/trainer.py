@@ -3,12 +3,10 @@
 import json
 import logging
 import os
-import shutil
 import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,9 @@ from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 
 from blt_titan.batch import IGNORE_LABEL, Batch
-from blt_titan.config.resume import RunStateError, changed_settings, other_model, recorded_settings
+from blt_titan.checkpoint.description import Description
+from blt_titan.checkpoint.steps import set_later_aside
+from blt_titan.config.resume import RunStateError, changed_settings, recorded_settings
 from blt_titan.data.rows.loader import RowLoader
 from blt_titan.data.rows.patcher import EntropyPatcher
 from blt_titan.loss import ByteCrossEntropy, bits_per_byte, count_targets
@@ -167,7 +167,7 @@ class BLTTrainer(Trainer):
             self._stop_if_rows_differ()
         if self._exports is not None:
             if self.step == 1:
-                self._exports.take_up(0, self._is_exported)  # nothing: what is there is another run's
+                self._exports.go_on_from(0, self._is_exported)  # nothing: what is there is another run's
             # The checkpoint of this step is written right after it, and exported once it is complete.
             if self._save_due() and self._is_exported(self.step):
                 self._exports.add(self.step)
@@ -207,7 +207,7 @@ class BLTTrainer(Trainer):
         return HFExports(
             folder / config.checkpoint.folder,
             folder / "hf",
-            described=self._describe_model(),
+            description=self._describe_model(),
             entropy_checkpoint=export.entropy_checkpoint or config.patching.entropy_checkpoint,
             dtype=export.dtype,
             force=export.force,
@@ -220,26 +220,21 @@ class BLTTrainer(Trainer):
         checkpoints, beside = divmod(step, config.checkpoint.interval)
         return step == config.training.steps or (not beside and checkpoints % config.export.hf_every == 0)
 
-    def _describe_model(self) -> dict[str, Any]:
-        args = {
-            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.model_args).items()
-        }
+    def _describe_model(self) -> Description:
         patcher = self.dataloader.source.patcher
-        described = {"name": self.job_config.model.name, "args": args, "patching": patcher.rule.as_dict()}
-        if isinstance(patcher, EntropyPatcher):
-            described["entropies"] = patcher.entropies.fingerprint
-        return described
+        entropies = patcher.entropies.fingerprint if isinstance(patcher, EntropyPatcher) else ""
+        return Description(self.job_config.model.name, self.model_args, patcher.rule, entropies)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint says beside weights, optimizer and data: the step, and what model it is.
 
         The rule of its patches too: whoever generates with it must cut as it was trained.
         """
-        described = self._describe_model() | {
+        return super().state_dict() | {
+            "model": self._describe_model().to_json(),
             "bytes_seen": int(self._targets_seen),
-            "settings": recorded_settings(self.job_config),
+            "settings": json.dumps(recorded_settings(self.job_config)),
         }
-        return super().state_dict() | {"model": json.dumps(described)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint's step.
@@ -248,12 +243,11 @@ class BLTTrainer(Trainer):
             RunStateError: the checkpoint is of a model that computes something else with weights of the same shapes.
         """
         super().load_state_dict(state_dict)
-        saved = json.loads(state_dict["model"])
-        if fault := other_model(saved, self._describe_model()):
-            raise RunStateError(f"the checkpoint {fault}: set it as it was, or begin in another job.dump_folder")
-        # What is below zero is not known.
-        self._targets_seen.fill_(saved.get("bytes_seen", -(2**62) if self.step else 0))
-        self._saved_settings = saved.get("settings", {})
+        saved = Description.from_json(state_dict["model"], "the checkpoint")
+        if found := saved.difference(self._describe_model()):
+            raise RunStateError(f"the checkpoint {found}: set it as it was, or begin in another job.dump_folder")
+        self._targets_seen.fill_(state_dict["bytes_seen"])
+        self._saved_settings = json.loads(state_dict["settings"])
 
     def _begin_after_load(self) -> None:
         """Settle what the step that was loaded means for the run's folder; collective."""
@@ -267,7 +261,7 @@ class BLTTrainer(Trainer):
         if not self.step:
             return
         if self._exports is not None:
-            self._exports.take_up(self.step, self._is_exported)
+            self._exports.go_on_from(self.step, self._is_exported)
         if not self.should_continue_training():
             logger.info(
                 f"This run is complete: its checkpoint is of step {self.step}. Set training.steps above "
@@ -286,26 +280,10 @@ class BLTTrainer(Trainer):
             logger.info(f"The learning rate of step {self._first_step} is {groups[0]['lr']:g}")
 
     def _set_later_checkpoints_aside(self) -> None:
-        """Make room for the steps that will be made again.
-
-        A save over an old checkpoint would leave the old `.metadata` beside half-written files, and a later resume
-        would prefer the abandoned steps.
-        """
+        """Make room for the steps that will be made again."""
         config = self.job_config
         if dist.get_rank() == 0 and not config.checkpoint.load_only:
-            folder = Path(config.job.dump_folder) / config.checkpoint.folder
-            for path in folder.glob("step-*"):
-                if not path.is_dir() or not path.name[5:].isdigit() or int(path.name[5:]) <= self.step:
-                    continue
-                if not (path / ".metadata").exists():
-                    logger.warning(f"{path} is half written: removed")
-                    shutil.rmtree(path)
-                    continue
-                # Not a sibling named step-N: torchtitan would find it there.
-                aside = folder / f"abandoned-{time.strftime('%Y%m%d-%H%M%S')}" / path.name
-                logger.warning(f"{path} is later than the step {self.step} that this run resumes at: moved to {aside}")
-                aside.parent.mkdir(exist_ok=True)
-                path.rename(aside)
+            set_later_aside(Path(config.job.dump_folder) / config.checkpoint.folder, self.step)
         dist.barrier()
 
     def _log(self, loss: torch.Tensor, grad_norm: torch.Tensor, lr: float, global_targets: torch.Tensor) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints of strangers, and what a killed machine leaves."""
 
+import json
 import pickle
 import shutil
 import subprocess
@@ -15,8 +16,10 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Stora
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from blt_titan.checkpoint.description import MODEL_KEY, describe_model, fill_state, load_entropy_model
+from blt_titan.checkpoint.description import MODEL_KEY, Description
+from blt_titan.checkpoint.load import describe_model, fill_state, load_entropy_model
 from blt_titan.checkpoint.read import CheckpointError, SafeLoadPlanner, SafeReader, damage
+from blt_titan.model.sizes import EntropyModelArgs
 from tests.helpers.attacks import Attack, pointers
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -179,28 +182,37 @@ def test_an_entry_that_runs_code_is_refused(tmp_path):
         describe_model(folder)
 
 
+def described(**changes) -> str:
+    """A description of a small entropy model, with other fields or other arguments."""
+    content = json.loads(Description("blt_entropy", EntropyModelArgs(dim=32, n_heads=2, n_layers=1)).to_json())
+    fields = {key: changes.pop(key) for key in tuple(changes) if key in content}
+    content["args"] |= changes
+    return json.dumps(content | fields)
+
+
 @pytest.mark.parametrize(
-    ("described", "sentence"),
+    ("content", "sentence"),
     [
         ("{", "is not JSON"),
         ("[1]", "holds an array, expected an object"),
         ("[" * 100_000, "is nested too deep"),
         ('{"name": "blt_entropy", "name": "blt"}', "holds 'name' twice"),
-        ('{"name": "llama", "args": {}}', "holds a model 'llama'"),
-        ('{"name": "blt_entropy"}', "args is no object"),
-        ('{"name": "blt_entropy", "args": {"dim": 2.5}}', "args.dim = 2.5, must be a whole number"),
-        ('{"name": "blt_entropy", "args": {"n_layers": 1000000000000}}', "args.n_layers = 1000000000000, must be"),
-        ('{"name": "blt_entropy", "args": {"rope_theta": NaN}}', "holds NaN"),
-        ('{"name": "blt_entropy", "args": {"dim": 10, "n_heads": 3}}', "must be an even multiple"),
-        ('{"name": "blt_entropy", "args": {}, "patching": 5}', "patching: holds 5, expected an object"),
-        ('{"name": "blt_entropy", "args": {}, "patching": {"rule": "x"}}', "patching.rule = 'x', must be one of"),
-        ('{"name": "blt_entropy", "args": {}, "patching": {"rule": "static"}}', "needs a number of bytes"),
-        ('{"name": "blt_entropy", "args": {}}', "missing tensors"),
+        (described(name="llama"), "holds a model 'llama'"),
+        (described(args=[]), "args is no object"),
+        (described(dim=2.5), "args.dim = 2.5, must be a whole number"),
+        (described(n_layers=1000000000000), "args.n_layers = 1000000000000, must be"),
+        (described(rope_theta=float("nan")), "holds NaN"),
+        (described(dim=10, n_heads=3), "must be an even multiple"),
+        (described(patching=5), "patching: holds 5, expected an object"),
+        (described(patching={"rule": "x"}), "patching.rule = 'x', must be one of"),
+        (described(patching={"rule": "static", "storage": "float16"}), "needs a number of bytes"),
+        (described(patching={"rule": "space"}), "patching.storage is missing"),
+        (described(), "missing tensors"),
         (5, "holds int, expected a text"),
     ],
 )
-def test_what_a_checkpoint_says_is_checked(tmp_path, described, sentence):
-    saved(tmp_path, {MODEL_KEY: described})
+def test_what_a_checkpoint_says_is_checked(tmp_path, content, sentence):
+    saved(tmp_path, {MODEL_KEY: content})
     with pytest.raises(CheckpointError, match=sentence):
         load_entropy_model(tmp_path)
 
@@ -208,7 +220,8 @@ def test_what_a_checkpoint_says_is_checked(tmp_path, described, sentence):
 READ = """
 import sys
 from pathlib import Path
-from blt_titan.checkpoint.description import MODEL_KEY, fill_state
+from blt_titan.checkpoint.description import MODEL_KEY, Description
+from blt_titan.checkpoint.load import fill_state
 from blt_titan.checkpoint.read import CheckpointError
 for folder in sorted(Path(sys.argv[1]).iterdir()):
     try:

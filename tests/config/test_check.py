@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from blt_titan.checkpoint.write import write_checkpoint
 from blt_titan.config.check import RunConfigError, check_run, load_run_config
 from blt_titan.data.store.errors import DataError
-from blt_titan.hf.to_checkpoint import write_checkpoint
 from blt_titan.model.blt import BLT
 from blt_titan.model.sizes import BLT_FLAVORS
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from blt_titan.byte_vocab import BOS_ID, bytes_to_ids
+from blt_titan.checkpoint.write import write_checkpoint
 from blt_titan.hf.export import export_hf, stored_weights
-from blt_titan.hf.to_checkpoint import write_checkpoint
 from blt_titan.hf.verify.verify import TEXT
 from blt_titan.patching import starts_to_lengths
 from tests.helpers.brute_force import GREEDY, by_hand, recomputed

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from blt_titan.checkpoint.description import latest_checkpoint
+from blt_titan.checkpoint.find import latest_checkpoint
 from blt_titan.training.spec import _merge_positions
 from tests.helpers.small_loader import loader_of, rows_of
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from blt_titan.checkpoint.description import CheckpointError, describe_model
+from blt_titan.checkpoint.load import describe_model
+from blt_titan.checkpoint.read import CheckpointError
+from blt_titan.checkpoint.write import write_checkpoint
 from blt_titan.commands import export as convert_to_hf
 from blt_titan.commands import import_ as convert_from_hf
 from blt_titan.data.store.sidecars import fingerprint_of
@@ -23,7 +25,6 @@ from blt_titan.hf.load import load_for_inference
 from blt_titan.hf.model_card import NEWEST_TRANSFORMERS, OLDEST_TRANSFORMERS
 from blt_titan.hf.pretrained import BLT, ByteTokenizer, Patcher
 from blt_titan.hf.tensors import StoredTensors
-from blt_titan.hf.to_checkpoint import write_checkpoint
 from blt_titan.hf.verify.verify import VerificationError, verify_export
 from blt_titan.patching.rounding import UINT8_EDGES_NATS, decision_edge, from_storage, to_storage
 from blt_titan.patching.rule import PatchRule
@@ -277,7 +278,7 @@ def test_rows_of_a_stored_tensor(checkpoints):
     table = model.hash_embedding.weight
     assert torch.equal(stored.rows("hash_embedding.weight", 100, 305), table[100:305])
     assert torch.equal(stored.rows("decoder.norm.weight", 3, 4), model.decoder.norm.weight[3:4])
-    assert describe_model(checkpoints / "blt")["patching"]["threshold"] == RULE.threshold
+    assert describe_model(checkpoints / "blt").rule.threshold == RULE.threshold
 
 
 def test_files_of_others_stay(checkpoints, tmp_path, monkeypatch):

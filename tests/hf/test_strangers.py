@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from blt_titan.checkpoint.description import MODEL_KEY
+from blt_titan.checkpoint.load import describe_model
 from blt_titan.commands import evaluate, generate
 from blt_titan.commands import export as convert_to_hf
 from blt_titan.commands import import_ as convert_from_hf
@@ -64,7 +65,8 @@ def harness(arguments: list[str]) -> int:
 
 
 def export_beside(checkpoint: Path, sound: Path) -> int:
-    settings = {"checkpoint": str(checkpoint), "out": str(checkpoint.parent / "hf-step"), "described": None}
+    settings = {"checkpoint": str(checkpoint), "out": str(checkpoint.parent / "hf-step")}
+    settings["description"] = describe_model(sound / "blt").to_json()
     return in_training.main([json.dumps(settings | {"entropy_checkpoint": None, "dtype": "float32", "force": True})])
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from blt_titan.byte_vocab import document_ids
+from blt_titan.checkpoint.write import write_checkpoint
 from blt_titan.commands import evaluate as script
 from blt_titan.data.prepare.documents import read_documents
 from blt_titan.data.prepare.job import prepare
@@ -14,7 +15,6 @@ from blt_titan.data.store.errors import DataError
 from blt_titan.evaluation.documents import bootstrap_interval, evaluate_documents
 from blt_titan.evaluation.noise import NOISES, add_noise
 from blt_titan.hf.export import export_hf, stored_weights
-from blt_titan.hf.to_checkpoint import write_checkpoint
 from blt_titan.hf.verify.verify import TEXT
 from blt_titan.inference.cached import CachedBLT
 from blt_titan.inference.likelihood import LikelihoodScorer

@@ -9,7 +9,8 @@ import torch
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from blt_titan.byte_vocab import document_ids
-from blt_titan.checkpoint.description import find_checkpoint, latest_checkpoint, load_weights
+from blt_titan.checkpoint.find import find_checkpoint, latest_checkpoint
+from blt_titan.checkpoint.load import load_weights
 from blt_titan.checkpoint.read import CheckpointError
 from blt_titan.data.prepare.job import prepare
 from blt_titan.data.rows.held_out import HeldOutRows

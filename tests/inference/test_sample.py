@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from blt_titan.byte_vocab import BOS_ID, EOS_ID
+from blt_titan.checkpoint.write import write_checkpoint
 from blt_titan.commands import generate as script
 from blt_titan.hf.export import export_hf, stored_weights
-from blt_titan.hf.to_checkpoint import write_checkpoint
 from blt_titan.inference.cached import CachedBLT
 from blt_titan.inference.sample import Sampling, TextStream, complete, generate
 from blt_titan.patching.rule import PatchRule

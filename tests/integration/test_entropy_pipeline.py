@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from blt_titan.checkpoint.description import describe_model, find_checkpoint, load_entropy_model
+from blt_titan.checkpoint.find import find_checkpoint
+from blt_titan.checkpoint.load import describe_model, load_entropy_model
 from blt_titan.commands.calibrate import main as calibrate_threshold
 from blt_titan.commands.score import main as score_entropies
 from blt_titan.commands.view import main as view_patches
@@ -136,11 +137,11 @@ def test_the_cost_of_scoring_online_is_a_metric(trained):
 
 def test_the_checkpoint_and_the_sidecar_say_what_the_model_is(trained, data):
     described = describe_model(find_checkpoint(trained / "entropy"))
-    assert described["name"] == "blt_entropy"
-    assert described["args"]["reset_at_newline"] is True
+    assert described.name == "blt_entropy"
+    assert described.args.reset_at_newline is True
     assert load_entropy_model(trained / "entropy").args.reset_at_newline
     for name, storage in (("sidecar", "float16"), ("online", "float16"), ("monotonic_uint8", "uint8")):
-        assert describe_model(find_checkpoint(trained / name))["patching"]["storage"] == storage
+        assert describe_model(find_checkpoint(trained / name)).rule.storage == storage
     sidecar = json.loads((data / "entropies" / "default" / "sidecar.json").read_text())
     assert sidecar["settings"]["model"]["reset_at_newline"] is True
 

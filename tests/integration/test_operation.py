@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from blt_titan.checkpoint.description import CheckpointError
+from blt_titan.checkpoint.read import CheckpointError
 from blt_titan.config.check import check_run, load_run_config
 from blt_titan.config.read import RunConfigError
 from blt_titan.training.run_folder import RunFolderError, RunLock, try_folder

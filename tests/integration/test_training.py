@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from blt_titan.checkpoint.description import latest_checkpoint, load_weights
+from blt_titan.checkpoint.find import latest_checkpoint
+from blt_titan.checkpoint.load import load_weights
 from blt_titan.data.rows.order import StreamOrder
 from blt_titan.data.store.shards import ShardSet
 from blt_titan.evaluation.rows import batch_scorer, score_batches

@@ -1,6 +1,5 @@
 """Scoring data sets: equal to one document at a time, on any number of ranks, and after an interruption."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,14 @@ import torch
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from blt_titan.byte_vocab import BYTE_OFFSET, document_ids
+from blt_titan.checkpoint.description import Description
 from blt_titan.commands.score import main
 from blt_titan.data.prepare.job import prepare
 from blt_titan.data.store.errors import DataError
 from blt_titan.data.store.manifest import SPLITS, read_manifest
 from blt_titan.data.store.shards import ShardSet
 from blt_titan.data.store.sidecars import EntropySidecar, sidecar_directory
+from blt_titan.model.sizes import BLTArgs
 from blt_titan.patching import entropy_patch_starts
 from blt_titan.patching.rounding import from_storage, to_storage
 from blt_titan.scoring import score_data as module
@@ -232,7 +233,7 @@ def test_online_gives_what_the_sidecar_holds(data):
 @pytest.fixture
 def checkpoint(tmp_path) -> Path:
     model = model_of()
-    state = {"model": json.dumps({"name": "blt_entropy", "args": dataclasses.asdict(ARGS)}), "step": 3}
+    state = {"model": Description("blt_entropy", ARGS).to_json(), "step": 3}
     save(
         {**model.state_dict(), "train_state": state},
         checkpoint_id=str(tmp_path / "run/checkpoint/step-3"),
@@ -256,7 +257,7 @@ def test_the_command_scores_with_a_run_s_last_checkpoint(data, checkpoint, capsy
 
 
 def test_what_is_not_an_entropy_model_is_refused(data, tmp_path, capsys):
-    state = {"model": json.dumps({"name": "blt", "args": {}})}
+    state = {"model": Description("blt", BLTArgs()).to_json()}
     save({"w": torch.ones(1), "train_state": state}, checkpoint_id=str(tmp_path / "blt/step-1"), no_dist=True)
     save({"w": torch.ones(1)}, checkpoint_id=str(tmp_path / "bare/step-1"), no_dist=True)
     for path, message in (

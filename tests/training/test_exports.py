@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from blt_titan.checkpoint.description import describe_model
+from blt_titan.checkpoint.load import describe_model
+from blt_titan.checkpoint.write import write_checkpoint
 from blt_titan.hf.export import stored_weights
 from blt_titan.hf.pretrained import BLT
-from blt_titan.hf.to_checkpoint import write_checkpoint
 from blt_titan.hf.verify.verify import verify_export
 from blt_titan.training import exports as in_training
 from blt_titan.training.exports import ExportFailedError, HFExports
@@ -72,9 +72,14 @@ def test_a_run_writes_directories_beside_its_checkpoints(small_run, checkpoints,
 def test_checkpoints_that_a_run_removes_are_exported_all_the_same(checkpoints, tmp_path):
     """Linked when they are complete; one that is removed before that does not hold up the others."""
     folder, out = tmp_path / "checkpoint", tmp_path / "hf"
-    described = describe_model(checkpoints / "blt")
+    description = describe_model(checkpoints / "blt")
     exports = HFExports(
-        folder, out, described=described, entropy_checkpoint=str(checkpoints / "entropy"), dtype="float32", force=False
+        folder,
+        out,
+        description=description,
+        entropy_checkpoint=str(checkpoints / "entropy"),
+        dtype="float32",
+        force=False,
     )
     for step in (2, 4, 6):
         exports.add(step)
@@ -101,8 +106,8 @@ def test_an_export_holds_up_nobody(checkpoints, tmp_path, monkeypatch):
     monkeypatch.setattr(
         in_training.subprocess, "Popen", lambda command, **how: start(["bash", "-c", wait, "bash", *command], **how)
     )
-    described = describe_model(checkpoints / "blt")
-    exports = HFExports(folder, out, described=described, entropy_checkpoint=None, dtype="float32", force=True)
+    description = describe_model(checkpoints / "blt")
+    exports = HFExports(folder, out, description=description, entropy_checkpoint=None, dtype="float32", force=True)
     try:
         for step in (2, 4):
             shutil.copytree(checkpoints / "blt", folder / f"step-{step}")
@@ -122,7 +127,7 @@ def test_a_resumed_run_exports_what_a_killed_one_did_not_come_to(checkpoints, tm
         return HFExports(
             folder,
             out,
-            described=describe_model(checkpoints / "blt"),
+            description=describe_model(checkpoints / "blt"),
             entropy_checkpoint=str(checkpoints / "entropy"),
             dtype="float32",
             force=False,
@@ -145,7 +150,7 @@ def test_a_resumed_run_exports_what_a_killed_one_did_not_come_to(checkpoints, tm
         shutil.copytree(checkpoints / "blt", folder / f"step-{step}")  # complete when the kill came, not linked yet
 
     resumed = begin()
-    resumed.take_up(10, lambda step: step % 2 == 0)
+    resumed.go_on_from(10, lambda step: step % 2 == 0)
     resumed.finish()
     [aside] = out.glob("abandoned-*")
     assert [path.name for path in aside.iterdir()] == ["step-12"]

@@ -1,13 +1,11 @@
-"""Released weights -> a training checkpoint (DCP), from which a run of any layout begins (`initial_load_path`).
+"""Write a training checkpoint (DCP) of one model, from which a run of any layout begins (`initial_load_path`).
 
 It holds weights in fp32 and what model they are, no optimizer and no data state.
 """
 
-import json
 import os
 import shutil
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,8 @@ import torch.nn as nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from blt_titan.checkpoint.description import MODEL_KEY, CheckpointError
+from blt_titan.checkpoint.description import MODEL_KEY, Description
+from blt_titan.checkpoint.read import CheckpointError
 from blt_titan.patching.rule import PatchRule
 
 
@@ -43,11 +42,7 @@ def write_checkpoint(
         CheckpointError: it cannot be written.
     """
     out = require_free(out)
-    described: dict[str, Any] = {"name": name, "args": _plain(asdict(args))}
-    if rule is not None:
-        described["patching"] = rule.as_dict()
-    if entropies:
-        described["entropies"] = entropies
+    described = Description(name, args, rule, entropies)
     state = {name: parameter.detach().float() for name, parameter in model.named_parameters()}
     temporary = out.with_name(f".{out.name}.{os.getpid()}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -55,7 +50,7 @@ def write_checkpoint(
         with warnings.catch_warnings():
             # That no process group is needed is meant.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            save(state | {MODEL_KEY: json.dumps(described)}, checkpoint_id=str(temporary), no_dist=True)
+            save(state | {MODEL_KEY: described.to_json()}, checkpoint_id=str(temporary), no_dist=True)
         if out.exists():
             out.rmdir()
         temporary.rename(out)
@@ -79,7 +74,3 @@ def require_free(out: str | os.PathLike[str]) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out}: is there already; choose another folder")
     return out
-
-
-def _plain(args: dict[str, Any]) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in args.items()}

@@ -1,0 +1,62 @@
+"""Which checkpoint a user means: the one that is named, or the newest sound one of a run."""
+
+import logging
+import os
+from pathlib import Path
+
+from blt_titan.checkpoint.read import CheckpointError, damage
+from blt_titan.checkpoint.steps import complete_steps, is_complete, is_model_directory
+
+logger = logging.getLogger(__name__)
+
+
+def latest_checkpoint(folder: str | os.PathLike[str]) -> Path:
+    """Return the last checkpoint `step-N` in a run's checkpoint folder that is complete and sound; log which are not.
+
+    Raises:
+        FileNotFoundError: if there is no complete one.
+        CheckpointError: if all are damaged.
+    """
+    complete = complete_steps(folder)
+    if not complete:
+        raise FileNotFoundError(f"{folder} holds no complete checkpoint (step-N with a .metadata file)")
+    wrong = ""
+    for path in reversed(complete.values()):
+        if (found := damage(path)) is None:
+            return path
+        logger.warning(f"{path} is passed over: {found}")
+        wrong = wrong or found
+    raise CheckpointError(f"{folder}: none of its checkpoints is sound; the last: {wrong}")
+
+
+def holds_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Tell whether a path is a checkpoint `step-N`, or a folder of a run that holds one, sound or not."""
+    path = Path(path)
+    return not is_model_directory(path) and (is_complete(path) or _folder_of_checkpoints(path) is not None)
+
+
+def find_checkpoint(path: str | os.PathLike[str]) -> Path:
+    """Return the checkpoint that a user means: `step-N` itself, or the last sound one of a run's folder.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    path = Path(path)
+    if is_model_directory(path):
+        raise CheckpointError(
+            f"{path}: is a model directory (it has a config.json), where a training checkpoint is wanted; "
+            "`blt-titan import` makes one of it"
+        )
+    if is_complete(path):
+        if (found := damage(path)) is not None:
+            raise CheckpointError(found)
+        return path
+    if (folder := _folder_of_checkpoints(path)) is not None:
+        return latest_checkpoint(folder)
+    raise CheckpointError(
+        f"{path}: neither a complete checkpoint (a step-N folder with a .metadata file) nor a folder that holds one"
+    )
+
+
+def _folder_of_checkpoints(path: Path) -> Path | None:
+    return next((folder for folder in (path, path / "checkpoint") if complete_steps(folder)), None)

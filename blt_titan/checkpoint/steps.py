@@ -1,0 +1,90 @@
+"""Step folders: `step-N` holds what a run saved at step N. Their names are written and parsed here, and nowhere else.
+
+In: the folder of a run's checkpoints, or of its exports. Out: paths by step. No torch is imported, so that the server
+of plots may look too. Which steps are kept (`checkpoint.keep_latest_k`) is torchtitan's to do, by the same name.
+"""
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+METADATA = ".metadata"
+"""Of the files of a checkpoint the one that is written last."""
+_PREFIX = "step-"
+
+
+def step_folder(folder: str | os.PathLike[str], step: int) -> Path:
+    """Return where a step is saved.
+
+    >>> step_folder("outputs/debug/checkpoint", 150).name
+    'step-150'
+    """
+    return Path(folder) / f"{_PREFIX}{step}"
+
+
+def step_of(path: Path) -> int | None:
+    """Return the step that a folder's name says; None if it is the name of something else.
+
+    >>> step_of(Path("checkpoint/step-150")), step_of(Path("step-0150")), step_of(Path("step-150.log"))
+    (150, None, None)
+    """
+    digits = path.name.removeprefix(_PREFIX)
+    if not path.name.startswith(_PREFIX) or not (digits.isascii() and digits.isdigit()):
+        return None
+    return int(digits) if digits == str(int(digits[:20])) else None
+
+
+def step_folders(folder: str | os.PathLike[str]) -> dict[int, Path]:
+    """Return all folders `step-N` by their step, ascending; half-written ones too."""
+    found = {step: path for path in Path(folder).glob(f"{_PREFIX}*") if (step := step_of(path)) is not None}
+    return {step: found[step] for step in sorted(found) if found[step].is_dir()}
+
+
+def is_complete(path: Path) -> bool:
+    """Tell whether a folder is a checkpoint that was written to its end.
+
+    A folder with a `config.json` is a Hugging Face directory, never a checkpoint.
+    """
+    return (path / METADATA).is_file() and not is_model_directory(path)
+
+
+def is_model_directory(path: Path) -> bool:
+    """Tell whether a folder is a Hugging Face directory, by its `config.json`."""
+    return os.path.lexists(path / "config.json")
+
+
+def complete_steps(folder: str | os.PathLike[str]) -> dict[int, Path]:
+    """Return the complete checkpoints of a folder by their step, ascending."""
+    return {step: path for step, path in step_folders(folder).items() if is_complete(path)}
+
+
+def set_later_aside(
+    folder: str | os.PathLike[str], step: int, *, is_kept: Callable[[Path], bool] = is_complete
+) -> None:
+    """Make room for the steps that a run will make again: move later ones to `abandoned-TIME`, and log it.
+
+    A save over an old checkpoint would leave the old `.metadata` beside half-written files, and a later resume would
+    prefer the abandoned steps.
+
+    Args:
+        folder: of the steps.
+        step: at which the run resumes.
+        is_kept: of a later folder, whether it is worth keeping; others are removed.
+    """
+    # Not beside them by the name step-N: torchtitan would find it there.
+    aside = Path(folder) / f"abandoned-{time.strftime('%Y%m%d-%H%M%S')}"
+    for later, path in step_folders(folder).items():
+        if later <= step:
+            continue
+        if not is_kept(path):
+            logger.warning(f"{path} is half written: removed")
+            shutil.rmtree(path)
+            continue
+        logger.warning(f"{path} is later than the step {step} that this run resumes at: moved to {aside / path.name}")
+        aside.mkdir(exist_ok=True)
+        path.rename(aside / path.name)
