@@ -8,7 +8,7 @@ import torch
 from blt_titan.config.check import check_run, load_run_config
 from blt_titan.training.trainer import BLTTrainer
 
-CONFIG_FILE = "train_configs/debug.toml"
+CONFIG_FILE = Path(__file__).parents[2] / "train_configs" / "debug.toml"
 
 
 def train(out: str, *overrides: str) -> dict[str, torch.Tensor]:

@@ -68,7 +68,7 @@ def test_a_fault_on_a_silent_rank_is_still_named(stdlib_data, small_run, tmp_pat
             *("./run_train.sh", *small_run, f"--training.dataset_path={data}", f"--job.dump_folder={tmp_path}/out"),
             "--data.verify_bytes_at_start=0",
         ],
-        env=os.environ | {"NGPU": "2", "LOG_RANK": "0", "PYTHON": sys.executable, "CONFIG_FILE": f"./{CONFIG_FILE}"},
+        env=os.environ | {"NGPU": "2", "LOG_RANK": "0", "PYTHON": sys.executable, "CONFIG_FILE": str(CONFIG_FILE)},
         capture_output=True,
         text=True,
     )
