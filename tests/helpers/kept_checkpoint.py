@@ -84,7 +84,7 @@ def go_on(folder: Path) -> list[float]:
 
 
 def computed(folder: Path) -> dict[str, Any]:
-    """Return what the two models give of the prompt: entropies in nats, patches, logits of the last byte, and a text."""
+    """Return what the two models give of the prompt: entropies in nats, patches, last logits, and a text."""
     loaded = load_for_inference(folder / "blt", entropy=folder / "run" / "checkpoint" / "step-2")
     assert loaded.entropy_model is not None
     ids = np.concatenate([[BOS_ID], bytes_to_ids(PROMPT)])
