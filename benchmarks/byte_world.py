@@ -34,8 +34,8 @@ from blt_titan.data.rows.collate import collate_rows
 from blt_titan.data.rows.packing import RowShape
 from blt_titan.loss import ByteCrossEntropy
 from blt_titan.model.blt import BLT
+from blt_titan.model.flavors import BLT_FLAVORS
 from blt_titan.model.placement import Placement
-from blt_titan.model.sizes import BLT_FLAVORS
 from parallelisms.clipping import clip_grad_norm
 from parallelisms.collectives import gather_along_dim_1
 from parallelisms.context import with_context_parallel

@@ -23,7 +23,7 @@ from benchmarks.result_file import write_result
 from blt_titan.checkpoint.write import write_checkpoint
 from blt_titan.model.blt import BLT
 from blt_titan.model.entropy_model import EntropyModel
-from blt_titan.model.sizes import BLT_FLAVORS, ENTROPY_FLAVORS
+from blt_titan.model.flavors import BLT_FLAVORS, ENTROPY_FLAVORS
 from blt_titan.patching.rule import PatchRule
 
 ALLOWED_BESIDE_LARGEST = 2 * 10**9

@@ -28,7 +28,7 @@ from blt_titan.hf.verify.verify import TEXT
 from blt_titan.inference.cached import CachedBLT
 from blt_titan.inference.caches import GROWTH_SLOTS
 from blt_titan.inference.sample import Sampling, generate
-from blt_titan.model.sizes import BLT_FLAVORS, ENTROPY_FLAVORS
+from blt_titan.model.flavors import BLT_FLAVORS, ENTROPY_FLAVORS
 from blt_titan.patching.rule import PatchRule
 
 PROMPT = (TEXT * 10).encode()

@@ -23,7 +23,7 @@ from benchmarks.result_file import write_result
 from blt_titan.byte_vocab import document_ids
 from blt_titan.layout import layout_without_patches
 from blt_titan.model.entropy_model import EntropyModel
-from blt_titan.model.sizes import ENTROPY_FLAVORS
+from blt_titan.model.flavors import ENTROPY_FLAVORS
 from blt_titan.scoring.entropies import CHUNK, LANES, EntropyScorer, entropy_nats
 
 PLAIN_BYTES = 8192

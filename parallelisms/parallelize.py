@@ -2,7 +2,7 @@
 
 Context, tensor, hash tables, activation checkpointing, compile, FSDP. The model comes on the meta device and leaves
 sharded, still without weights; `init_weights` then draws them. What is not supported is refused before any device work
-(`support.py`).
+(`config/parallel.py`).
 """
 
 from dataclasses import replace

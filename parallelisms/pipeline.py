@@ -1,7 +1,7 @@
 """Pipeline parallelism: stages cut between global blocks, balanced by FLOPs.
 
 The first stage holds hash tables and encoder, the last the decoder. Stages hand over patch states and byte states; the
-indices of the rows reach every stage as keyword arguments, which schedules split into micro-batches on dim 0.
+layout of the rows reaches every stage as a keyword argument, whose tensors schedules split into micro-batches on dim 0.
 
 Cuts minimise the largest stage's FLOPs. A decoder is heavy: 31 % of a 1B, so 3 stages balance and 4 do not.
 """

@@ -22,7 +22,7 @@ from blt_titan.commands.arguments import Parser, output_file, whole, write_outpu
 from blt_titan.commands.ending import command
 from blt_titan.data.prepare.job import prepare
 from blt_titan.data.store.errors import DataError
-from blt_titan.model.sizes import BLT_FLAVORS
+from blt_titan.model.flavors import BLT_FLAVORS
 
 CONFIG_FILE = "train_configs/debug.toml"
 

@@ -22,7 +22,7 @@ from blt_titan.checkpoint.json_fields import (
     text,
 )
 from blt_titan.checkpoint.read import CheckpointError
-from blt_titan.model.sizes import BLTArgs, EntropyModelArgs
+from blt_titan.model.args import BLTArgs, EntropyModelArgs
 from blt_titan.patching.rule import PatchRule
 
 VERSION = 1
@@ -106,7 +106,7 @@ class Description:
 
 
 def identity(args: BLTArgs | EntropyModelArgs) -> dict[str, Any]:
-    """Return the arguments that make the model what it is: all but those marked `identity: False` (model/sizes.py)."""
+    """Return the arguments that make the model what it is: all but those marked `identity: False` (model/args.py)."""
     return {field.name: getattr(args, field.name) for field in fields(args) if field.metadata.get("identity", True)}
 
 

@@ -19,10 +19,10 @@ from typing import Any, get_args
 import numpy as np
 
 from blt_titan.data.prepare.json_lines import kind_of
+from blt_titan.model.args import BLTArgs, EntropyModelArgs
 from blt_titan.model.attention import AttentionBackend
 from blt_titan.model.hash_embedding import HASH_PRIMES
 from blt_titan.model.initialization import DepthScaling
-from blt_titan.model.sizes import BLTArgs, EntropyModelArgs
 from blt_titan.patching.entropy import EntropyRule
 from blt_titan.patching.rounding import Storage
 from blt_titan.patching.rule import PatchRule

@@ -35,7 +35,7 @@ from blt_titan.commands.ending import command
 from blt_titan.data.store.errors import DataError
 from blt_titan.data.store.shards import ShardSet
 from blt_titan.data.store.sidecars import EntropySidecar
-from blt_titan.model.sizes import BLT_FLAVORS
+from blt_titan.model.flavors import BLT_FLAVORS
 from blt_titan.patching import EntropyRule
 from blt_titan.scoring.calibration import (
     SEGMENT_PATCHES,

@@ -37,7 +37,7 @@ from blt_titan.evaluation.rows import HeldOutScore, batch_scorer, score_batches
 from blt_titan.inference.sample import Sampling, complete
 from blt_titan.model.blt import BLT
 from blt_titan.model.entropy_model import EntropyModel
-from blt_titan.model.sizes import BLT_FLAVORS
+from blt_titan.model.flavors import BLT_FLAVORS
 from blt_titan.plots.patch_page import patch_page
 from blt_titan.progress import ProgressBar
 from blt_titan.scoring.calibration import best_budgets, calibrate, read_sample

@@ -15,8 +15,8 @@ import torch
 from blt_titan.byte_vocab import BOS_ID, EOS_ID, RESERVED_ID, VOCAB_SIZE
 from blt_titan.checkpoint.json_fields import FieldError, read_fields, read_rule, refuse_unknown, section, valid_args
 from blt_titan.hf.fields import DEFAULT_THRESHOLD, OURS, PATCHING, STACKS, TOP
+from blt_titan.model.args import BLTArgs, EntropyModelArgs
 from blt_titan.model.layers import NORM_EPS
-from blt_titan.model.sizes import BLTArgs, EntropyModelArgs
 from blt_titan.patching.rule import PatchRule
 
 LEAST_MAX_PATCH_BYTES = 256

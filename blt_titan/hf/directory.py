@@ -30,8 +30,8 @@ from blt_titan.hf.original import (
 )
 from blt_titan.hf.tensors import ModuleTensors
 from blt_titan.hf.weight_files import WeightFiles, fill, matched_parameters, read_config
+from blt_titan.model.args import BLTArgs, EntropyModelArgs
 from blt_titan.model.entropy_model import EntropyModel
-from blt_titan.model.sizes import BLTArgs, EntropyModelArgs
 from blt_titan.patching.rule import PatchRule
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.pth", "entropy_model/*"]

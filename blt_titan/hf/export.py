@@ -26,9 +26,9 @@ from blt_titan.hf.model_card import model_card
 from blt_titan.hf.names import blt_name_to_hf, entropy_name_to_hf
 from blt_titan.hf.tensors import Entry, StoredTensors, TensorSource, write_safetensors
 from blt_titan.hf.tokenizer import tokenizer_files
+from blt_titan.model.args import BLTArgs, EntropyModelArgs
 from blt_titan.model.blt import BLT
 from blt_titan.model.entropy_model import EntropyModel
-from blt_titan.model.sizes import BLTArgs, EntropyModelArgs
 from blt_titan.patching.rounding import Storage
 from blt_titan.patching.rule import PatchRule
 

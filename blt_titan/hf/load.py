@@ -13,9 +13,9 @@ from blt_titan.checkpoint.read import CheckpointError
 from blt_titan.hf.export import Weights, check_entropy_model, stored_weights, with_threshold
 from blt_titan.hf.pretrained import BLT, EntropyModel, Pretrained
 from blt_titan.hf.tensors import ModuleTensors
+from blt_titan.model.args import BLTArgs
 from blt_titan.model.blt import BLT as BareBLT
 from blt_titan.model.entropy_model import EntropyModel as BareEntropyModel
-from blt_titan.model.sizes import BLTArgs
 from blt_titan.patching.rule import PatchRule
 
 

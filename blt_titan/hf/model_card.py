@@ -1,6 +1,6 @@
 """The model card of an exported model: what it is, how it is used, and what `transformers` does otherwise."""
 
-from blt_titan.model.sizes import BLTArgs, EntropyModelArgs
+from blt_titan.model.args import BLTArgs, EntropyModelArgs
 from blt_titan.patching.rounding import decision_edge
 from blt_titan.patching.rule import PatchRule
 

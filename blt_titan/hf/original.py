@@ -34,8 +34,8 @@ from blt_titan.checkpoint.json_fields import (
     whole,
 )
 from blt_titan.hf.config import DEFAULT_THRESHOLD, HFConfigError, config_errors
+from blt_titan.model.args import BLTArgs, EntropyModelArgs
 from blt_titan.model.layers import NORM_EPS
-from blt_titan.model.sizes import BLTArgs, EntropyModelArgs
 from blt_titan.patching.rule import PatchRule
 
 HASH_TABLE = re.compile(r"^encoder_hash_tok_embedding\.(\d+)\.weight$")

@@ -14,7 +14,8 @@ arithmetic, without looking at S x S and without a host read. Both rely on the b
 side by side (padding only at the end), so that the distance of two slots is the distance of two bytes.
 
 A slice of a row sees more keys than it has queries: over bytes the W - 1 that precede it, put before its own; over
-patches those of the whole row. `SlicedMask` says so, and where the other keys come from; `attend` wants them there.
+patches those of the whole row. `SlicedMask` says so, and where the other keys come from; `attend` is given
+all of them.
 
 Letters: B rows, S slots (bytes or patches), T slots of keys, H heads, K head size, W window, C block, N blocks.
 """
@@ -64,7 +65,7 @@ class DenseMask:
 
 @dataclass(frozen=True)
 class SlicedMask:
-    """The mask of a slice whose attention must first bring keys from other devices (see `Attention.attend`)."""
+    """The mask of a slice whose attention must first bring keys from other devices (see `Placement.attend_bytes`)."""
 
     inner: BlockLocalMask | DenseMask | BlockMask
     """Over the slice's queries and all keys that they may see."""

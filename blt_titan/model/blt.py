@@ -25,6 +25,7 @@ import torch
 import torch.nn as nn
 
 from blt_titan.batch import PatchLayout, SliceLayout
+from blt_titan.model.args import BLTArgs
 from blt_titan.model.attention import AttentionMask, SlicedMask, causal_mask, window_mask
 from blt_titan.model.decoder import LocalDecoder
 from blt_titan.model.encoder import EncoderStates, LocalEncoder
@@ -33,7 +34,6 @@ from blt_titan.model.initialization import initialize
 from blt_titan.model.layers import Attend, Rotation, block_stack, rotary_angles, run_blocks
 from blt_titan.model.layout import layout_from_patch_lengths
 from blt_titan.model.placement import Placement
-from blt_titan.model.sizes import BLTArgs
 
 
 class StackAttends(NamedTuple):

@@ -11,10 +11,10 @@ import torch
 import torch.nn as nn
 
 from blt_titan.byte_vocab import VOCAB_SIZE
+from blt_titan.model.args import BLTArgs
 from blt_titan.model.attention import AttentionMask
 from blt_titan.model.cross_attention import BytesReadPatches, KeysValues
 from blt_titan.model.layers import NORM_EPS, Attend, Rotation, block_stack
-from blt_titan.model.sizes import BLTArgs
 
 
 class LocalDecoder(nn.Module):

@@ -11,10 +11,10 @@ import torch
 import torch.nn as nn
 
 from blt_titan.byte_vocab import VOCAB_SIZE
+from blt_titan.model.args import BLTArgs
 from blt_titan.model.attention import AttentionMask
 from blt_titan.model.cross_attention import PatchesReadBytes, max_bytes
 from blt_titan.model.layers import Attend, Rotation, block_stack
-from blt_titan.model.sizes import BLTArgs
 
 
 class EncoderStates(NamedTuple):

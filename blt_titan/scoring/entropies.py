@@ -28,9 +28,9 @@ from blt_titan.batch import PADDING
 from blt_titan.byte_vocab import BOS_ID, BOUNDARY_ID
 from blt_titan.data.rows.packing import frame_documents
 from blt_titan.data.store.shards import RecordBatch
+from blt_titan.model.args import EntropyModelArgs
 from blt_titan.model.attention import attend, resolve_backend
 from blt_titan.model.entropy_model import EntropyModel
-from blt_titan.model.sizes import EntropyModelArgs
 from blt_titan.patching.rounding import Storage, from_storage, to_storage
 from blt_titan.patching.rule import PatchRule
 

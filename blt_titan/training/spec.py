@@ -37,7 +37,7 @@ from blt_titan.data.store.sidecars import EntropySidecar, EntropySidecars, finge
 from blt_titan.loss import ByteCrossEntropy
 from blt_titan.model.blt import BLT
 from blt_titan.model.entropy_model import EntropyModel
-from blt_titan.model.sizes import BLT_FLAVORS, ENTROPY_FLAVORS
+from blt_titan.model.flavors import BLT_FLAVORS, ENTROPY_FLAVORS
 from blt_titan.patching.rule import PatchRule
 from blt_titan.scoring.entropies import EntropyScorer, OnlineEntropies, Share
 from blt_titan.scoring.score_data import sidecar_settings

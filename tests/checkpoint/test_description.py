@@ -8,7 +8,7 @@ import pytest
 from blt_titan.checkpoint.description import MODEL_KINDS, VERSION, Description, identity
 from blt_titan.checkpoint.json_fields import _ARGS
 from blt_titan.checkpoint.read import CheckpointError
-from blt_titan.model.sizes import BLTArgs, EntropyModelArgs
+from blt_titan.model.args import BLTArgs, EntropyModelArgs
 from blt_titan.patching.rule import PatchRule
 
 BLT = Description("blt", BLTArgs(), PatchRule("global", threshold=1.5, max_patch_bytes=64, storage="uint8"), "a1b2")

@@ -11,7 +11,7 @@ from blt_titan.checkpoint.write import write_checkpoint
 from blt_titan.config.check import RunConfigError, check_run, load_run_config
 from blt_titan.data.store.errors import DataError
 from blt_titan.model.blt import BLT
-from blt_titan.model.sizes import BLT_FLAVORS
+from blt_titan.model.flavors import BLT_FLAVORS
 
 CONFIGS = sorted(Path("train_configs").glob("*.toml"))
 DEBUG = "train_configs/debug.toml"

@@ -4,7 +4,7 @@ import pytest
 
 from blt_titan.config.check import RunConfigError, check_run, load_run_config
 from blt_titan.config.parallel import unsupported_settings
-from blt_titan.model.sizes import BLT_FLAVORS
+from blt_titan.model.flavors import BLT_FLAVORS
 from parallelisms.parallelize import run_halo_slices
 from tests.helpers.layouts import LAYOUTS, SHORT_LAYOUTS
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import torch
 
+from blt_titan.model.args import BLTArgs
 from blt_titan.model.blt import BLT
-from blt_titan.model.sizes import BLTArgs
 from blt_titan.patching.rule import PatchRule
 
 ARGS = BLTArgs(

@@ -7,7 +7,7 @@ import torch
 
 from blt_titan.checkpoint.write import write_checkpoint
 from blt_titan.hf.pretrained import BLT, EntropyModel
-from blt_titan.model.sizes import EntropyModelArgs
+from blt_titan.model.args import EntropyModelArgs
 from blt_titan.patching.rule import PatchRule
 from tests.helpers.generating_models import ARGS as SMALL
 from tests.helpers.small_entropy_model import model_of

@@ -31,7 +31,8 @@ from blt_titan.data.store.sidecars import fingerprint_of
 from blt_titan.hf.load import load_for_inference
 from blt_titan.hf.pretrained import BLT
 from blt_titan.inference.sample import Sampling, complete
-from blt_titan.model.sizes import ENTROPY_FLAVORS, BLTArgs, EntropyModelArgs
+from blt_titan.model.args import BLTArgs, EntropyModelArgs
+from blt_titan.model.flavors import ENTROPY_FLAVORS
 from blt_titan.patching import starts_to_lengths
 from blt_titan.patching.rule import PatchRule
 from blt_titan.scoring.entropies import EntropyScorer

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from blt_titan.layout import layout_without_patches
+from blt_titan.model.args import EntropyModelArgs
 from blt_titan.model.entropy_model import EntropyModel
-from blt_titan.model.sizes import EntropyModelArgs
 from blt_titan.scoring.entropies import entropy_nats
 
 ENTROPY_ATOL = 1e-4

@@ -9,9 +9,9 @@ from blt_titan.batch import WHOLE_ROW, ContextSlice, PatchLayout
 from blt_titan.byte_vocab import document_ids
 from blt_titan.data.rows.collate import collate_rows
 from blt_titan.data.rows.packing import PatchedIds, Row, RowShape, pack_row
+from blt_titan.model.args import BLTArgs, EntropyModelArgs
 from blt_titan.model.blt import BLT
 from blt_titan.model.entropy_model import EntropyModel
-from blt_titan.model.sizes import BLTArgs, EntropyModelArgs
 from blt_titan.patching import rule_patch_starts, starts_to_lengths
 
 DOCUMENTS = [

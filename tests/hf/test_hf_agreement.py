@@ -208,7 +208,7 @@ def test_missing_and_left_over_tensors_are_errors(tmp_path):
 
 def test_what_transformers_cannot_say_is_refused(tmp_path):
     from blt_titan.hf.config import HFConfigError
-    from blt_titan.model.sizes import BLTArgs
+    from blt_titan.model.args import BLTArgs
 
     with torch.device("meta"):
         small = dict(local_dim=64, local_heads=4, global_dim=64, global_heads=4, global_layers=1, hash_rows=7)

@@ -19,8 +19,8 @@ from blt_titan.data.rows.patcher import TextPatcher
 from blt_titan.data.rows.source import RowSource
 from blt_titan.data.store.shards import ShardSet
 from blt_titan.evaluation.rows import batch_scorer, score_batches
+from blt_titan.model.args import BLTArgs
 from blt_titan.model.blt import BLT
-from blt_titan.model.sizes import BLTArgs
 from blt_titan.patching import rule_patch_starts, starts_to_lengths
 from blt_titan.patching.rule import PatchRule
 

@@ -15,7 +15,7 @@ from blt_titan.data.rows.order import StreamOrder
 from blt_titan.data.store.shards import ShardSet
 from blt_titan.evaluation.rows import batch_scorer, score_batches
 from blt_titan.model.blt import BLT
-from blt_titan.model.sizes import BLT_FLAVORS
+from blt_titan.model.flavors import BLT_FLAVORS
 from tests.helpers.distributed import run_distributed
 from tests.helpers.training_runs import CONFIG_FILE, losses, make_trainer, metrics, train
 

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
+from blt_titan.model.args import BLTArgs, EntropyModelArgs
 from blt_titan.model.blt import BLT
 from blt_titan.model.entropy_model import EntropyModel
 from blt_titan.model.initialization import initialize
-from blt_titan.model.sizes import BLTArgs, EntropyModelArgs
 
 STD_RTOL = 0.05
 """A normal cut at 3 std has 0.987 of its std; matrices of at least 4,000 draws estimate it within 2 %."""

@@ -14,7 +14,7 @@ from blt_titan.data.rows.collate import collate_rows
 from blt_titan.data.rows.packing import RowShape
 from blt_titan.loss import ByteCrossEntropy
 from blt_titan.model.blt import BLT
-from blt_titan.model.sizes import BLT_FLAVORS
+from blt_titan.model.flavors import BLT_FLAVORS
 from parallelisms.activation_checkpointing import checkpoint_global_blocks, checkpoint_local_blocks
 from parallelisms.parallelize import apply_compile
 from tests.helpers.distributed import run_distributed

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from blt_titan.model.blt import BLT
-from blt_titan.model.sizes import BLT_FLAVORS
+from blt_titan.model.flavors import BLT_FLAVORS
 from parallelisms.pipeline import cut_layers
 
 

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from blt_titan.model.blt import BLT
 from blt_titan.model.entropy_model import EntropyModel
-from blt_titan.model.sizes import BLT_FLAVORS, ENTROPY_FLAVORS
+from blt_titan.model.flavors import BLT_FLAVORS, ENTROPY_FLAVORS
 
 pytest.importorskip("starlette", reason="install the dev extra to serve plots")
 from starlette.testclient import TestClient

@@ -17,7 +17,7 @@ from blt_titan.data.store.errors import DataError
 from blt_titan.data.store.manifest import SPLITS, read_manifest
 from blt_titan.data.store.shards import ShardSet
 from blt_titan.data.store.sidecars import EntropySidecar, sidecar_directory
-from blt_titan.model.sizes import BLTArgs
+from blt_titan.model.args import BLTArgs
 from blt_titan.patching import entropy_patch_starts
 from blt_titan.patching.rounding import from_storage, to_storage
 from blt_titan.scoring import score_data as module

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from blt_titan.byte_vocab import VOCAB_SIZE
+from blt_titan.model.args import BLTArgs, EntropyModelArgs
 from blt_titan.model.blt import BLT
 from blt_titan.model.entropy_model import EntropyModel
-from blt_titan.model.sizes import BLT_FLAVORS, ENTROPY_FLAVORS, BLTArgs, EntropyModelArgs
+from blt_titan.model.flavors import BLT_FLAVORS, ENTROPY_FLAVORS
 
 COUNT_RTOL = 1e-3
 """The contract's counts are rounded to four digits."""

@@ -1,18 +1,13 @@
-"""Model sizes: what a flavour's name means, how many parameters it has and how many FLOPs a byte costs.
-
-A flavour is named by the parameters that compute: a 1B also carries 3.07B of hash tables, which are only looked up.
-`8B` is the shape released as 7B; `1B` and `entropy 100M` are released shapes too. 400M, 2B and 4B follow the paper's
-scaling table as remembered, not checked against it; 20M and 100M keep its proportions for a laptop or one GPU; `debug`
-trains in minutes on two CPU cores.
-"""
+"""Arguments of the two models: everything that fixes a shape and its initial weights."""
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import torch.nn as nn
 
 from blt_titan.byte_vocab import VOCAB_SIZE
 from blt_titan.model.attention import AttentionBackend
+from blt_titan.model.flops import PartFlops, blt_flops, entropy_model_flops
 from blt_titan.model.initialization import DepthScaling
 from blt_titan.model.layers import swiglu_hidden
 
@@ -33,14 +28,6 @@ def _require_choices(args: "BLTArgs | EntropyModelArgs") -> None:
 
 def _count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-class PartFlops(NamedTuple):
-    """FLOPs of one byte's forward pass."""
-
-    encoder: float
-    global_layer: float
-    decoder: float
 
 
 NOT_THE_MODEL = {"identity": False}
@@ -134,43 +121,14 @@ class BLTArgs:
         """Ids, and so logits of a byte."""
         return VOCAB_SIZE
 
+    def flops_by_part(self, context_bytes: int, patch_bytes: float) -> PartFlops:
+        """Count the FLOPs of one byte's forward pass by part of the model; see `flops.blt_flops`."""
+        return blt_flops(self, context_bytes, patch_bytes)
+
     def forward_flops_per_byte(self, context_bytes: int, patch_bytes: float) -> float:
-        """Count the FLOPs of one byte's forward pass; see `flops_by_part`."""
+        """Count the FLOPs of one byte's forward pass, in rows of so many bytes and patches of this mean length."""
         parts = self.flops_by_part(context_bytes, patch_bytes)
         return parts.encoder + self.global_layers * parts.global_layer + parts.decoder
-
-    def flops_by_part(self, context_bytes: int, patch_bytes: float) -> "PartFlops":
-        """Count the FLOPs of one byte's forward pass by part of the model, 2 per multiply-add.
-
-        Weights cost 2 per parameter they hold; attention 4 * width per visible key, half the context on average
-        for the causal global stack. Norms, softmax, pooling and the hash look-ups are left out.
-
-        Args:
-            context_bytes: length of a row in bytes.
-            patch_bytes: mean patch length in bytes.
-        """
-        d, f_d, G, f_G, k = (
-            self.local_dim,
-            self.local_ffn_hidden,
-            self.global_dim,
-            self.global_ffn_hidden,
-            self.cross_attn_k,
-        )
-        context_patches = context_bytes / patch_bytes
-        global_layer = 2 * (4 * G * G + 3 * G * f_G) + 4 * G * context_patches / 2
-        into_global = 2 * d * self.patch_dim + (2 * self.patch_dim * G if self.patch_dim != G else 0)
-        out_of_global = 2 * self.patch_dim * G
-        local_layer = 2 * (4 * d * d + 3 * d * f_d) + 4 * d * self.local_window
-        # Two projections on the bytes' side, two on the k slots of a patch, k scores and k sums per byte.
-        cross = 4 * d * d + 4 * d * d * k / patch_bytes + 4 * d * k
-        encoder_cross = self.encoder_layers if self.encoder_cross_attn_all_layers else 1
-        decoder_cross = self.decoder_layers if self.decoder_cross_attn_all_layers else 1
-        head = 2 * d * VOCAB_SIZE
-        return PartFlops(
-            encoder=self.encoder_layers * local_layer + encoder_cross * cross + into_global / patch_bytes,
-            global_layer=global_layer / patch_bytes,
-            decoder=self.decoder_layers * local_layer + decoder_cross * cross + out_of_global / patch_bytes + head,
-        )
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         """Return all parameters, and training FLOPs per byte (3 forwards) in rows of `seq_len` bytes."""
@@ -220,73 +178,9 @@ class EntropyModelArgs:
         self.reset_at_newline = job_config.entropy_model.reset_at_newline
 
     def forward_flops_per_byte(self, context_bytes: int, patch_bytes: float) -> float:
-        """Count the FLOPs of one byte's forward pass; the window, not the context, bounds attention."""
-        blocks = self.n_layers * (2 * (4 * self.dim**2 + 3 * self.dim * self.ffn_hidden) + 4 * self.dim * self.window)
-        return blocks + 2 * self.dim * VOCAB_SIZE
+        """Count the FLOPs of one byte's forward pass; see `flops.entropy_model_flops`."""
+        return entropy_model_flops(self)
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         """Return all parameters, and training FLOPs per byte (3 forwards)."""
         return _count_parameters(model), round(3 * self.forward_flops_per_byte(seq_len, 1.0))
-
-
-BLT_FLAVORS: dict[str, BLTArgs] = {
-    "debug": BLTArgs(
-        local_dim=96,
-        local_heads=3,
-        local_window=64,
-        decoder_layers=2,
-        global_dim=192,
-        global_heads=4,
-        global_layers=3,
-        cross_attn_heads=3,
-        hash_rows=4_001,
-    ),
-    "20M": BLTArgs(
-        local_dim=256,
-        local_heads=4,
-        decoder_layers=3,
-        global_dim=512,
-        global_heads=8,
-        global_layers=5,
-        cross_attn_heads=4,
-        hash_rows=20_011,
-    ),
-    "100M": BLTArgs(
-        local_dim=384,
-        local_heads=6,
-        decoder_layers=5,
-        global_dim=768,
-        global_heads=12,
-        global_layers=12,
-        cross_attn_heads=6,
-        hash_rows=100_003,
-    ),
-    "400M": BLTArgs(
-        local_dim=768,
-        local_heads=12,
-        decoder_layers=7,
-        global_dim=1280,
-        global_heads=10,
-        global_layers=24,
-        # The scaling table gives 10, which does not divide the width of 768.
-        cross_attn_heads=12,
-    ),
-    "1B": BLTArgs(),
-    "2B": BLTArgs(global_dim=2560, global_heads=20, global_layers=26, cross_attn_k=3),
-    "4B": BLTArgs(global_dim=3072, global_heads=24, global_layers=36, cross_attn_k=3),
-    "8B": BLTArgs(
-        local_dim=1280,
-        local_heads=20,
-        decoder_layers=6,
-        global_dim=4096,
-        global_heads=32,
-        global_layers=32,
-        cross_attn_k=4,
-        cross_attn_heads=20,
-    ),
-}
-
-ENTROPY_FLAVORS: dict[str, EntropyModelArgs] = {
-    "debug": EntropyModelArgs(dim=96, n_heads=3, n_layers=2, window=128),
-    "100M": EntropyModelArgs(),
-}
