@@ -55,10 +55,10 @@ def lay_out(
     has_bytes_BP = patch_len_BP > 0
     n_bytes_B = patch_len_BP[:, begin:end].sum(1)
 
-    # The S slots in runs: one of each patch, one that only sources have, one of the padding.
-    run_len_BR = np.zeros((B, slots + 2), np.int64)
-    run_len_BR[:, :slots], run_len_BR[:, -1] = patch_len_BP[:, begin:end], S - n_bytes_B
-    value_BR = np.full((B, slots + 2), PADDING, dtype)
+    # The S slots in runs: one of each patch, and one of the padding.
+    run_len_BR = np.empty((B, slots + 1), np.int64)
+    run_len_BR[:, :slots], run_len_BR[:, slots] = patch_len_BP[:, begin:end], S - n_bytes_B
+    value_BR = np.full((B, slots + 1), PADDING, dtype)
 
     def of_runs() -> np.ndarray:
         return np.repeat(value_BR.ravel(), run_len_BR.ravel()).reshape(B, S)
@@ -67,14 +67,17 @@ def lay_out(
     byte_doc_BS = of_runs()
     value_BR[:, :slots] = np.arange(slots)
     byte_patch_BS = of_runs()
-    # The byte at i reads the patch before the one that holds i + 1: runs are a slot further left, and the last byte
-    # reads the patch before the one that the next byte is in.
-    run_len_BR[:, 0] -= n_bytes_B > 0
-    run_len_BR[:, -2] += n_bytes_B > 0
-    value_BR[:, :slots] -= 1
-    value_BR[:, 0] = slots if context_slice.index else PADDING
-    value_BR[:, -2] = has_bytes_BP[:, begin:end].sum(1) - 1 - (0 if last_is_open_B is None else last_is_open_B)
-    source_patch_BS = of_runs()
+
+    # source[i] = patch[i + 1] - 1, and PADDING stays PADDING.
+    source_patch_BS = np.full((B, S), PADDING, dtype)
+    np.subtract(byte_patch_BS[:, 1:], 1, out=source_patch_BS[:, :-1])
+    np.maximum(source_patch_BS, PADDING, out=source_patch_BS)
+    # After the last byte of a row, or of a slice, a patch begins, if the last one is not open.
+    real_B = np.flatnonzero(n_bytes_B)
+    of_last_B = has_bytes_BP[:, begin:end].sum(1) - 1 - (0 if last_is_open_B is None else last_is_open_B)
+    source_patch_BS[real_B, n_bytes_B[real_B] - 1] = of_last_B[real_B]
+    if context_slice.index:
+        source_patch_BS[(source_patch_BS == PADDING) & (byte_doc_BS != PADDING)] = slots
 
     pos_S = np.arange(S, dtype=dtype)
     byte_pos_BS = pos_S + patch_len_BP[:, :begin].sum(1, dtype=dtype, keepdims=True)
