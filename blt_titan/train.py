@@ -39,7 +39,7 @@ def main() -> None:
             config,
             world_size=int(os.environ["WORLD_SIZE"]),
             verify_data=is_first_of_node,
-            look_at_checkpoint=is_first_of_node,
+            look_at_disk=is_first_of_node,
         )
         trainer = BLTTrainer(config)
         if config.checkpoint.create_seed_checkpoint:
@@ -52,9 +52,11 @@ def main() -> None:
         *FAILED_WORK,
     ) as error:
         # A worker process hands over its traceback as text; its last line is the sentence.
-        logger.error(str(error).strip().splitlines()[-1])
-        # torchrun prints it as the cause also where this rank's own output is filtered out.
-        get_error_handler().record_exception(error)
+        said = error.sentences if isinstance(error, RunConfigError) else [str(error).strip().splitlines()[-1]]
+        for sentence in said:
+            logger.error(" ".join(sentence.splitlines()))
+        # torchrun prints it as the cause also where this rank's own output is filtered out, its last line alone.
+        get_error_handler().record_exception(RunConfigError("; ".join(said)) if len(said) > 1 else error)
         sys.stdout.flush()
         # Other ranks may wait for this one in a collective; torchrun ends them.
         os._exit(1 if isinstance(error, FAILED_WORK) else 2)

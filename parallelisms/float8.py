@@ -13,7 +13,7 @@ import blt_titan.titan  # noqa: F401
 
 # isort: split
 from torchtitan.components.quantization.float8 import Float8LinearConverter
-from torchtitan.config import JobConfig
+from torchtitan.config import JobConfig, Model
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols import model_converter
 
@@ -39,6 +39,6 @@ class GlobalFloat8Converter(Float8LinearConverter):
 model_converter._registry_model_converter_cls[CONVERTER] = GlobalFloat8Converter
 
 
-def uses_float8(job_config: JobConfig) -> bool:
-    """Tell whether a run converts the global linears to float8."""
-    return CONVERTER in job_config.model.converters
+def uses_float8(model: Model) -> bool:
+    """Tell whether a run with these settings of its model converts the global linears to float8."""
+    return CONVERTER in model.converters

@@ -2,7 +2,7 @@
 
 Context, tensor, hash tables, activation checkpointing, compile, FSDP. The model comes on the meta device and leaves
 sharded, still without weights; `init_weights` then draws them. What is not supported is refused before any device work
-(`config/parallel.py`).
+(`blt_titan/config/rules`).
 """
 
 from dataclasses import replace
@@ -13,11 +13,13 @@ import torch.nn as nn
 import blt_titan.titan  # noqa: F401
 
 # isort: split
-from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.config.job_config import Compile
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
 from blt_titan.batch import halo_slices
+from blt_titan.config.run_config import RunConfig
 from blt_titan.model.placement import Placement
 from parallelisms.activation_checkpointing import checkpoint_global_blocks, checkpoint_local_blocks
 from parallelisms.context import with_context_parallel
@@ -29,7 +31,7 @@ from parallelisms.tensor import apply_tensor_parallel
 from parallelisms.weights import write_shard
 
 
-def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
+def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: RunConfig) -> nn.Module:
     """Split `model` over the devices of a run without pipeline (torchtitan's `parallelize_fn`).
 
     Args:
@@ -40,13 +42,14 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
     Returns:
         The same model, changed in place.
     """
-    return parallelize_part(model, build_meshes(parallel_dims) if parallel_dims.world_size > 1 else None, job_config)
+    meshes = build_meshes(parallel_dims) if parallel_dims.world_size > 1 else None
+    return parallelize_part(model, meshes, job_config)
 
 
-def parallelize_part(model: Any, meshes: Meshes | None, job_config: Any) -> nn.Module:
+def parallelize_part(model: Any, meshes: Meshes | None, job_config: RunConfig) -> nn.Module:
     """Split a model or a pipeline stage of one; `meshes` is None on a single device."""
     param_dtype = TORCH_DTYPE_MAP[job_config.training.mixed_precision_param]
-    compile_model = compiles_model(job_config)
+    compile_model = compiles_model(job_config.compile)
     ignored = []
     placement = Placement(write_parameter=write_shard, local_columns=local_columns)
     if meshes is not None:
@@ -56,7 +59,7 @@ def parallelize_part(model: Any, meshes: Meshes | None, job_config: Any) -> nn.M
         if meshes.tp.size() > 1:
             float8 = job_config.quantize.linear.float8
             # Emulation is for CPUs too, and gloo moves no float8.
-            gathers_float8 = uses_float8(job_config) and float8.recipe_name is None and not float8.emulate
+            gathers_float8 = uses_float8(job_config.model) and float8.recipe_name is None and not float8.emulate
             apply_tensor_parallel(model, meshes.tp, float8_all_gather=gathers_float8)
         table = getattr(model, "hash_embedding", None)
         if table is not None and job_config.hash_embedding.sharding == "columns":
@@ -93,9 +96,9 @@ def parallelize_part(model: Any, meshes: Meshes | None, job_config: Any) -> nn.M
     return model
 
 
-def compiles_model(job_config: Any) -> bool:
-    """Tell whether a run compiles its blocks."""
-    return job_config.compile.enable and "model" in job_config.compile.components
+def compiles_model(settings: Compile) -> bool:
+    """Tell whether a run with these settings compiles its blocks."""
+    return settings.enable and "model" in settings.components
 
 
 def apply_compile(model: nn.Module, *, backend: str) -> None:
@@ -115,7 +118,7 @@ def apply_compile(model: nn.Module, *, backend: str) -> None:
             block.compile(backend=backend, fullgraph=True, dynamic=False)
 
 
-def run_halo_slices(job_config: Any, window_bytes: int) -> int:
+def run_halo_slices(job_config: RunConfig, window_bytes: int) -> int:
     """Return how many context slices back a byte's window can begin in this run, in its shorter kind of rows."""
     degree = job_config.parallelism.context_parallel_degree * job_config.parallelism.tensor_parallel_degree
     validation = job_config.validation

@@ -18,11 +18,12 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_s
 import blt_titan.titan  # noqa: F401
 
 # isort: split
-from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
+from torchtitan.config import TORCH_DTYPE_MAP, Parallelism
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.pipeline_parallel import build_pipeline_schedule
 from torchtitan.tools.logging import logger
 
+from blt_titan.config.run_config import RunConfig
 from parallelisms.meshes import build_meshes
 from parallelisms.parallelize import parallelize_part
 
@@ -71,9 +72,8 @@ def cut_layers(encoder_cost: float, layer_costs: Sequence[float], decoder_cost: 
     return cuts[::-1]
 
 
-def n_stages(job_config: JobConfig, n_layers: int) -> int:
+def n_stages(parallelism: Parallelism, n_layers: int) -> int:
     """Return the number of stages: by `pipeline_parallel_layers_per_stage`, else 1 per rank, 2 for looped schedules."""
-    parallelism = job_config.parallelism
     pp = parallelism.pipeline_parallel_degree
     if per_stage := parallelism.pipeline_parallel_layers_per_stage:
         return math.ceil(n_layers / per_stage)
@@ -84,7 +84,7 @@ def n_stages(job_config: JobConfig, n_layers: int) -> int:
 def pipeline(
     model: Any,
     parallel_dims: ParallelDims,
-    job_config: JobConfig,
+    job_config: RunConfig,
     device: torch.device,
     model_args: Any,
     parallelize_fn: Callable,
@@ -109,7 +109,7 @@ def pipeline(
     pp_rank, pp = pp_mesh.get_local_rank(), pp_mesh.size()
     schedule_name = job_config.parallelism.pipeline_parallel_schedule
     flops = model_args.flops_by_part(job_config.training.seq_len, model_args.nominal_patch_bytes)
-    total = n_stages(job_config, model_args.global_layers)
+    total = n_stages(job_config.parallelism, model_args.global_layers)
     cuts = cut_layers(flops.encoder, [flops.global_layer] * model_args.global_layers, flops.decoder, total)
     own = [pp_rank, total - 1 - pp_rank] if schedule_name in V_SCHEDULES else list(range(pp_rank, total, pp))
     logger.info(
@@ -128,7 +128,7 @@ def pipeline(
     return schedule, parts, own[0] == 0, total - 1 in own
 
 
-def _boundary_tensors(job_config: Any, args: Any, *, is_first: bool, is_last: bool) -> tuple[Any, Any]:
+def _boundary_tensors(job_config: RunConfig, args: Any, *, is_first: bool, is_last: bool) -> tuple[Any, Any]:
     """Tensors of the shape and dtype that a stage takes and gives, on the meta device."""
     parallelism, data = job_config.parallelism, job_config.data
     rows = parallelism.pipeline_parallel_microbatch_size

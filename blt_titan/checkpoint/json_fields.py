@@ -16,8 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
-
 from blt_titan.data.prepare.json_lines import kind_of
 from blt_titan.model.args import BLTArgs, EntropyModelArgs
 from blt_titan.model.attention import AttentionBackend
@@ -277,9 +275,6 @@ def valid_rule(rule: PatchRule, where: str) -> PatchRule:
     Raises:
         FieldError: saying what it lacks, or holds in vain.
     """
-    ids = np.array([1, 80])
-    try:
-        rule.mark(ids, np.zeros(len(ids), np.float32) if rule.by_entropy else None)
-    except ValueError as error:
-        raise FieldError(f"{where}: {error}") from error
+    if faults := list(rule.faults()):
+        raise FieldError(f"{where}: {'; '.join(faults)}")
     return rule

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from blt_titan.checkpoint.description import MODEL_KEY, Description
 from blt_titan.checkpoint.find import find_checkpoint
 from blt_titan.checkpoint.read import CheckpointError, SafeLoadPlanner, SafeReader, brief
+from blt_titan.model.args import EntropyModelArgs
 from blt_titan.model.entropy_model import EntropyModel
 
 _NOT_THE_MODEL = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.")
@@ -47,18 +48,28 @@ def describe_model(checkpoint: Path) -> Description:
     return Description.from_json(state[MODEL_KEY], f"{checkpoint}: {MODEL_KEY}")
 
 
+def find_entropy_model(path: str | os.PathLike[str]) -> tuple[Path, EntropyModelArgs]:
+    """Return the entropy model that a user names: its checkpoint, and its arguments; its weights are not read.
+
+    Raises:
+        CheckpointError: there is no checkpoint, it holds another kind of model, or tensors of other shapes.
+    """
+    checkpoint = find_checkpoint(path)
+    described = describe_model(checkpoint)
+    if described.name != "blt_entropy":
+        raise CheckpointError(f"{checkpoint}: holds a model {described.name!r}, not an entropy model (blt_entropy)")
+    _check_shapes(build_meta(lambda: EntropyModel(described.args)), checkpoint)
+    return checkpoint, described.args
+
+
 def load_entropy_model(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> EntropyModel:
     """Build the entropy model of a checkpoint or of a run's last checkpoint, with its weights, in fp32.
 
     Raises:
         CheckpointError: there is no checkpoint, or it holds another kind of model.
     """
-    checkpoint = find_checkpoint(path)
-    described = describe_model(checkpoint)
-    if described.name != "blt_entropy":
-        raise CheckpointError(f"{checkpoint}: holds a model {described.name!r}, not an entropy model (blt_entropy)")
-    model = load_model(lambda: EntropyModel(described.args), checkpoint)
-    return model.to(device).eval()
+    checkpoint, args = find_entropy_model(path)
+    return load_model(lambda: EntropyModel(args), checkpoint).to(device).eval()
 
 
 def load_model(build: Callable[[], ModelT], checkpoint: str | os.PathLike[str]) -> ModelT:
@@ -67,17 +78,21 @@ def load_model(build: Callable[[], ModelT], checkpoint: str | os.PathLike[str]) 
     Raises:
         CheckpointError: it is damaged, or its tensors are not exactly those of the model.
     """
+    model = build_meta(build)
+    _check_shapes(model, checkpoint)
+    model = model.to_empty(device="cpu")
+    load_weights(model, checkpoint)
+    return model
+
+
+def _check_shapes(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
     metadata = SafeReader(checkpoint).read_metadata()
     shapes = {
         name: tuple(stored.size)
         for name, stored in metadata.state_dict_metadata.items()
         if isinstance(stored, TensorStorageMetadata)
     }
-    model = build_meta(build)
     require_shapes(model, shapes, str(checkpoint))
-    model = model.to_empty(device="cpu")
-    load_weights(model, checkpoint)
-    return model
 
 
 def build_meta(build: Callable[[], ModelT]) -> ModelT:

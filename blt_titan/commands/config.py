@@ -5,7 +5,7 @@
 
 Precedence: command line, then CONFIG, then defaults. What it prints is a configuration of its own; settings that have
 no value are left out, as TOML has none for them. --check looks at all that is looked at before a run: the keys, the
-data, the checkpoint that it begins from; and says nothing on standard output.
+data, the checkpoint that it begins from; names each fault on a line; and says nothing on standard output.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from blt_titan.commands.arguments import Parser, whole
 from blt_titan.commands.ending import command
 from blt_titan.commands.run_settings import add_config, run_arguments, split_overrides
 from blt_titan.config.check import RunConfigError, check_run, load_run_config
+from blt_titan.config.effective import effective_settings
 from blt_titan.data.store.errors import DataError
-from blt_titan.training.run_folder import effective_table
 
 NAME = "blt-titan config"
 
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         load_run_config(["--help"])
     config = load_run_config(run_arguments(args.config, args.overrides))
     if not args.check:
-        print(tomli_w.dumps(effective_table(config)), end="")
+        print(tomli_w.dumps(effective_settings(config)), end="")
         return 0
     check_run(config, world_size=args.world_size, verify_data=True)
     ranks = "1 rank" if args.world_size == 1 else f"{args.world_size} ranks"

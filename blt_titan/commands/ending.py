@@ -1,4 +1,6 @@
-"""How every command ends: with one line on standard error instead of a traceback, and an exit code that says why.
+"""How every command ends: with a line on standard error instead of a traceback, and an exit code that says why.
+
+Settings of a run may have several faults; each has a line.
 
 0    done
 1    something is damaged, or memory ran out
@@ -48,16 +50,16 @@ def command(name: str, *expected: type[Exception], code: int = 2, stopped: str =
                 _flush_output()
                 return done
             except KeyboardInterrupt:
-                return _say(name, stopped, 130)
+                return _say(name, [stopped], 130)
             except (*expected, OSError) as error:
                 if isinstance(error, BrokenPipeError) and (_has_no_reader(sys.stdout) or _has_no_reader(sys.stderr)):
                     _silence()
                     return 141
-                return _say(name, f"error: {_sentence(error)}", code)
+                return _say(name, [f"error: {sentence}" for sentence in _sentences(error)], code)
             except (MemoryError, RuntimeError) as error:
                 if isinstance(error, RuntimeError) and not any(words in str(error) for words in _OUT_OF_MEMORY):
                     raise
-                return _say(name, f"error: memory ran out: {' '.join(str(error).split())[:200]}", 1)
+                return _say(name, [f"error: memory ran out: {' '.join(str(error).split())[:200]}"], 1)
 
         return run
 
@@ -79,7 +81,7 @@ def end_quietly_while_importing(name: str) -> None:
 
 def _stop_at_once(number: int, frame: Any) -> None:
     # No exception: torch's C++ code, which it could meet, aborts the process.
-    _say(_importing, "stopped", 130)
+    _say(_importing, ["stopped"], 130)
     os._exit(130)
 
 
@@ -93,16 +95,18 @@ def _returned(main: Main, arguments: Sequence[str] | None) -> int:
         return end.code or 0
 
 
-def _sentence(error: BaseException) -> str:
+def _sentences(error: BaseException) -> Sequence[str]:
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
-    return str(error)
+        return [f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror]
+    # Settings may have several faults, each of which has a line.
+    return getattr(error, "sentences", [str(error)])
 
 
-def _say(name: str, message: str, code: int) -> int:
-    message = " ".join(message.splitlines())  # a name may hold line ends, and so may what a library says
+def _say(name: str, messages: Sequence[str], code: int) -> int:
     with contextlib.suppress(OSError):  # nobody may be reading it
-        print(f"{name}: {message}", file=sys.stderr, flush=True)
+        for message in messages:
+            # A name may hold line ends, and so may what a library says.
+            print(f"{name}: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
     _silence()
     return code
 

@@ -1,1 +1,1 @@
-"""A run's settings: read from TOML and overrides (`read`), and what each key may be (`keys`)."""
+"""A run's settings: read (`read`), checked by themselves (`rules`) and with what they refer to (`refer`)."""

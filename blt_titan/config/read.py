@@ -14,7 +14,7 @@ import types
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 import blt_titan.titan  # noqa: F401
 
@@ -23,6 +23,7 @@ from torchtitan.config import ConfigManager
 from torchtitan.config import JobConfig as TitanJobConfig
 
 from blt_titan import job_config
+from blt_titan.config.run_config import RunConfig
 
 CONFIG_MODULE = "blt_titan.job_config"
 CONFIG_FILE_KEY = "job.config_file"
@@ -30,21 +31,29 @@ _NONE = ("none", "None", "null")
 
 
 class RunConfigError(ValueError):
-    """Settings that cannot be run; the message names the key, what it got and what it may be."""
+    """Settings that cannot be run.
+
+    Args:
+        sentences: one for each fault, which names the key, what it got and what it may be.
+    """
+
+    def __init__(self, *sentences: str):
+        super().__init__("\n".join(sentences))
+        self.sentences = sentences
 
 
 @cache
-def run_config_class() -> type:
+def run_config_class() -> type[RunConfig]:
     """Return torchtitan's JobConfig merged with our sections."""
-    merged = ConfigManager._merge_configs(TitanJobConfig, job_config.JobConfig)
+    merged: Any = ConfigManager._merge_configs(TitanJobConfig, job_config.JobConfig)
     for section in get_type_hints(merged).values():
         if hasattr(section, "__post_init__"):
-            # Assertions that name no key; `keys` says the same in a sentence.
+            # Assertions that name no key; `rules` says the same in a sentence.
             section.__post_init__ = lambda self: None
     return merged
 
 
-def load_run_config(args: list[str]) -> Any:
+def load_run_config(args: list[str]) -> RunConfig:
     """Read the TOML that `--job.config_file` names, and overrides, into torchtitan's JobConfig with our sections.
 
     Args:
@@ -72,12 +81,12 @@ def load_run_config(args: list[str]) -> Any:
         for part in sections:
             section = section.setdefault(part, {})
         section[name] = value
-    config = _build(cls, table)
+    config = cast(RunConfig, _build(cls, table))
     config.job.custom_config_module = config.job.custom_config_module or CONFIG_MODULE
     return config
 
 
-def settings_of(config: Any) -> dict[str, Any]:
+def settings_of(config: RunConfig) -> dict[str, Any]:
     """Return every setting by its dotted key, as in `training.dataloader.num_workers`."""
     return dict(_leaves(config, ""))
 

@@ -19,8 +19,10 @@ from blt_titan.checkpoint.json_fields import FieldError, parse_object
 from blt_titan.checkpoint.load import describe_model, fill_state
 from blt_titan.checkpoint.read import CheckpointError, SafeReader, damage
 from blt_titan.checkpoint.steps import is_complete, step_folder, step_folders, step_of
-from blt_titan.config.keys import KEYS, shown
 from blt_titan.config.read import RunConfigError, settings_of
+from blt_titan.config.rules.bounds import shown
+from blt_titan.config.rules.keys import KEYS
+from blt_titan.config.run_config import RunConfig
 from blt_titan.data.rows.continuation import IDENTITY_KEY, ROWS_KEY
 
 _KEYS_OF_ARGS = {"name": "model.name", "reset_at_newline": "entropy_model.reset_at_newline"}
@@ -53,7 +55,7 @@ def newest_sound(folder: str | Path) -> Path | None:
         ) from error
 
 
-def checkpoint_to_load(config: Any) -> Path | None:
+def checkpoint_to_load(config: RunConfig) -> Path | None:
     """Return the checkpoint that a run begins from; None if it begins from nothing.
 
     Raises:
@@ -62,9 +64,6 @@ def checkpoint_to_load(config: Any) -> Path | None:
     """
     settings, folder = config.checkpoint, run_checkpoints(config)
     if not settings.enable:
-        for key, default in (("load_step", -1), ("initial_load_path", None)):
-            if (value := getattr(settings, key)) != default:
-                raise RunConfigError(f"checkpoint.{key} = {value!r} needs checkpoint.enable = true")
         return None
     if settings.load_step >= 0:
         path, saved = step_folder(folder, settings.load_step), step_folders(folder)
@@ -96,12 +95,12 @@ def checkpoint_to_load(config: Any) -> Path | None:
     return path
 
 
-def run_checkpoints(config: Any) -> Path:
+def run_checkpoints(config: RunConfig) -> Path:
     """Return the folder of a run's checkpoints."""
     return Path(config.job.dump_folder) / config.checkpoint.folder
 
 
-def loads_weights_only(config: Any, checkpoint: Path) -> bool:
+def loads_weights_only(config: RunConfig, checkpoint: Path) -> bool:
     """Tell whether of a checkpoint that a run begins from nothing but weights is loaded."""
     settings = config.checkpoint
     if checkpoint.parent == run_checkpoints(config):
@@ -109,7 +108,7 @@ def loads_weights_only(config: Any, checkpoint: Path) -> bool:
     return settings.initial_load_model_only
 
 
-def check_model(checkpoint: Path, config: Any, spec: Any, *, weights_only: bool = False) -> None:
+def check_model(checkpoint: Path, config: RunConfig, spec: Any, *, weights_only: bool = False) -> None:
     """Check that a checkpoint is of the model that the run says.
 
     Args:
@@ -139,7 +138,7 @@ def check_model(checkpoint: Path, config: Any, spec: Any, *, weights_only: bool 
             )
 
 
-def _check_description(saved: Description, checkpoint: Path, config: Any, spec: Any, weights_only: bool) -> None:
+def _check_description(saved: Description, checkpoint: Path, config: RunConfig, spec: Any, weights_only: bool) -> None:
     own = {flavor: _described(config, args) for flavor, args in spec.model_args.items()}
     found = saved.difference(own[config.model.flavor])
     if found is None or (weights_only and found.field != "name"):
@@ -153,7 +152,7 @@ def _check_description(saved: Description, checkpoint: Path, config: Any, spec: 
     )
 
 
-def _described(config: Any, args: Any) -> Description:
+def _described(config: RunConfig, args: Any) -> Description:
     """Describe a run's model, with what its settings add to a flavor's arguments."""
     args = replace(args)
     args.update_from_config(config)
@@ -180,14 +179,14 @@ def saved_position(checkpoint: Path) -> tuple[dict[str, Any], int]:
         raise CheckpointError(str(error)) from error
 
 
-def recorded_settings(config: Any) -> dict[str, Any]:
+def recorded_settings(config: RunConfig) -> dict[str, Any]:
     """Return the settings that a checkpoint keeps, to tell what changed when its run resumes."""
     settings = settings_of(config)
     # JSON has no infinity, as training.max_norm may be.
     return {key: "inf" if settings[key] == math.inf else settings[key] for key in _RECORDED}
 
 
-def changed_settings(saved: Mapping[str, Any], config: Any) -> Iterator[str]:
+def changed_settings(saved: Mapping[str, Any], config: RunConfig) -> Iterator[str]:
     """Yield a sentence for each recorded setting that is another than in the checkpoint."""
     for key, value in recorded_settings(config).items():
         if key in saved and saved[key] != value:

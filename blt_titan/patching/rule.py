@@ -4,7 +4,8 @@ Whole documents enter `mark`; generation, which meets one byte after another, as
 patch ends there. Both answer alike (a test compares them), so a text is cut as it was in training.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_args
 
@@ -14,6 +15,16 @@ from blt_titan.byte_vocab import BYTE_OFFSET
 from blt_titan.patching.entropy import EntropyRule, entropy_patch_starts
 from blt_titan.patching.rounding import Storage, from_storage, to_storage
 from blt_titan.patching.text import rule_patch_starts, space_like_ids
+
+TAKES: Mapping[str, tuple[str, ...]] = {
+    "space": (),
+    "static": ("stride",),
+    "byte": (),
+    "global": ("threshold",),
+    "monotonic": ("threshold",),
+    "add": ("threshold", "threshold_add"),
+}
+"""The causal rules, each with the fields that it goes by."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +46,39 @@ class PatchRule:
     @classmethod
     def of(cls, settings: Any) -> "PatchRule":
         """Take the fields that are there from a mapping, or from an object, which may have others."""
-        there = settings if isinstance(settings, Mapping) else vars(settings)
-        return cls(**{field.name: there[field.name] for field in fields(cls) if field.name in there})
+        names = [field.name for field in fields(cls)]
+        if isinstance(settings, Mapping):
+            return cls(**{name: settings[name] for name in names if name in settings})
+        return cls(**{name: getattr(settings, name) for name in names if hasattr(settings, name)})
+
+    def faults(self, prefix: str = "") -> Iterator[str]:
+        """Yield a sentence for each field that the rule lacks, has in vain, or cannot use.
+
+        Args:
+            prefix: of the fields' names in the sentences, `patching.` where a TOML says them.
+
+        >>> list(PatchRule("space", stride=4).faults())
+        ["rule = 'space' with stride = 4: 'static' needs a stride of at least 1 byte, the other rules take none"]
+        """
+        if self.rule not in TAKES:
+            yield f"{prefix}rule = {self.rule!r}: must be one of {', '.join(map(repr, TAKES))}"
+            return
+        takes = TAKES[self.rule]
+        if (self.stride is not None) != ("stride" in takes) or (self.stride is not None and self.stride < 1):
+            yield (
+                f"{prefix}rule = {self.rule!r} with {prefix}stride = {self.stride}: 'static' needs a stride of at "
+                "least 1 byte, the other rules take none"
+            )
+        for name, nats in (("threshold", self.threshold), ("threshold_add", self.threshold_add)):
+            if (name in takes) != (nats is not None):
+                yield (
+                    f"{prefix}rule = {self.rule!r} {'needs' if name in takes else 'takes no'} {prefix}{name}, in nats; "
+                    "`blt-titan calibrate` prints the lines for your data"
+                )
+            elif nats is not None and math.isnan(nats):
+                yield f"{prefix}{name} = {nats}: must be a number of nats"
+        if self.max_patch_bytes is not None and self.max_patch_bytes < 1:
+            yield f"{prefix}max_patch_bytes = {self.max_patch_bytes}: must be at least 1"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields by name."""

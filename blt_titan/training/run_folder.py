@@ -16,20 +16,14 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import tomli_w
 
-from blt_titan.config.read import CONFIG_FILE_KEY, settings_of
+from blt_titan.config.effective import effective_settings
+from blt_titan.config.run_config import RunConfig
 from blt_titan.data.store.atomic_file import write_atomically
 
 CONFIG_NAME = "config.toml"
-_OF_ONE_START = (
-    CONFIG_FILE_KEY,
-    "checkpoint.load_step",
-    "checkpoint.exclude_from_loading",
-    "checkpoint.create_seed_checkpoint",
-)
 LOCK_NAME = "run.lock"
 
 
@@ -132,7 +126,7 @@ def _holder(written: bytes) -> str:
 
 
 def record_settings(
-    config: Any, *, command: list[str] | None = None, environment: Mapping[str, str] = os.environ
+    config: RunConfig, *, command: list[str] | None = None, environment: Mapping[str, str] = os.environ
 ) -> Path:
     """Write the settings of a run into its folder; those of an earlier start, if they differ, stay beside them.
 
@@ -145,7 +139,7 @@ def record_settings(
         RunFolderError: the file cannot be written.
     """
     path = Path(config.job.dump_folder) / CONFIG_NAME
-    settings = tomli_w.dumps(effective_table(config))
+    settings = tomli_w.dumps(effective_settings(config))
     arguments = sys.argv[1:] if command is None else command
     ranks = " ".join(f"{key}={environment[key]}" for key in ("NGPU", "NNODES") if key in environment)
     said = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shlex.join(arguments))
@@ -164,21 +158,3 @@ def record_settings(
             f"{path}: cannot be written ({error.strerror}); make room, or choose another job.dump_folder"
         ) from error
     return path
-
-
-def effective_table(config: Any) -> dict[str, Any]:
-    """Return all settings as nested tables.
-
-    Left out are those that are not set, as TOML has no null, and those that are of one start and not of the run: from
-    which step it goes back, say, would go back again at each resume.
-    """
-    table: dict[str, Any] = {}
-    for key, value in settings_of(config).items():
-        if value is None or key in _OF_ONE_START:
-            continue
-        *sections, name = key.split(".")
-        section = table
-        for part in sections:
-            section = section.setdefault(part, {})
-        section[name] = value
-    return table

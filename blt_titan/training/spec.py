@@ -83,8 +83,7 @@ def entropies_fingerprint(job_config: Any, shards: ShardSets) -> str | None:
         return None
     if job_config.patching.source == "sidecar":
         return open_sidecars(job_config, shards).fingerprint
-    model = load_entropy_model(job_config.patching.entropy_checkpoint)
-    return fingerprint_of(sidecar_settings(model, OnlineEntropies.storage, "float32"))
+    return online_model(job_config.patching.entropy_checkpoint)[1]
 
 
 def dataset_paths(job_config: Any) -> list[str]:
@@ -135,8 +134,19 @@ def _entropies(job_config: Any, shards: ShardSets) -> BatchEntropies:
 @cache
 def _online_scorer(checkpoint: str) -> tuple[EntropyScorer, str]:
     """One for training and validation; and the fingerprint of its model."""
-    model = load_entropy_model(checkpoint, device=device_type)
-    return EntropyScorer(model), fingerprint_of(sidecar_settings(model, "float16", "float32"))
+    model, fingerprint = online_model(checkpoint)
+    return EntropyScorer(model.to(device_type)), fingerprint
+
+
+@cache
+def online_model(checkpoint: str) -> tuple[EntropyModel, str]:
+    """Load the entropy model that a run scores with, and make its fingerprint: once in a process, and kept.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
+    model = load_entropy_model(checkpoint)
+    return model, fingerprint_of(sidecar_settings(model, OnlineEntropies.storage, "float32"))
 
 
 class RowsDifferError(RuntimeError):

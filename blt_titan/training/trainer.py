@@ -25,6 +25,7 @@ from blt_titan.batch import IGNORE_LABEL, Batch
 from blt_titan.checkpoint.description import Description
 from blt_titan.checkpoint.steps import set_later_aside
 from blt_titan.config.resume import RunStateError, changed_settings, recorded_settings
+from blt_titan.config.run_config import RunConfig
 from blt_titan.data.rows.loader import RowLoader
 from blt_titan.data.rows.patcher import EntropyPatcher
 from blt_titan.loss import ByteCrossEntropy, bits_per_byte, count_targets
@@ -68,12 +69,13 @@ torchtitan.train.CheckpointManager = RunCheckpoints
 class BLTTrainer(Trainer):
     """Trains `blt` and `blt_entropy`. See torchtitan's Trainer for the attributes."""
 
+    job_config: RunConfig
     metrics_processor: BLTMetrics
     loss_fn: ByteCrossEntropy
     dataloader: RowLoader  # pyright: ignore[reportIncompatibleVariableOverride]
     checkpointer: RunCheckpoints
 
-    def __init__(self, job_config: Any):
+    def __init__(self, job_config: RunConfig):
         self._run_lock: RunLock | None = None
         self._saved_settings: dict[str, Any] = {}
         if os.environ.get("RANK", "0") == "0":
@@ -183,7 +185,7 @@ class BLTTrainer(Trainer):
             ExportFailedError: the run is complete, but a Hugging Face directory could not be written.
         """
         super().train()
-        config: Any = self.job_config
+        config = self.job_config
         if not config.export.hf_every:
             return
         try:
@@ -201,7 +203,7 @@ class BLTTrainer(Trainer):
             self._run_lock.release()
 
     def _hf_exports(self) -> HFExports:
-        config: Any = self.job_config
+        config = self.job_config
         export = config.export
         folder = Path(config.job.dump_folder)
         return HFExports(
@@ -214,7 +216,7 @@ class BLTTrainer(Trainer):
         )
 
     def _is_exported(self, step: int) -> bool:
-        config: Any = self.job_config
+        config = self.job_config
         if step == 0:  # a seed checkpoint
             return False
         checkpoints, beside = divmod(step, config.checkpoint.interval)

@@ -205,7 +205,7 @@ def described(**changes) -> str:
         (described(dim=10, n_heads=3), "must be an even multiple"),
         (described(patching=5), "patching: holds 5, expected an object"),
         (described(patching={"rule": "x"}), "patching.rule = 'x', must be one of"),
-        (described(patching={"rule": "static", "storage": "float16"}), "needs a number of bytes"),
+        (described(patching={"rule": "static", "storage": "float16"}), "stride = None: .static. needs a stride"),
         (described(patching={"rule": "space"}), "patching.storage is missing"),
         (described(), "missing tensors"),
         (5, "holds int, expected a text"),

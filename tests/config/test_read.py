@@ -2,8 +2,9 @@
 
 import pytest
 
+from blt_titan.config.effective import effective_settings
 from blt_titan.config.read import RunConfigError, load_run_config, settings_of
-from blt_titan.training.run_folder import effective_table, record_settings
+from blt_titan.training.run_folder import record_settings
 
 DEBUG = "train_configs/debug.toml"
 
@@ -84,7 +85,7 @@ def test_the_settings_that_a_run_records_give_the_same_run(tmp_path):
     head = path.read_text().split("\n\n")[0]
     assert "NGPU=2 ./run_train.sh --job.dump_folder=" in head
     assert f"NGPU=2 CONFIG_FILE={path} ./run_train.sh" in head
-    assert effective_table(again) == effective_table(config)
+    assert effective_settings(again) == effective_settings(config)
 
 
 def test_settings_of_an_earlier_start_stay_beside_those_of_the_run(tmp_path):

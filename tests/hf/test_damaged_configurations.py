@@ -131,7 +131,7 @@ def test_damaged_configurations_are_one_sentence(sound, tmp_path, layout):
         (lambda c: c["blt_titan"]["patching"].update(rule="x"), "blt_titan.patching.rule = 'x', must be one of"),
         (lambda c: c["blt_titan"]["patching"].update(storage="int4"), "storage = 'int4', must be one of"),
         (lambda c: c["blt_titan"]["patching"].update(max_patch_bytes=0), "max_patch_bytes = 0, must be"),
-        (lambda c: c["blt_titan"]["patching"].update(rule="static"), "needs a number of bytes"),
+        (lambda c: c["blt_titan"]["patching"].update(rule="static"), "stride = None: .static. needs a stride"),
     ],
 )
 def test_a_field_that_is_wrong_is_named(sound, tmp_path, change, sentence):

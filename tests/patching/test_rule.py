@@ -48,3 +48,37 @@ def test_fields_are_those_of_the_configuration():
 def test_a_rule_that_looks_ahead_has_no_cursor():
     with pytest.raises(ValueError, match="topk"):
         PatchCursor(PatchRule("topk"))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_rule_that_cuts_has_no_fault(rule: PatchRule):
+    assert list(rule.faults()) == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "named"),
+    [
+        (PatchRule("space", stride=4), ["patching.stride = 4"]),
+        (PatchRule("static"), ["patching.stride = None: 'static' needs a stride"]),
+        (PatchRule("static", stride=0), ["patching.stride = 0: 'static' needs a stride"]),
+        (PatchRule("global"), ["rule = 'global' needs patching.threshold, in nats"]),
+        (PatchRule("global", threshold=float("nan")), ["patching.threshold = nan: must be a number"]),
+        (PatchRule("add"), ["needs patching.threshold,", "needs patching.threshold_add,"]),
+        (
+            PatchRule("byte", threshold=1.0, threshold_add=1.0),
+            ["takes no patching.threshold,", "patching.threshold_add"],
+        ),
+        (PatchRule("space", max_patch_bytes=0), ["patching.max_patch_bytes = 0: must be at least 1"]),
+        (PatchRule("topk"), ["patching.rule = 'topk': must be one of 'space', 'static'"]),
+        (
+            PatchRule("global", stride=2, max_patch_bytes=-1),
+            ["stride = 2", "patching.threshold", "max_patch_bytes = -1"],
+        ),
+    ],
+    ids=str,
+)
+def test_faults_name_the_fields(rule, named):
+    faults = list(rule.faults("patching."))
+    assert len(faults) == len(named)
+    for sentence, words in zip(faults, named, strict=True):
+        assert words in sentence

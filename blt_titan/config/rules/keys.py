@@ -1,123 +1,32 @@
-"""What every key of a run's settings may be: honoured within bounds, or refused with the reason.
+"""The bounds of every key of a run's settings: honoured within them, or refused with the reason.
 
 In: the settings. Out: a sentence for each key whose value is not allowed. A key that no table here names is an
-assertion, so that a section which gains a key cannot be ignored in silence. What two keys must be to each other, and
-what refers to data or to the number of ranks, is checked elsewhere (`config/check.py`, `blt_titan/config/parallel.py`).
+assertion, so that a section which gains a key cannot be ignored in silence. What two keys must be to each other is
+the business of the other modules of this package.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import PurePosixPath
-from typing import Any
 
 from blt_titan.config.read import CONFIG_MODULE, run_config_class, settings_of
-from blt_titan.data.store.names import is_plain
-
-MAX_SEED = 2**63 - 1
-_MAX_COUNT = 2**31 - 1
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What one key may be.
-
-    Attributes:
-        allows: tells whether a value of the right type is allowed.
-        allowed: the same in words, after "must be" or, where the key is refused, the reason.
-        is_refused: nothing but the default is allowed.
-    """
-
-    allows: Callable[[Any], bool]
-    allowed: str
-    is_refused: bool = False
-
-
-ANY = Rule(lambda value: True, "anything of its type")
-"""Booleans, choices that the type already bounds, free text."""
-TEXT = Rule(lambda value: _is_unicode(value) and "\0" not in value, "text of UTF-8 without NUL characters")
-
-
-def whole(low: int, high: int = _MAX_COUNT, *, or_value: int | None = None, why: str = "") -> Rule:
-    """Return the rule of a whole number from `low` to `high`; None passes, where the type allows it."""
-    also = f", or {or_value}{why}" if or_value is not None else why
-    return Rule(lambda v: v is None or low <= v <= high or v == or_value, f"at least {low} and at most {high}{also}")
-
-
-def number(low: float, high: float = math.inf, *, above: bool = False, below: bool = False, inf: bool = False) -> Rule:
-    """Return the rule of a number from `low` to `high`, `above` and `below` leaving out the ends; never NaN."""
-
-    def allows(value: float | None) -> bool:
-        if value is None:
-            return True
-        try:
-            value = float(value)
-        except OverflowError:
-            return False
-        fits = (value > low if above else value >= low) and (value < high if below else value <= high)
-        return fits and (inf or math.isfinite(value))
-
-    what = "a number" if inf else "a finite number"
-    said = [f"above {low:g}" if above else f"at least {low:g}"] if low > -math.inf else []
-    said += [f"below {high:g}" if below else f"at most {high:g}"] if high < math.inf else []
-    return Rule(allows, f"{what} {' and '.join(said)}".strip())
-
-
-def one_of(*values: Any) -> Rule:
-    """Return the rule of a choice."""
-    return Rule(lambda value: value in values, f"one of {', '.join(map(repr, values))}")
-
-
-def some_of(*values: str) -> Rule:
-    """Return the rule of a list whose items are a choice."""
-    return Rule(lambda value: set(value) <= set(values), f"a list of some of {', '.join(map(repr, values))}")
-
-
-def unused(why: str) -> Rule:
-    """Return the rule of a key that has no effect here: any value but the default is refused."""
-    return Rule(lambda value: False, why, is_refused=True)
-
-
-def _is_unicode(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # half a surrogate pair, as a name that is not UTF-8 has
-        return False
-    return True
-
-
-def _is_path(value: str) -> bool:
-    return (
-        _is_unicode(value)
-        and value != ""
-        and "\0" not in value
-        and len(value.encode()) < 4096
-        and max(len(part.encode()) for part in value.split("/")) < 256
-    )
-
-
-def _is_inside(value: str) -> bool:
-    path = PurePosixPath(value)
-    inside = _is_path(value) and bool(path.parts) and not path.is_absolute() and ".." not in path.parts
-    return inside and path.parts[0] not in _RESERVED
-
-
-_RESERVED = ("config.toml", "run.lock", "metrics.jsonl", "quarantined.jsonl", "hf")
-FOLDER = Rule(_is_inside, f"a path inside job.dump_folder, without '..', and not {', '.join(_RESERVED)}")
-FILE = Rule(lambda v: v is None or _is_inside(v), FOLDER.allowed)
-PLAIN_NAME = Rule(is_plain, "a plain name: letters, digits, '.', '_' and '-', first a letter or a digit")
-PATH = Rule(lambda v: v is None or _is_path(v), "a path: not empty, and of names that a file system takes")
-
-
-def _is_ac_option(value: str) -> bool:
-    return value == "op" or (value.isascii() and value.isdigit() and int(value[:10]) >= 1)
-
-
-def _is_backend(value: str) -> bool:
-    from torch._dynamo import list_backends
-
-    return value in list_backends(exclude_tags=())
-
+from blt_titan.config.rules.bounds import (
+    AC_OPTION,
+    ANY,
+    BACKEND,
+    FILE,
+    FOLDER,
+    MAX_SEED,
+    PATH,
+    PLAIN_NAME,
+    TEXT,
+    Rule,
+    number,
+    one_of,
+    shown,
+    some_of,
+    unused,
+    whole,
+)
+from blt_titan.config.run_config import RunConfig
 
 _NO_EXPERTS = "a BLT has no experts"
 _NO_FAULT_TOLERANCE = "fault tolerance by torchft is not supported"
@@ -240,7 +149,7 @@ KEYS: dict[str, dict[str, Rule]] = {
     },
     "activation_checkpoint": {
         "mode": ANY,
-        "selective_ac_option": Rule(_is_ac_option, "'op', or a whole number of at least 1 as text: every nth block"),
+        "selective_ac_option": AC_OPTION,
         "per_op_sac_force_recompute_mm_shapes_by_fqns": unused("a BLT has no router"),
         "early_stop": ANY,
         "memory_budget": number(0, 1),
@@ -252,9 +161,7 @@ KEYS: dict[str, dict[str, Rule]] = {
     "compile": {
         "enable": ANY,
         "components": ANY,
-        "backend": Rule(
-            _is_backend, "a backend of torch.compile, as torch._dynamo.list_backends(exclude_tags=()) names"
-        ),
+        "backend": BACKEND,
     },
     "quantize": {
         "linear.float8.enable_fsdp_float8_all_gather": ANY,
@@ -350,26 +257,17 @@ def rules() -> dict[str, Rule]:
     return {f"{section}.{name}": rule for section, keys in KEYS.items() for name, rule in keys.items()}
 
 
-def refused_values(config: Any) -> Iterator[str]:
-    """Yield a sentence for each key whose value is not allowed: the key, what was given, what is allowed."""
+def refused_keys(config: RunConfig) -> dict[str, str]:
+    """Return the keys whose values are not allowed, each with a sentence: the key, what was given, what is allowed."""
     known, defaults = rules(), settings_of(run_config_class()())
     values = settings_of(config)
     assert values.keys() == known.keys(), f"keys without a rule: {values.keys() ^ known.keys()}"
+    refused: dict[str, str] = {}
     for key, value in values.items():
         rule = known[key]
         if rule.is_refused:
             if value != defaults[key]:
-                yield f"{key} = {shown(value)} is refused: {rule.allowed}; leave it out"
+                refused[key] = f"{key} = {shown(value)} is refused: {rule.allowed}; leave it out"
         elif not rule.allows(value):
-            yield f"{key} = {shown(value)}: must be {rule.allowed}"
-
-
-def shown(value: Any) -> str:
-    """Return a value as messages show it: on one line, not too long, booleans as in TOML."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    try:
-        said = repr(value)
-    except ValueError:  # an integer of thousands of digits
-        return "a number of thousands of digits"
-    return said if len(said) <= 80 else f"{said[:77]}..."
+            refused[key] = f"{key} = {shown(value)}: must be {rule.allowed}"
+    return refused

@@ -3,8 +3,7 @@
 import pytest
 
 from blt_titan.config.check import RunConfigError, check_run, load_run_config
-from blt_titan.config.parallel import unsupported_settings
-from blt_titan.model.flavors import BLT_FLAVORS
+from blt_titan.config.rules.sound import sound
 from parallelisms.parallelize import run_halo_slices
 from tests.helpers.layouts import LAYOUTS, SHORT_LAYOUTS
 
@@ -95,9 +94,12 @@ def test_what_is_not_refused(also, small_run):
             continue
         settings = [override.removeprefix("--") for override in layout.overrides]
         config = load_run_config(
-            [f"--{s}" for s in ["data.streams=8", "training.global_batch_size=8", *settings, *also]]
+            [
+                f"--{s}"
+                for s in ["training.dataset_path=x", "data.streams=8", "training.global_batch_size=8", *settings, *also]
+            ]
         )
-        assert not unsupported_settings(config, BLT_FLAVORS["debug"], layout.dp_shard), layout.name
+        assert not sound(config, layout.ranks), layout.name
 
 
 def test_the_halo_reaches_far_enough_for_the_shorter_rows(small_run):

@@ -7,8 +7,9 @@ import pytest
 import tomli_w
 
 from blt_titan.config.check import check_run
-from blt_titan.config.keys import ANY, refused_values, rules
 from blt_titan.config.read import RunConfigError, load_run_config, run_config_class, settings_of
+from blt_titan.config.rules.bounds import ANY
+from blt_titan.config.rules.keys import refused_keys, rules
 
 DEBUG = "train_configs/debug.toml"
 KEYS = sorted(settings_of(run_config_class()()))
@@ -80,7 +81,7 @@ def test_a_bad_value_of_any_key_is_refused_by_its_name(key):
         ]
     else:
         bad = [value for kind in kinds for value in BAD_VALUES[kind]]
-    refused = [sentence for value in bad for sentence in refused_values(config_with(key, value))]
+    refused = [sentence for value in bad for sentence in refused_keys(config_with(key, value)).values()]
     assert refused, f"no bad value of {key} is refused: {bad}"
     assert all(sentence.startswith(f"{key} = ") for sentence in refused)
     assert all("must be" in sentence or "is refused: " in sentence for sentence in refused)
@@ -107,10 +108,11 @@ def test_a_value_of_another_type_is_refused_by_its_name(key, tmp_path):
 
 
 def test_all_faults_are_shown_at_once():
-    config = load_run_config(["--optimizer.lr=nan", "--training.max_norm=-1", "--training.gc_freq=0"])
+    data = ["--training.dataset_path=x"]
+    config = load_run_config([*data, "--optimizer.lr=nan", "--training.max_norm=-1", "--training.gc_freq=0"])
     with pytest.raises(RunConfigError) as caught:
         check_run(config, world_size=1, verify_data=False)
-    assert [part.split(" = ")[0] for part in str(caught.value).split("; ")] == [
+    assert [part.split(" = ")[0] for part in caught.value.sentences] == [
         "optimizer.lr",
         "training.max_norm",
         "training.gc_freq",
@@ -153,12 +155,12 @@ def test_settings_that_another_one_makes_useless_are_refused(overrides, message,
 
 def test_a_seed_of_63_bits_and_no_clipping_are_allowed():
     config = load_run_config([f"--debug.seed={2**63 - 1}", "--training.max_norm=inf", "--lr_scheduler.warmup_steps=0"])
-    assert not list(refused_values(config))
+    assert not refused_keys(config)
 
 
 def test_a_number_of_thousands_of_digits_is_still_a_sentence(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text("[data]\nstreams = 1" + "0" * 4000)
-    [sentence] = refused_values(load_run_config([f"--job.config_file={path}"]))
+    [sentence] = refused_keys(load_run_config([f"--job.config_file={path}"])).values()
     assert len(sentence) < 200
     assert json.dumps(sentence)

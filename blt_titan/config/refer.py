@@ -1,0 +1,173 @@
+"""What a run's settings refer to: modules, the text and its entropies, the checkpoint it begins from, entropy models.
+
+In: settings that are sound by themselves (`rules/sound.py`). Out: nothing, or the error of the first thing that is
+missing, damaged or of another run. Asked once per node; ranks that start later find what was checked here.
+
+The decision that is not obvious: no weights are read to learn what a model is. They are read where a digest decides,
+which is when a run goes on from a checkpoint or exports with a patcher, and then once in a process (`online_model`).
+"""
+
+import importlib
+from pathlib import Path
+
+from blt_titan.checkpoint.load import find_entropy_model
+from blt_titan.checkpoint.read import CheckpointError
+from blt_titan.config.read import RunConfigError
+from blt_titan.config.resume import check_model, checkpoint_to_load, loads_weights_only, run_checkpoints, saved_position
+from blt_titan.config.run_config import RunConfig
+from blt_titan.data.rows.continuation import check_continues
+from blt_titan.data.rows.mixture import ShardSets
+from blt_titan.data.rows.patcher import patch_decisions
+from blt_titan.data.store.errors import DataError
+from blt_titan.hf.config import HFConfigError, hf_config, why_not_by_itself
+from blt_titan.hf.export import check_entropy_model, stored_weights
+from blt_titan.job_config import Data
+from blt_titan.model.args import EntropyModelArgs
+from blt_titan.model.flavors import BLT_FLAVORS
+from blt_titan.training.spec import (
+    TRAIN_SPECS,
+    dataset_paths,
+    entropies_fingerprint,
+    goes_by_entropy,
+    open_shards,
+    open_sidecars,
+    patch_rule,
+    stream_order,
+)
+
+
+def refer(config: RunConfig, *, dp: int, verify_data: bool) -> None:
+    """Check that everything which the settings refer to is there, whole, and of this run.
+
+    Args:
+        config: settings that are sound.
+        dp: data-parallel ranks.
+        verify_data: also read small data in full (`data.verify_bytes_at_start`).
+
+    Raises:
+        RunConfigError: naming the key, its value and what is allowed.
+        DataError: naming the file.
+        CheckpointError: likewise.
+    """
+    _import_custom(config.experimental.custom_import)
+    _check_seed_checkpoint(config)
+    checkpoint = checkpoint_to_load(config)
+    weights_only = checkpoint is not None and loads_weights_only(config, checkpoint)
+    if checkpoint is not None:
+        check_model(checkpoint, config, TRAIN_SPECS[config.model.name], weights_only=weights_only)
+    shards = _check_data(config, dp)
+    if verify_data:
+        for split in shards:
+            _verify(split, config.data)
+    if checkpoint is not None and not weights_only and "dataloader" not in config.checkpoint.exclude_from_loading:
+        _check_position(config, shards[0], checkpoint, dp)
+    if config.export.hf_every:
+        _check_export(config, shards[0])
+
+
+def _import_custom(name: str) -> None:
+    if name == "":
+        return
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # whatever a module of the user's raises
+        raise RunConfigError(
+            f"experimental.custom_import = {name!r}: cannot be imported ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _check_seed_checkpoint(config: RunConfig) -> None:
+    path = run_checkpoints(config) / "step-0"
+    if config.checkpoint.create_seed_checkpoint and path.exists():
+        raise RunConfigError(
+            f"checkpoint.create_seed_checkpoint = true: {path} is there already; remove it, or choose another "
+            "job.dump_folder"
+        )
+
+
+def _check_data(config: RunConfig, dp: int) -> list[ShardSets]:
+    """Open what the rows are made of; return the splits that the run reads, its training text first."""
+    paths, streams = dataset_paths(config), config.data.streams
+    for path in paths:
+        if not Path(path).is_dir():
+            key = f"data.mixture: {path!r}" if config.data.mixture else f"training.dataset_path = {path!r}"
+            raise RunConfigError(f"{key}: no such directory; make it with `blt-titan prepare`")
+    train = open_shards(config, "train")
+    shards = [train, open_shards(config, "validation")] if config.validation.enable else [train]
+    stream_order(config, train)
+    if len(train) < streams:
+        raise RunConfigError(
+            f"data.streams = {streams}: {', '.join(paths)} has only {len(train)} record batches, and every stream "
+            f"needs one; set data.streams = {len(train) // dp * dp}, or prepare the data with smaller "
+            "--record-batch-bytes"
+        )
+    if goes_by_entropy(config) and config.patching.source == "sidecar":
+        for split in shards:
+            open_sidecars(config, split)
+    elif config.patching.entropy_checkpoint is not None:
+        _entropy_model("patching.entropy_checkpoint", config.patching.entropy_checkpoint)
+    return shards
+
+
+def _verify(shards: ShardSets, data: Data) -> None:
+    for shard_set in shards.sets:
+        if shard_set.text_bytes <= data.verify_bytes_at_start and data.on_damage == "stop":
+            shard_set.verify_checksums()
+        else:
+            shard_set.verify_structure()
+
+
+def _check_position(config: RunConfig, shards: ShardSets, checkpoint: Path, dp: int) -> None:
+    """Check that the run's data can be read on from where a checkpoint is."""
+    order = stream_order(config, shards)
+    patching = patch_decisions(patch_rule(config), entropies_fingerprint(config, shards))
+    try:
+        saved, rows_served = saved_position(checkpoint)
+        check_continues(saved, shards.fingerprint, order, patching, patching_may_change=config.patching.allow_change)
+    except DataError as error:
+        raise RunConfigError(f"{checkpoint}: {error}") from error
+    if rows_served % dp:
+        raise RunConfigError(
+            f"parallelism: {dp} data-parallel ranks do not divide the {rows_served} rows that {checkpoint} has served; "
+            "choose degrees whose product over replicas and shards does"
+        )
+
+
+def _check_export(config: RunConfig, shards: ShardSets) -> None:
+    """Check that the run's checkpoints can become directories that transformers loads."""
+    export, rule = config.export, patch_rule(config)
+    section = "export" if export.entropy_checkpoint else "patching"
+    path = export.entropy_checkpoint or config.patching.entropy_checkpoint
+    checkpoint, entropy_args = _entropy_model(f"{section}.entropy_checkpoint", path) if path else (None, None)
+    alone = why_not_by_itself(entropy_args, rule)
+    if alone and not export.force:
+        raise RunConfigError(
+            f"export.hf_every = {export.hf_every}, but transformers cannot cut texts for this model: {alone}. Set "
+            "export.entropy_checkpoint if that is missing, or export.force = true to need explicit patch_lengths there"
+        )
+    if checkpoint is not None and not alone and not _scores_with(config, checkpoint):
+        fingerprint = entropies_fingerprint(config, shards)
+        assert fingerprint is not None  # else transformers could not cut texts for it
+        try:
+            check_entropy_model(fingerprint, stored_weights(checkpoint))
+        except CheckpointError as error:
+            raise RunConfigError(f"{section}.entropy_checkpoint = {path!r}: {error}") from error
+    try:
+        hf_config(BLT_FLAVORS[config.model.flavor], None if alone else entropy_args, rule)
+    except HFConfigError as error:
+        raise RunConfigError(
+            f"export.hf_every = {export.hf_every}, which transformers cannot express: {error}"
+        ) from error
+
+
+def _scores_with(config: RunConfig, checkpoint: Path) -> bool:
+    """Tell whether a checkpoint is the entropy model that the run itself scores its text with."""
+    path = config.patching.entropy_checkpoint
+    return path is not None and find_entropy_model(path)[0].resolve() == checkpoint.resolve()
+
+
+def _entropy_model(key: str, path: str) -> tuple[Path, EntropyModelArgs]:
+    try:
+        return find_entropy_model(path)
+    except CheckpointError as error:
+        raise RunConfigError(f"{key} = {path!r}: {error}") from error

@@ -1,0 +1,69 @@
+"""Rules on how a run is operated: schedule, profiling, exports, and what this machine can do. Each yields sentences."""
+
+import importlib.util
+from collections.abc import Iterator
+
+import blt_titan.titan  # noqa: F401
+
+# isort: split
+from torchtitan.config import Checkpoint, LRScheduler, Metrics, Model, Profiling, Training
+from torchtitan.tools.utils import device_type
+
+from blt_titan.job_config import Export
+
+
+def schedule(lr_scheduler: LRScheduler, training: Training) -> Iterator[str]:
+    """The learning rate is positive in every step."""
+    total, steps = lr_scheduler.total_steps, training.steps
+    if total is not None and total < steps:
+        yield (
+            f"lr_scheduler.total_steps = {total}: must be at least training.steps = {steps}, because the learning rate "
+            "falls below zero after it"
+        )
+
+
+def profiling_cycle(profiling: Profiling) -> Iterator[str]:
+    """A cycle of the profiler holds its phases."""
+    together = profiling.profiler_warmup + profiling.profiler_active
+    if profiling.enable_profiling and profiling.profile_freq < together:
+        yield (
+            f"profiling.profile_freq = {profiling.profile_freq}: must be at least profiling.profiler_warmup + "
+            f"profiling.profiler_active = {together}"
+        )
+
+
+def exports(export: Export, model: Model, checkpoint: Checkpoint) -> Iterator[str]:
+    """Exports are made of a blt's checkpoints."""
+    if not export.hf_every:
+        return
+    key = f"export.hf_every = {export.hf_every}"
+    if model.name != "blt":
+        yield f"{key} with model.name = {model.name!r}: only a blt"
+    if not checkpoint.enable:
+        yield f"{key} needs checkpoint.enable = true: checkpoints it reads"
+    elif checkpoint.load_only:
+        yield f"{key} with checkpoint.load_only = true: no checkpoint is written to export"
+
+
+def on_a_cpu(checkpoint: Checkpoint, profiling: Profiling, training: Training) -> Iterator[str]:
+    """Some features need an accelerator."""
+    if device_type != "cpu":
+        return
+    if checkpoint.async_mode == "async_with_pinned_mem":
+        yield _not_on_a_cpu("checkpoint.async_mode = 'async_with_pinned_mem'", "it pins memory; use 'async'")
+    if profiling.enable_profiling:
+        yield _not_on_a_cpu("profiling.enable_profiling = true", "torchtitan's profiler needs an accelerator")
+    if profiling.enable_memory_snapshot:
+        yield _not_on_a_cpu("profiling.enable_memory_snapshot = true", "it records an accelerator's memory")
+    if training.enable_cpu_offload:
+        yield _not_on_a_cpu("training.enable_cpu_offload = true", "parameters are on the CPU already")
+
+
+def _not_on_a_cpu(setting: str, why: str) -> str:
+    return f"{setting} does not work on a CPU: {why}"
+
+
+def packages(metrics: Metrics) -> Iterator[str]:
+    """What is asked for is installed."""
+    if metrics.enable_wandb and importlib.util.find_spec("wandb") is None:
+        yield "metrics.enable_wandb = true needs the package wandb: pip install wandb"

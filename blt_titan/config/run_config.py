@@ -1,0 +1,23 @@
+"""The type of a run's settings: torchtitan's JobConfig with our sections.
+
+The class that is instantiated is made by `config.read`, which has torchtitan merge the two; this one is what functions
+that need the whole run are annotated with. Functions that need one section take that section.
+"""
+
+import blt_titan.titan  # noqa: F401
+
+# isort: split
+from torchtitan.config import JobConfig
+
+from blt_titan.job_config import Data, EntropyModel, Export, HashEmbedding, LocalBlocks, Patching
+
+
+class RunConfig(JobConfig):
+    """All settings of a run; `config.read.load_run_config` makes it."""
+
+    data: Data
+    patching: Patching
+    hash_embedding: HashEmbedding
+    entropy_model: EntropyModel
+    local_blocks: LocalBlocks
+    export: Export

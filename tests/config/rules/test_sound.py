@@ -1,0 +1,58 @@
+"""All faults of a run's settings are shown at once, each on a line, and none that only follows from another."""
+
+import pytest
+
+from blt_titan.commands import config as config_command
+from blt_titan.config.read import load_run_config
+from blt_titan.config.rules.sound import sound
+
+DEBUG = "--job.config_file=train_configs/debug.toml"
+FIVE_ROOMS = {
+    "--optimizer.lr=-1": "optimizer.lr = -1.0: must be ",
+    "--activation_checkpoint.memory_budget=0.3": "activation_checkpoint.memory_budget = 0.3 needs ",
+    "--training.global_batch_size=3": "training.global_batch_size = 3: must be a multiple of ",
+    "--training.seq_len=1000": "training.seq_len = 1000: a row is a whole number of segments",
+    "--lr_scheduler.total_steps=5": "lr_scheduler.total_steps = 5: must be at least ",
+}
+
+
+def test_faults_of_five_rooms_are_five_lines(capsys):
+    assert config_command.main(["debug", "--check", *FIVE_ROOMS]) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert captured.out == ""
+    assert len(lines) == 5
+    for line, beginning in zip(lines, FIVE_ROOMS.values(), strict=True):
+        assert line.startswith(f"blt-titan config: error: {beginning}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "keys"),
+    [
+        # Zero segments, ranks and micro-batches would be divided by.
+        (["--data.segment_bytes=0"], 1, ["data.segment_bytes"]),
+        (["--parallelism.tensor_parallel_degree=0"], 8, ["parallelism.tensor_parallel_degree"]),
+        (
+            ["--parallelism.pipeline_parallel_degree=2", "--parallelism.pipeline_parallel_microbatch_size=0"],
+            2,
+            ["parallelism.pipeline_parallel_microbatch_size"],
+        ),
+        (
+            ["--training.seq_len=-7", "--training.local_batch_size=0"],
+            1,
+            ["training.local_batch_size", "training.seq_len"],
+        ),
+        # The number of data-parallel ranks and the sizes of the model are not known then.
+        (["--parallelism.data_parallel_shard_degree=5", "--data.streams=7"], 3, ["parallelism:"]),
+        (["--model.flavor=9B", "--parallelism.tensor_parallel_degree=7"], 7, ["model.flavor", "training.seq_len"]),
+        # A rule that is no rule has no threshold that it should have.
+        (["--patching.rule=add", "--patching.threshold=nan"], 1, ["patching.threshold"]),
+    ],
+)
+def test_what_only_follows_from_a_fault_is_not_said(overrides, world_size, keys):
+    config = load_run_config([DEBUG, *overrides])
+    assert [sentence.split(" ")[0] for sentence in sound(config, world_size)] == keys
+
+
+def test_a_sound_run_has_no_fault():
+    assert sound(load_run_config([DEBUG]), 1) == []
