@@ -20,6 +20,7 @@ from blt_titan.commands.ending import command
 from blt_titan.commands.run_settings import add_config, run_arguments, split_overrides
 from blt_titan.config.check import RunConfigError, check_run, load_run_config
 from blt_titan.config.effective import effective_settings
+from blt_titan.config.help import listing
 from blt_titan.data.store.errors import DataError
 
 NAME = "blt-titan config"
@@ -31,7 +32,7 @@ def make_parser() -> Parser:
     add_config(parser, nargs="?")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="check the settings instead of printing them")
-    what.add_argument("--keys", action="store_true", help="list every key with its type, default and meaning")
+    what.add_argument("--keys", action="store_true", help="list every key with its type, default, bounds and meaning")
     parser.add_argument(
         "--world-size",
         type=whole(1, 10**6),
@@ -55,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; give its exit code: 0, or 2 if the settings are refused."""
     args = parse_args(arguments)
     if args.keys:
-        load_run_config(["--help"])
+        print(listing(), end="")
+        return 0
     config = load_run_config(run_arguments(args.config, args.overrides))
     if not args.check:
         print(tomli_w.dumps(effective_settings(config)), end="")

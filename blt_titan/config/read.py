@@ -4,7 +4,7 @@ In: `--job.config_file=FILE` and `--section.key=value`. Out: one object of neste
 the type that its key wants. Precedence: command line > TOML > default.
 
 The decision that is not obvious: values are read here and not by torchtitan's option parser, which prints a box where a
-sentence is wanted and lets assertions through. It is still asked for `--help`.
+sentence is wanted and lets assertions through.
 """
 
 import dataclasses
@@ -62,11 +62,10 @@ def load_run_config(args: list[str]) -> RunConfig:
 
     Raises:
         RunConfigError: for a file that cannot be read, an unknown section or key, or a value of the wrong type.
-        SystemExit: after `--help`.
     """
     cls = run_config_class()
-    if {"-h", "--help"} & set(args):
-        ConfigManager().parse_args([f"--job.custom_config_module={CONFIG_MODULE}", "--help"])
+    if asked := {"-h", "--help"} & set(args):
+        raise RunConfigError(f"{min(asked)}: is no key; `blt-titan config --keys` lists every key")
     overrides = list(_overrides(args, cls))
     files = [value for key, value in overrides if key == CONFIG_FILE_KEY]
     if len(files) > 1:
@@ -123,11 +122,11 @@ def _overrides(args: list[str], cls: type) -> Iterator[tuple[str, Any]]:
         if not equals:
             text = next(rest, None)
             if text is None or text.startswith("--"):
-                raise RunConfigError(f"{name}: a value is missing; write {name}=VALUE, {_describe(hint)}")
+                raise RunConfigError(f"{name}: a value is missing; write {name}=VALUE, {describe_type(hint)}")
         try:
             yield key, _parse(text, hint)
         except (ValueError, RecursionError) as error:
-            raise RunConfigError(f"{name}={text[:100]}: is of the wrong type, must be {_describe(hint)}") from error
+            raise RunConfigError(f"{name}={text[:100]}: is of the wrong type, must be {describe_type(hint)}") from error
 
 
 def _find(name: str, cls: type, arg: str) -> tuple[str, Any, bool]:
@@ -214,7 +213,7 @@ def _check_table(table: dict[str, Any], cls: type, path: Path, prefix: str) -> N
                 raise RunConfigError(f"{path}: {name} = {value!r} must be a table, [{name}]")
             _check_table(value, hint, path, prefix=f"{name}.")  # pyright: ignore[reportArgumentType]
         elif not _fits(value, hint):
-            raise RunConfigError(f"{path}: {name} = {value!r} is of the wrong type, must be {_describe(hint)}")
+            raise RunConfigError(f"{path}: {name} = {value!r} is of the wrong type, must be {describe_type(hint)}")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -236,15 +235,16 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def _describe(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
+    """Return the type of a key in words, as after "must be"; that it may also be unset is not said."""
     origin, options = get_origin(hint), get_args(hint)
     if origin is Literal:
         return "one of " + ", ".join(map(repr, options))
     if origin in (Union, types.UnionType):
-        return " or ".join(_describe(option) for option in options if option is not type(None))
+        return " or ".join(describe_type(option) for option in options if option is not type(None))
     if origin is list:
-        return f"a list of {_describe(options[0])}"
+        return f"a list of {describe_type(options[0])}"
     if origin is dict:
-        return f"a table of {_describe(options[1])}"
+        return f"a table of {describe_type(options[1])}"
     names = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
     return names.get(hint) or str(hint)

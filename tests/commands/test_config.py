@@ -56,5 +56,10 @@ def test_what_is_wrong_is_one_sentence(capsys):
 def test_keys_are_listed_with_what_they_mean(capsys):
     assert main(["--keys"]) == 0
     listed = capsys.readouterr().out
-    for words in ("--data.segment-bytes", "--training.steps", "Byte slots of one segment of a row"):
+    for words in (
+        "data.segment_bytes  an integer, default 2048; at least 2",
+        "training.steps",
+        "Byte slots of one segment of a row",
+        "parallelism.expert_parallel_degree  refused: a BLT has no experts",
+    ):
         assert words in listed
