@@ -14,7 +14,6 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from torch.distributed.run import determine_local_world_size
 
@@ -25,8 +24,10 @@ from blt_titan.commands.ending import command
 from blt_titan.commands.launch import DEFAULT_PORT, Ranks, launch
 from blt_titan.commands.run_settings import SHIPPED, add_config, run_arguments, split_overrides
 from blt_titan.config.check import RunConfigError, check_run, load_run_config
+from blt_titan.config.run_config import RunConfig
 from blt_titan.data.store.errors import DataError
 from blt_titan.training.run_folder import RunFolderError, try_folder
+from blt_titan.training.spec import online_model
 
 NAME = "blt-titan train"
 _MOST_RANKS = 10**6
@@ -100,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if made := _make_example_data(args.config, config):
         return made
     check_run(config, world_size=ranks.world_size, verify_data=True)
+    online_model.cache_clear()  # this process only waits for the ranks, which load their own
     # On the node of rank 0, before ranks start: whether the folder can be had.
     if ranks.node_rank == 0:
         try_folder(config.job.dump_folder)
@@ -114,7 +116,7 @@ def _be_a_rank(arguments: list[str]) -> int:
     return 0
 
 
-def _make_example_data(config_file: Path, config: Any) -> int:
+def _make_example_data(config_file: Path, config: RunConfig) -> int:
     """Make the data of a shipped debug configuration where it is missing; return an exit code, 0 if all is well."""
     is_shipped = config_file.resolve().parent == SHIPPED.resolve() and config_file.stem.endswith("debug")
     if not is_shipped or config.training.dataset_path != _EXAMPLE_DATA or Path(_EXAMPLE_DATA).exists():
