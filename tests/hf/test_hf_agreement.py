@@ -9,8 +9,9 @@ import torch
 from blt_titan.hf.model_card import NEWEST_TRANSFORMERS
 from blt_titan.hf.names import blt_name_to_hf, entropy_name_to_hf
 from blt_titan.hf.pretrained import BLT, EntropyModel, save_pretrained
-from blt_titan.hf.verify.transformers_order import FloatsAre, in_transformers_order
+from blt_titan.hf.verify.precision import CastsTo
 from blt_titan.layout import layout_without_patches
+from tests.helpers.transformers_order import in_transformers_order
 
 transformers = pytest.importorskip("transformers", reason="install the dev extra to compare with transformers")
 
@@ -128,7 +129,7 @@ def test_logits_and_gradients_agree(shape: Shape, tmp_path):
     their_logits = theirs(tokens_BS, patch_lengths=lengths_BP, use_cache=False).logits
     torch.testing.assert_close(our_logits, their_logits, atol=LOGITS_ATOL, rtol=0)
 
-    with torch.no_grad(), FloatsAre(torch.float32):
+    with torch.no_grad(), CastsTo(torch.float32):
         same_order = in_transformers_order(ours).logits(tokens_BS, lengths_BP)
     torch.testing.assert_close(same_order, their_logits, atol=SAME_ORDER_ATOL, rtol=0)
     assert torch.equal(ours.logits(tokens_BS, lengths_BP), our_logits)
