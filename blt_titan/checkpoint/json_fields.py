@@ -47,7 +47,7 @@ class Field:
     null: bool = False
     """Whether it may be null."""
     inner: Any = None
-    """Of an object, the table of its fields."""
+    """The table of the fields of an object."""
 
 
 def whole(low: int, high: int, default: Any = _REQUIRED, *, null: bool = False) -> Field:
@@ -174,7 +174,7 @@ WIDTH = partial(whole, 1, 2**17)
 HEADS = partial(whole, 1, 2**12)
 LAYERS = partial(whole, 1, 256)
 BYTES = partial(whole, 1, 2**31)
-"""Of patches."""
+"""Bytes of a patch."""
 WINDOW = partial(whole, 1, 2**17)
 """Caches are as long."""
 HASH_ROWS = partial(whole, 1, 2**32)

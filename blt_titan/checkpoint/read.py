@@ -55,7 +55,7 @@ _METADATA_CLASSES: dict[tuple[str, str], Any] = {
     ("pathlib._local", "PosixPath"): PurePosixPath,
 }
 _ENTRY_BEGINS, _ENTRY_ENDS, _END_BYTES = b"PK\x03\x04", b"PK\x05\x06", 22
-"""Of each entry of a file, an archive of `torch.save`."""
+"""Bytes of each entry of a file, an archive of `torch.save`."""
 _MOST_LOOKS = 10_000
 """Entries that are looked at to find damage: opening thousands of files takes long enough."""
 

@@ -14,7 +14,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 METADATA = ".metadata"
-"""Of the files of a checkpoint the one that is written last."""
+"""The file of a checkpoint that is written last."""
 _PREFIX = "step-"
 
 

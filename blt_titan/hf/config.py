@@ -210,24 +210,7 @@ def hf_config(
     Raises:
         HFConfigError: naming what `transformers` cannot express.
     """
-    if args.encoder_cross_attn_all_layers and args.encoder_layers > 1:
-        raise HFConfigError(
-            "encoder_cross_attn_all_layers with more than one encoder layer: transformers pools the patches anew "
-            "at each layer, our model keeps their state"
-        )
-    if args.cross_attn_heads != args.local_heads:
-        raise HFConfigError(
-            f"cross_attn_heads = {args.cross_attn_heads} but local_heads = {args.local_heads}: transformers has one "
-            "field for both"
-        )
-    local = {
-        **_stack_fields(args.local_dim, args.local_heads, args.local_ffn_hidden, args.rope_theta),
-        "vocab_size": VOCAB_SIZE,
-        "cross_attn_k": args.cross_attn_k,
-        "hidden_size_global": args.global_dim,
-        "max_position_embeddings": 24576,
-        "sliding_window": args.local_window,
-    }
+    _require_expressible(args)
     config: dict[str, Any] = {
         "architectures": ["BltForCausalLM"],
         "model_type": "blt",
@@ -253,6 +236,40 @@ def hf_config(
         "patch_size": 4,
         "patching_threshold": DEFAULT_THRESHOLD if rule is None or rule.threshold is None else float(rule.threshold),
         **_rope_fields(args.rope_theta),
+        **_stack_configs(args),
+    }
+    if entropy_args is not None:
+        config["patcher_config"] = entropy_config(entropy_args)
+    if rule is not None:
+        fingerprints = {"entropies": entropies, "entropy_model": entropy_model}
+        config[OUR_KEY] = {"patching": rule.as_dict()} | {key: value for key, value in fingerprints.items() if value}
+    return config
+
+
+def _require_expressible(args: BLTArgs) -> None:
+    if args.encoder_cross_attn_all_layers and args.encoder_layers > 1:
+        raise HFConfigError(
+            "encoder_cross_attn_all_layers with more than one encoder layer: transformers pools the patches anew "
+            "at each layer, our model keeps their state"
+        )
+    if args.cross_attn_heads != args.local_heads:
+        raise HFConfigError(
+            f"cross_attn_heads = {args.cross_attn_heads} but local_heads = {args.local_heads}: transformers has one "
+            "field for both"
+        )
+
+
+def _stack_configs(args: BLTArgs) -> dict[str, Any]:
+    """Write encoder, decoder and global transformer as `config.json` holds them."""
+    local = {
+        **_stack_fields(args.local_dim, args.local_heads, args.local_ffn_hidden, args.rope_theta),
+        "vocab_size": VOCAB_SIZE,
+        "cross_attn_k": args.cross_attn_k,
+        "hidden_size_global": args.global_dim,
+        "max_position_embeddings": 24576,
+        "sliding_window": args.local_window,
+    }
+    return {
         "encoder_config": {
             **local,
             "model_type": "blt_local_encoder",
@@ -272,12 +289,6 @@ def hf_config(
             "max_position_embeddings": 4096,
         },
     }
-    if entropy_args is not None:
-        config["patcher_config"] = entropy_config(entropy_args)
-    if rule is not None:
-        fingerprints = {"entropies": entropies, "entropy_model": entropy_model}
-        config[OUR_KEY] = {"patching": rule.as_dict()} | {key: value for key, value in fingerprints.items() if value}
-    return config
 
 
 def entropy_config(args: EntropyModelArgs) -> dict[str, Any]:

@@ -115,7 +115,7 @@ class Pretrained:
 
     @property
     def fingerprint(self) -> str:
-        """That of the entropy model that cuts its texts: of training, else of the export; empty if neither is known."""
+        """Fingerprint of the entropy model that cuts its texts: in training, else of the export; empty if unknown."""
         return self.entropies or own_fields(self._config)["entropy_model"]
 
     def check_entropy_model(self, model: EntropyModel) -> None:
@@ -140,7 +140,7 @@ class Pretrained:
 
     @property
     def dtype(self) -> str:
-        """Of the weights, as the configuration says; a name of torch's."""
+        """Type of the weights, as the configuration says it; a name of torch's."""
         name = self._config.get("dtype") or self._config.get("torch_dtype") or "float32"
         if not isinstance(name, str) or not isinstance(getattr(torch, name, None), torch.dtype):
             raise HFConfigError(f"config.json: dtype = {str(name)[:100]!r}, must be a type of torch's, as bfloat16")

@@ -7,6 +7,8 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -158,12 +160,7 @@ def export_hf(
     """
     # Resolved: `folder/..` would name something else once `folder` is there.
     out, rule = Path(out).resolve(), rule or blt.rule
-    for weights, kind in ((blt, BLTArgs), (entropy, EntropyModelArgs)):
-        if weights is not None and not isinstance(weights.args, kind):
-            wanted, other = ("a BLT", "an entropy model") if kind is BLTArgs else ("an entropy model", "a BLT")
-            raise CheckpointError(f"{weights.origin}: holds {other}, where {wanted} is wanted")
-    if rule is not None and rule.threshold is not None and not math.isfinite(rule.threshold):
-        raise HFConfigError(f"patching.threshold = {rule.threshold}: must be a number of nats")
+    _check_inputs(blt, entropy, rule)
     _check_free(out, overwrite)
     alone = why_not_by_itself(entropy.args if entropy else None, rule)
     if alone and not force:
@@ -186,28 +183,16 @@ def export_hf(
     if patcher is not None:
         # In fp32: rounded weights would cut texts elsewhere than in training.
         entries += model_entries(patcher, EntropyModel, entropy_name_to_hf, torch.float32)
-    parameters = sum(math.prod(entry.shape) for entry in entries)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        generation = {
-            "bos_token_id": BOS_ID,
-            "eos_token_id": EOS_ID,
-            "pad_token_id": RESERVED_ID,
-            "use_cache": False,
-        }
-        files = {"config.json": config, "generation_config.json": generation}
-        for name, content in (files | tokenizer_files(config["encoder_config"]["max_position_embeddings"])).items():
-            (temporary / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        origin = Path(blt.origin).name if blt.origin != "memory" else blt.origin
+    with directory_beside(out) as temporary:
+        for name, content in _texts(config).items():
+            (temporary / name).write_text(content, encoding="utf-8")
         card = model_card(
             blt.args,
             patcher.args if patcher else None,
             rule,
-            parameters=parameters,
+            parameters=sum(math.prod(entry.shape) for entry in entries),
             dtype=config["dtype"],
-            origin=origin,
+            origin=Path(blt.origin).name if blt.origin != "memory" else blt.origin,
             alone=alone,
             cut_share=cut_share,
         )
@@ -216,10 +201,37 @@ def export_hf(
         # What came there meanwhile is not ours.
         _check_free(out, overwrite)
         install_files(temporary, out)
+    return out
+
+
+@contextmanager
+def directory_beside(out: Path) -> Iterator[Path]:
+    """Make a directory beside another; what is in it is removed if it cannot be finished."""
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return out
+
+
+def _texts(config: dict[str, Any]) -> dict[str, str]:
+    """Return the files of JSON by name: configuration, how to generate, tokenizer."""
+    generation = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": RESERVED_ID, "use_cache": False}
+    files = {"config.json": config, "generation_config.json": generation}
+    files |= tokenizer_files(config["encoder_config"]["max_position_embeddings"])
+    return {name: json.dumps(content, indent=2, ensure_ascii=False) + "\n" for name, content in files.items()}
+
+
+def _check_inputs(blt: Weights, entropy: Weights | None, rule: PatchRule | None) -> None:
+    for weights, kind in ((blt, BLTArgs), (entropy, EntropyModelArgs)):
+        if weights is not None and not isinstance(weights.args, kind):
+            wanted, other = ("a BLT", "an entropy model") if kind is BLTArgs else ("an entropy model", "a BLT")
+            raise CheckpointError(f"{weights.origin}: holds {other}, where {wanted} is wanted")
+    if rule is not None and rule.threshold is not None and not math.isfinite(rule.threshold):
+        raise HFConfigError(f"patching.threshold = {rule.threshold}: must be a number of nats")
 
 
 _REPLACED = ".config.json.replaced"

@@ -58,21 +58,7 @@ def model_card(
     if rule is not None:
         settings = ", ".join(f"{key} {value}" for key, value in rule.as_settings().items() if value is not None)
         lines.append(f"- patches: {settings}")
-    lines += ["", "## Use", "", "```python"]
-    if alone is None:
-        lines += [
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            'model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")',
-            'tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")',
-            'inputs = tokenizer("The quick brown", return_tensors="pt")',
-            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))",
-        ]
-    else:
-        lines += [
-            "# This model cannot cut texts by itself: lengths of patches, [1, ...] with sum S + 1, must be given.",
-            "model(input_ids, patch_lengths=patch_lengths, use_cache=False)",
-        ]
+    lines += ["", "## Use", "", "```python", *_use(alone)]
     lines += [
         "```",
         "",
@@ -87,6 +73,30 @@ def model_card(
         "- `use_cache` must stay false: with a cache, transformers' BLT fails or is silently wrong.",
         "- One document per row, padded on the right; there is no document mask, so nothing may follow `</s>`.",
     ]
+    lines += _differences(alone, rule, cut_share)
+    return "\n".join(lines) + "\n"
+
+
+def _use(alone: str | None) -> list[str]:
+    """Return lines of Python that use the model."""
+    if alone is None:
+        return [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")',
+            'tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")',
+            'inputs = tokenizer("The quick brown", return_tensors="pt")',
+            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))",
+        ]
+    return [
+        "# This model cannot cut texts by itself: lengths of patches, [1, ...] with sum S + 1, must be given.",
+        "model(input_ids, patch_lengths=patch_lengths, use_cache=False)",
+    ]
+
+
+def _differences(alone: str | None, rule: PatchRule | None, cut_share: float | None) -> list[str]:
+    """Return lines that say where `transformers` cuts texts otherwise than training did."""
+    lines = []
     if alone is not None:
         lines.append(f"- transformers cannot cut texts as this model was trained: {alone}.")
     elif rule is not None:
@@ -114,7 +124,7 @@ def model_card(
                 f"- In training patches longer than {rule.max_patch_bytes} bytes were split; transformers leaves them "
                 f"whole. {share}"
             )
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _needs(alone: str | None, rule: PatchRule | None) -> str:

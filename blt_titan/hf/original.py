@@ -135,8 +135,8 @@ def blt_args_from_original(config: Mapping[str, Any], shapes: Mapping[str, tuple
     Raises:
         HFConfigError: naming the field that is missing or that our model cannot express.
     """
-    said = _there(config["args"])
-    fields = read_fields(said, _BLT, "config.json: args.")
+    stored = _without_null(config["args"])
+    fields = read_fields(stored, _BLT, "config.json: args.")
 
     def same(*names: str) -> int:
         values = {fields[name] for name in names}
@@ -144,14 +144,14 @@ def blt_args_from_original(config: Mapping[str, Any], shapes: Mapping[str, tuple
             raise HFConfigError(f"config.json: {' and '.join(names)} differ; both local stacks share one")
         return values.pop()
 
-    _must_be(said, "vocab_size", VOCAB_SIZE)
-    _must_be(said, "norm_eps", NORM_EPS)
+    _must_be(stored, "vocab_size", VOCAB_SIZE)
+    _must_be(stored, "norm_eps", NORM_EPS)
     for name, value in _ONE_WAY_ONLY.items():
-        _must_be(said, name, value)
+        _must_be(stored, name, value)
     for name in ("n_kv_heads", "n_kv_heads_global"):
-        if said.get(name) not in (None, said.get("n_heads_global"), said.get("n_heads")):
+        if stored.get(name) not in (None, stored.get("n_heads_global"), stored.get("n_heads")):
             raise HFConfigError(
-                f"config.json: args.{name} = {reprlib.repr(said[name])}: grouped-query attention is not supported"
+                f"config.json: args.{name} = {reprlib.repr(stored[name])}: grouped-query attention is not supported"
             )
     heads = same("n_heads_local_encoder", "n_heads_local_decoder")
     args = BLTArgs(
@@ -185,13 +185,13 @@ def entropy_args_from_original(params: Mapping[str, Any], shapes: Mapping[str, t
         HFConfigError: naming the field that is missing or that our model cannot express.
     """
     where = "params.json: entropy_model."
-    said = params.get("entropy_model", params)
-    if not isinstance(said, Mapping):
-        raise HFConfigError(f"params.json: entropy_model = {reprlib.repr(said)}, must be an object")
-    said = _there(said)
-    fields = read_fields(said, _ENTROPY_MODEL, where)
-    _must_be(said, "vocab_size", VOCAB_SIZE, where)
-    _must_be(said, "norm_eps", NORM_EPS, where)
+    stored = params.get("entropy_model", params)
+    if not isinstance(stored, Mapping):
+        raise HFConfigError(f"params.json: entropy_model = {reprlib.repr(stored)}, must be an object")
+    stored = _without_null(stored)
+    fields = read_fields(stored, _ENTROPY_MODEL, where)
+    _must_be(stored, "vocab_size", VOCAB_SIZE, where)
+    _must_be(stored, "norm_eps", NORM_EPS, where)
     args = EntropyModelArgs(
         dim=fields["dim"],
         n_heads=fields["n_heads"],
@@ -216,7 +216,7 @@ def rule_from_original(params: Mapping[str, Any]) -> PatchRule:
         if not isinstance(patcher, Mapping):
             raise HFConfigError(f"params.json: {name} = {reprlib.repr(patcher)}, must be an object")
     _must_be(patcher, "patching_mode", "entropy", where)
-    fields = read_fields(_there(patcher), _PATCHER, where)
+    fields = read_fields(_without_null(patcher), _PATCHER, where)
     threshold, limit = float(fields["threshold"]), fields["max_patch_length"]
     if fields["monotonicity"]:
         return PatchRule("monotonic", threshold=threshold, max_patch_bytes=limit)
@@ -225,9 +225,9 @@ def rule_from_original(params: Mapping[str, Any]) -> PatchRule:
     return PatchRule("global", threshold=threshold, max_patch_bytes=limit)
 
 
-def _there(said: Mapping[str, Any]) -> dict[str, Any]:
+def _without_null(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out what is null, which means the same as missing here."""
-    return {name: value for name, value in said.items() if value is not None}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _width(shapes: Mapping[str, tuple[int, ...]], name: str) -> int:

@@ -13,7 +13,6 @@ warning.
 
 import json
 import os
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from blt_titan.hf.config import (
     entropy_config,
 )
 from blt_titan.hf.directory import Pretrained
-from blt_titan.hf.export import Weights, export_hf, fingerprints_of, install_files
+from blt_titan.hf.export import Weights, directory_beside, export_hf, fingerprints_of, install_files
 from blt_titan.hf.names import entropy_name_to_hf
 from blt_titan.hf.tensors import Entry, ModuleTensors, NamedTensors, write_safetensors
 from blt_titan.hf.tokenizer import ByteTokenizer
@@ -174,19 +173,13 @@ class EntropyModel(BareEntropyModel):
             for name, shape in tensors.shapes.items()
         ]
         folder = Path(directory).resolve()
-        there = read_config(folder / "config.json", optional=True)
-        if there and there.get("model_type") != _PATCHER_ALONE:
+        existing = read_config(folder / "config.json", optional=True)
+        if existing and existing.get("model_type") != _PATCHER_ALONE:
             raise FileExistsError(f"{folder}: holds a model of another kind; choose another directory")
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
+        with directory_beside(folder) as temporary:
             write_safetensors(temporary, entries, max_shard_bytes=2**62)
             (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             install_files(temporary, folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
 
 
 class Patcher:

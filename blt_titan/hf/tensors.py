@@ -36,7 +36,7 @@ class TensorSource(Protocol):
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Of each tensor, by name."""
+        """Shape of each tensor, by name."""
         ...
 
     def rows(self, name: str, begin: int, end: int) -> torch.Tensor:
@@ -210,7 +210,7 @@ class Entry:
 
     @property
     def n_bytes(self) -> int:
-        """As written."""
+        """Bytes of the tensor as it is written."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def blocks(self) -> Iterable[torch.Tensor]:

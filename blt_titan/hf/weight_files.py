@@ -50,8 +50,8 @@ class WeightFiles:
             if not (directory / file).is_file():
                 raise FileNotFoundError(f"{directory / file} not found, which {index.name} names")
             with _opened(directory / file) as opened:
-                there = set(opened.keys())
-                if absent := sorted(set(names) - there):
+                held = set(opened.keys())
+                if absent := sorted(set(names) - held):
                     raise ValueError(f"{directory / file}: missing tensors {absent}, which {index.name} puts there")
                 for name in names:
                     part = opened.get_slice(name)
@@ -128,7 +128,7 @@ def matched_parameters(
     Args:
         model: may be on the meta device.
         translate: our names into theirs.
-        tensors: that are there.
+        tensors: of the directory.
         names: theirs, those that are of this model.
         but_for: a parameter of ours that is another matter.
 

@@ -24,9 +24,9 @@ from blt_titan.patching.rule import PatchRule
 from blt_titan.scoring.entropies import EntropyScorer, entropy_nats
 
 OWN_PATCHES_ATOL = 1e-5
-"""Of logits in fp32 of transformers alone, when it cuts the text itself and when it is given the same patches."""
+"""Difference of logits in fp32 of transformers, when it cuts the text itself and when it is given those patches."""
 FLOAT64_RTOL = 1e-9
-"""Of logits in fp64, each in its own order, times the largest where that is above 1. One function leaves 1e-13; a
+"""Difference of logits in fp64, times the largest where that is above 1. One function leaves 1e-13; a
 single step of it in fp32 leaves 1e-8 and more."""
 EDGE_NATS = 1e-4
 """Two fp32 computations of an entropy may fall on two sides of a decision edge that is nearer than this, or than
@@ -51,19 +51,19 @@ class Verification:
     """What was compared, and found equal; `str()` says it in sentences."""
 
     release: str
-    """Of `transformers`."""
+    """Version of `transformers`."""
     tensors: int
     dtype: str
-    """Of the weights; the rest is computed from them in fp32 and fp64."""
+    """Type of the weights; the rest is computed from them in fp32 and fp64."""
     largest_logit: float
     float64_error: float
     """Largest difference of our logits to those of `transformers` in fp64."""
     float32_error: float
     """The same in fp32; told, not judged."""
     boundaries: int
-    """Of patches; 0 without an entropy model, where `transformers` cuts no text."""
+    """Boundaries of patches; 0 without an entropy model, where `transformers` cuts no text."""
     boundaries_at_edges: int
-    """That differ, all where an entropy lies at a decision edge."""
+    """Boundaries that differ, all where an entropy lies at a decision edge."""
     own_patches: bool
     """Whether `transformers` also cut the text as we do, and gave the same logits with its own patches."""
 
@@ -183,13 +183,13 @@ class Cut(NamedTuple):
     """How we cut the text; of positions that may begin a patch there is one more than there are ids."""
 
     lengths: np.ndarray
-    """Of patches, int64 [P]."""
+    """Lengths of patches in bytes, int64 [P]."""
     starts: np.ndarray
-    """The same, bool [N + 1]."""
+    """Where patches start, bool [N + 1]."""
     nats: np.ndarray | None = None
     """Entropies, fp32 [N]; None without an entropy model, where any patches will do."""
     entropy_logits: torch.Tensor | None = None
-    """Of the entropy model, in fp64 [1, N, V]."""
+    """Logits of the entropy model, in fp64 [1, N, V]."""
 
 
 def cut_text(pretrained: Pretrained, ids: np.ndarray) -> Cut:
@@ -211,13 +211,13 @@ class TransformersOutput(NamedTuple):
     """What `transformers` computes of the text."""
 
     logits: tuple[torch.Tensor, torch.Tensor]
-    """With our patches, in fp32 and fp64, [1, N, V]."""
+    """Logits with our patches, in fp32 and fp64, [1, N, V]."""
     alone: torch.Tensor | None = None
-    """With its own, in fp32."""
+    """Logits with its own patches, in fp32."""
     starts: np.ndarray | None = None
-    """Of its own patches, bool [N + 1]."""
+    """Where its own patches start, bool [N + 1]."""
     entropy_logits: tuple[torch.Tensor, torch.Tensor] | None = None
-    """Of its patcher, in fp32 and fp64, [1, N, V]."""
+    """Logits of its patcher, in fp32 and fp64, [1, N, V]."""
 
 
 def run_transformers(pretrained: Pretrained, text: str, ids: list[int], cut: Cut) -> TransformersOutput:
