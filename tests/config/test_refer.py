@@ -2,14 +2,14 @@
 
 import pytest
 from blt_titan.hf.to_checkpoint import write_checkpoint
-from blt_titan.model.flavors import BLT_FLAVORS
 
-from blt_titan.checkpoint import description
+from blt_titan.checkpoint import load as description
 from blt_titan.config import refer
 from blt_titan.config.check import RunConfigError, check_run
 from blt_titan.config.read import load_run_config
 from blt_titan.hf.tensors import StoredTensors
 from blt_titan.model.blt import BLT
+from blt_titan.model.flavors import BLT_FLAVORS
 from blt_titan.training.spec import row_source
 from tests.helpers.small_entropy_model import model_of
 
