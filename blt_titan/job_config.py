@@ -149,7 +149,7 @@ class Export:
     reads the checkpoint from disk, and the run does not wait for it, but at its end.
     """
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the weights there."""
+    """Number format of the weights there."""
     entropy_checkpoint: str | None = None
     """The entropy model to put inside as the patcher; default: patching.entropy_checkpoint."""
     force: bool = False

@@ -239,7 +239,7 @@ class CachedBLT:
 
     @property
     def cache_bytes(self) -> int:
-        """Of all keys and values."""
+        """Bytes of all keys and values."""
         caches = [self._encoder_cache, self._decoder_cache, self._global_cache]
         if self.entropies is not None:
             caches.append(self.entropies.cache)

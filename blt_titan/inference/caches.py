@@ -142,7 +142,7 @@ class StackCache:
 
     @property
     def bytes_held(self) -> int:
-        """Of all keys and values."""
+        """Bytes of all keys and values."""
         return sum(2 * layer.k_BTHK.nbytes for layer in self.layers if layer.k_BTHK is not None)
 
 

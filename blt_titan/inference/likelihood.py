@@ -29,14 +29,14 @@ _WAITING_WINDOWS = 64
 
 
 class Likelihood(NamedTuple):
-    """Of the ids of a document after its first."""
+    """How likely the ids of a document after its first are."""
 
     nats: np.ndarray
     """-log p of each id given those before, fp32 [N - 1]."""
     likeliest: np.ndarray
     """Whether no other byte, nor EOS, was likelier, bool [N - 1]."""
     patches: int
-    """Of the whole document."""
+    """Patches of the whole document."""
 
 
 class LikelihoodScorer:

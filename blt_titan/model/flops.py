@@ -17,7 +17,7 @@ class PartFlops(NamedTuple):
 
     encoder: float
     global_layer: float
-    """Of each global layer."""
+    """FLOPs of each global layer."""
     decoder: float
 
 

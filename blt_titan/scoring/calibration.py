@@ -46,7 +46,7 @@ class Calibration:
     threshold: float | None
     threshold_add: float | None
     lengths: np.ndarray
-    """Of all patches, int64 [P]."""
+    """Bytes of every patch, int64 [P]."""
     cut_by_limit: int
     """Patches that begin because the one before was full."""
 

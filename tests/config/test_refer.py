@@ -1,9 +1,9 @@
 """What settings refer to is looked at without reading weights, and an entropy model is read once in a process."""
 
 import pytest
-from blt_titan.hf.to_checkpoint import write_checkpoint
 
 from blt_titan.checkpoint import load as description
+from blt_titan.checkpoint.write import write_checkpoint
 from blt_titan.config import refer
 from blt_titan.config.check import RunConfigError, check_run
 from blt_titan.config.read import load_run_config

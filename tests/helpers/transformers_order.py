@@ -32,7 +32,7 @@ from blt_titan.model.cross_attention import CrossAttention
 from blt_titan.model.hash_embedding import HashEmbedding, ngram_hashes
 
 LOGITS_ATOL = 1e-5
-"""Of logits in fp32, with the order of operations of transformers on both sides. They then round alike: 0 is usual."""
+"""How far logits in fp32 may be apart in the order of operations of transformers on both sides; 0 is usual."""
 ROUNDING_RATIO = 2.0
 """Our logits in fp32, in our own order, may lie this many times further from those in fp64 than dense masks and sums
 in turn leave them, as root of mean squares. How far that is, is up to the weights, which amplify rounding; 162 small
@@ -40,7 +40,7 @@ random models gave ratios of 0.7 to 1.5, a step cut to 16 bits up to 30, to 12 b
 
 
 class Comparison(NamedTuple):
-    """Of logits in fp32 with those of `transformers`."""
+    """Logits in fp32 beside those of `transformers`."""
 
     same_order_error: float
     """The largest difference, with the order of operations of `transformers` on both sides."""

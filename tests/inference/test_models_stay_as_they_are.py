@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from blt_titan.batch import IGNORE_LABEL
 from blt_titan.byte_vocab import document_ids
 from blt_titan.data.rows.packing import RowShape
-from blt_titan.hf.verify.transformers_order import in_transformers_order
 from blt_titan.inference.cached import CachedBLT
 from blt_titan.inference.likelihood import LikelihoodScorer
 from blt_titan.inference.sample import generate
@@ -22,6 +21,7 @@ from tests.helpers.small_models import (
     small_entropy_model,
     stack_rows,
 )
+from tests.helpers.transformers_order import in_transformers_order
 
 RULE = PatchRule("global", threshold=4.0, max_patch_bytes=16)
 SHAPE = RowShape(2, 60, 40)
