@@ -23,11 +23,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import blt_titan.titan  # noqa: F401
-
-# isort: split
-from torchtitan.distributed import ParallelDims
-
 from benchmarks.result_file import write_result
 from blt_titan.batch import IGNORE_LABEL, ContextSlice
 from blt_titan.data.rows.collate import collate_rows
@@ -36,6 +31,7 @@ from blt_titan.loss import ByteCrossEntropy
 from blt_titan.model.blt import BLT
 from blt_titan.model.flavors import BLT_FLAVORS
 from blt_titan.model.placement import Placement
+from blt_titan.titan import ParallelDims
 from parallelisms.clipping import clip_grad_norm
 from parallelisms.collectives import gather_along_dim_1
 from parallelisms.context import with_context_parallel
@@ -124,16 +120,16 @@ def run(cp: int, tp: int, flavor: str, repetitions: int) -> dict[str, dict[str, 
             targets = (labels_BS != IGNORE_LABEL).sum()
             dist.all_reduce(targets)
             loss_fn = ByteCrossEntropy()
-            loss_fn.n_targets = targets
             dist.barrier()
             began, counter = time.perf_counter(), SentBytes()
             if repetition == 0:
-                with counter:
+                with counter, loss_fn.step(targets):
                     loss_fn(model(ids_BS, layout), labels_BS).backward()
                 sent[plan] = counter.total
                 norms[plan] = clip_grad_norm(model.parameters(), 1e9, pp_mesh=None).item()
                 continue
-            loss_fn(model(ids_BS, layout), labels_BS).backward()
+            with loss_fn.step(targets):
+                loss_fn(model(ids_BS, layout), labels_BS).backward()
             dist.barrier()
             seconds[plan].append(time.perf_counter() - began)
     assert abs(norms["context"] - norms["repeated"]) <= 1e-4 * norms["context"], norms

@@ -2,9 +2,19 @@
 
 A document of N bytes has N + 1 targets: its bytes and EOS. The training loss is the sum of nats over all targets
 divided by their number; bits per byte leaves EOS out of both, so that it compares with a compressor's figure.
+
+A step says what its sums are divided by, and gets the share of EOS back. Pipeline schedules call the loss themselves,
+on one micro-batch after another, so both go by a context around them:
+
+    with loss.step(n_targets) as sums:      # targets of the global batch, whoever holds them
+        schedule.step(...)                  # calls loss(logits, labels), and backward on what that returns
+    sums.eos_nats
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,29 +23,44 @@ from blt_titan.batch import IGNORE_LABEL
 from blt_titan.byte_vocab import EOS_ID
 
 
-class ByteCrossEntropy:
-    """Sum of nats over targets, [B, S, V] and [B, S] in, a scalar out; remembers the share of EOS.
+@dataclass
+class StepSums:
+    """What the calls of one step add up."""
 
-    Attributes:
-        n_targets: what the sum is divided by. Inside the loss, because a pipeline schedule calls backward on what it
-            returns.
-        eos_nats: sum of nats over EOS targets since it was last set to None, not divided; on the device, so that
-            nothing waits.
-    """
+    eos_nats: torch.Tensor | None = None
+    """Nats over EOS targets, not divided, fp32 scalar on the device, so that nothing waits; None before a call."""
+
+
+class ByteCrossEntropy:
+    """Nats over targets, [B, S, V] and [B, S] in, a scalar out; to be called within `step`."""
 
     def __init__(self):
-        self.n_targets: torch.Tensor | float = 1.0
-        self.eos_nats: torch.Tensor | None = None
+        self._n_targets: torch.Tensor | float = math.nan
+        self._sums: StepSums | None = None
+
+    @contextmanager
+    def step(self, n_targets: torch.Tensor | float) -> Iterator[StepSums]:
+        """Divide by `n_targets` within the context, and sum up EOS.
+
+        Inside the loss, because a pipeline schedule calls backward on what it returns.
+        """
+        assert self._sums is None, "a step within a step"
+        self._n_targets, self._sums = n_targets, StepSums()
+        try:
+            yield self._sums
+        finally:
+            self._n_targets, self._sums = math.nan, None
 
     def __call__(self, logits_BSV: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
-        """Return the sum of nats over all targets, divided by `n_targets`, fp32."""
+        """Return the sum of nats over all targets, divided by the step's number of targets, fp32."""
+        assert self._sums is not None, "the loss is called outside of a step"
         labels = labels_BS.long()
         nats_BS = F.cross_entropy(
             logits_BSV.float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORE_LABEL
         ).view_as(labels)
         eos_nats = (nats_BS.detach() * (labels == EOS_ID)).sum()
-        self.eos_nats = eos_nats if self.eos_nats is None else self.eos_nats + eos_nats
-        return nats_BS.sum() / self.n_targets
+        self._sums.eos_nats = eos_nats if self._sums.eos_nats is None else self._sums.eos_nats + eos_nats
+        return nats_BS.sum() / self._n_targets
 
 
 def count_targets(labels_BS: torch.Tensor) -> torch.Tensor:

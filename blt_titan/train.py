@@ -13,13 +13,12 @@ from blt_titan.checkpoint.read import CheckpointError
 from blt_titan.config.check import RunConfigError, check_run, load_run_config
 from blt_titan.config.resume import RunStateError
 from blt_titan.data.store.errors import DataError
+from blt_titan.titan import init_logger, logger
 from blt_titan.training.exports import ExportFailedError
+from blt_titan.training.failures import NonFiniteLossError
+from blt_titan.training.row_ranks import RowsDifferError
 from blt_titan.training.run_folder import RunFolderError
-from blt_titan.training.spec import RowsDifferError
-from blt_titan.training.trainer import BLTTrainer, NonFiniteLossError
-
-# isort: split
-from torchtitan.tools.logging import init_logger, logger
+from blt_titan.training.trainer import BLTTrainer
 
 FAILED_WORK = (NonFiniteLossError, RowsDifferError, ExportFailedError)
 """What ends a run that was asked for rightly; their sentences are said by `commands/launch.py`."""

@@ -9,10 +9,7 @@ from torch._higher_order_ops import flex_attention
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-import blt_titan.titan  # noqa: F401
-
-# isort: split
-from torchtitan.distributed.activation_checkpoint import apply_ac
+from blt_titan.titan import apply_ac
 
 OPS_TO_SAVE = {
     torch.ops.aten.mm.default,

@@ -9,13 +9,7 @@ import re
 
 import torch.nn as nn
 
-import blt_titan.titan  # noqa: F401
-
-# isort: split
-from torchtitan.components.quantization.float8 import Float8LinearConverter
-from torchtitan.config import JobConfig, Model
-from torchtitan.distributed import ParallelDims
-from torchtitan.protocols import model_converter
+from blt_titan.titan import Float8LinearConverter, JobConfig, Model, ParallelDims, replace_converter
 
 CONVERTER = "quantize.linear.float8"
 
@@ -36,7 +30,7 @@ class GlobalFloat8Converter(Float8LinearConverter):
             self.precompute_scale = settings.precompute_float8_dynamic_scale_for_fsdp
 
 
-model_converter._registry_model_converter_cls[CONVERTER] = GlobalFloat8Converter
+replace_converter(CONVERTER, GlobalFloat8Converter)
 
 
 def uses_float8(model: Model) -> bool:

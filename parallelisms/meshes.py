@@ -17,10 +17,7 @@ from dataclasses import dataclass
 
 from torch.distributed.device_mesh import DeviceMesh
 
-import blt_titan.titan  # noqa: F401
-
-# isort: split
-from torchtitan.distributed import ParallelDims
+from blt_titan.titan import ParallelDims
 
 
 @dataclass(frozen=True)

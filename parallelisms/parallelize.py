@@ -10,17 +10,10 @@ from typing import Any
 
 import torch.nn as nn
 
-import blt_titan.titan  # noqa: F401
-
-# isort: split
-from torchtitan.config import TORCH_DTYPE_MAP
-from torchtitan.config.job_config import Compile
-from torchtitan.distributed import ParallelDims
-from torchtitan.tools.logging import logger
-
 from blt_titan.batch import halo_slices
 from blt_titan.config.run_config import RunConfig
 from blt_titan.model.placement import Placement
+from blt_titan.titan import TORCH_DTYPE_MAP, Compile, ParallelDims, logger
 from parallelisms.activation_checkpointing import checkpoint_global_blocks, checkpoint_local_blocks
 from parallelisms.context import with_context_parallel
 from parallelisms.float8 import uses_float8

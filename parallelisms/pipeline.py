@@ -15,15 +15,8 @@ import torch.nn as nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
-import blt_titan.titan  # noqa: F401
-
-# isort: split
-from torchtitan.config import TORCH_DTYPE_MAP, Parallelism
-from torchtitan.distributed import ParallelDims
-from torchtitan.distributed.pipeline_parallel import build_pipeline_schedule
-from torchtitan.tools.logging import logger
-
 from blt_titan.config.run_config import RunConfig
+from blt_titan.titan import TORCH_DTYPE_MAP, ParallelDims, Parallelism, build_pipeline_schedule, logger
 from parallelisms.meshes import build_meshes
 from parallelisms.parallelize import parallelize_part
 

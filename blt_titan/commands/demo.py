@@ -38,12 +38,13 @@ from blt_titan.inference.sample import Sampling, complete
 from blt_titan.model.blt import BLT
 from blt_titan.model.entropy_model import EntropyModel
 from blt_titan.model.flavors import BLT_FLAVORS
+from blt_titan.patching.rule import PatchRule
 from blt_titan.plots.patch_page import patch_page
 from blt_titan.progress import ProgressBar
 from blt_titan.scoring.calibration import best_budgets, calibrate, read_sample
 from blt_titan.scoring.entropies import EntropyScorer
 from blt_titan.scoring.score_data import score_data, sidecar_settings
-from blt_titan.training.spec import patch_rule, row_source
+from blt_titan.training.data import row_source
 
 CONFIG_FILE = SHIPPED / "debug.toml"
 ENTROPY_CONFIG_FILE = SHIPPED / "entropy_debug.toml"
@@ -205,13 +206,14 @@ def _score_and_calibrate(entropy_out: Path, device: torch.device) -> tuple[float
 
 
 def _examine(model: BLT, config, device: torch.device, small: EntropyModel) -> tuple[HeldOutScore, str]:
-    source = row_source(config, "validation", config.training.seq_len)
+    source = row_source(config.data, config.training, config.patching, "validation", seq_len=config.training.seq_len)
     batches = HeldOutRows(source, rows_per_batch=config.training.local_batch_size)
     score = score_batches(
         batch_scorer(model), ProgressBar(batches, desc="     held-out", unit="batch", leave=False), device=device
     )
     sampling = Sampling(temperature=0.7)
-    text = complete(model, PROMPT, patch_rule(config), entropy_model=small, max_bytes=PROMPT_BYTES, sampling=sampling)
+    rule = PatchRule.of(config.patching)
+    text = complete(model, PROMPT, rule, entropy_model=small, max_bytes=PROMPT_BYTES, sampling=sampling)
     return score, text.decode(errors="replace")
 
 

@@ -200,7 +200,6 @@ def _devices() -> tuple[dict[str, Any], list[str]]:
         devices["nccl"] = _nccl(torch)
     try:
         importlib.import_module("blt_titan.titan")
-        importlib.import_module("torchtitan.tools.utils")
     except Exception as error:
         wrong.append(f"torchtitan cannot be imported ({type(error).__name__}: {error})")
     if not torch.distributed.is_available():

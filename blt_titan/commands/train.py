@@ -26,8 +26,8 @@ from blt_titan.commands.run_settings import SHIPPED, add_config, run_arguments, 
 from blt_titan.config.check import RunConfigError, check_run, load_run_config
 from blt_titan.config.run_config import RunConfig
 from blt_titan.data.store.errors import DataError
+from blt_titan.scoring.online import online_model
 from blt_titan.training.run_folder import RunFolderError, try_folder
-from blt_titan.training.spec import online_model
 
 NAME = "blt-titan train"
 _MOST_RANKS = 10**6

@@ -11,15 +11,11 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple, get_type_hints
 
-import blt_titan.titan  # noqa: F401
-
-# isort: split
-from torchtitan.config import JobConfig as TitanJobConfig
-
 from blt_titan.config.read import describe_type, run_config_class, settings_of
 from blt_titan.config.rules.bounds import Rule
 from blt_titan.config.rules.keys import rules
 from blt_titan.job_config import JobConfig
+from blt_titan.titan import JobConfig as TitanJobConfig
 
 
 class Setting(NamedTuple):

@@ -16,14 +16,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-import blt_titan.titan  # noqa: F401
-
-# isort: split
-from torchtitan.config import ConfigManager
-from torchtitan.config import JobConfig as TitanJobConfig
-
 from blt_titan import job_config
 from blt_titan.config.run_config import RunConfig
+from blt_titan.titan import ConfigManager
+from blt_titan.titan import JobConfig as TitanJobConfig
 
 CONFIG_MODULE = "blt_titan.job_config"
 CONFIG_FILE_KEY = "job.config_file"

@@ -24,16 +24,9 @@ from blt_titan.hf.export import check_entropy_model, stored_weights
 from blt_titan.job_config import Data
 from blt_titan.model.args import EntropyModelArgs
 from blt_titan.model.flavors import BLT_FLAVORS
-from blt_titan.training.spec import (
-    TRAIN_SPECS,
-    dataset_paths,
-    entropies_fingerprint,
-    goes_by_entropy,
-    open_shards,
-    open_sidecars,
-    patch_rule,
-    stream_order,
-)
+from blt_titan.patching.rule import PatchRule
+from blt_titan.training.data import dataset_paths, entropies_fingerprint, open_shards, open_sidecars, stream_order
+from blt_titan.training.spec import TRAIN_SPECS
 
 
 def refer(config: RunConfig, *, dp: int, verify_data: bool) -> None:
@@ -87,23 +80,23 @@ def _check_seed_checkpoint(config: RunConfig) -> None:
 
 def _check_data(config: RunConfig, dp: int) -> list[ShardSets]:
     """Open what the rows are made of; return the splits that the run reads, its training text first."""
-    paths, streams = dataset_paths(config), config.data.streams
+    paths, streams = dataset_paths(config.data, config.training), config.data.streams
     for path in paths:
         if not Path(path).is_dir():
             key = f"data.mixture: {path!r}" if config.data.mixture else f"training.dataset_path = {path!r}"
             raise RunConfigError(f"{key}: no such directory; make it with `blt-titan prepare`")
-    train = open_shards(config, "train")
-    shards = [train, open_shards(config, "validation")] if config.validation.enable else [train]
-    stream_order(config, train)
+    train = open_shards(paths, "train")
+    shards = [train, open_shards(paths, "validation")] if config.validation.enable else [train]
+    stream_order(config.data, train)
     if len(train) < streams:
         raise RunConfigError(
             f"data.streams = {streams}: {', '.join(paths)} has only {len(train)} record batches, and every stream "
             f"needs one; set data.streams = {len(train) // dp * dp}, or prepare the data with smaller "
             "--record-batch-bytes"
         )
-    if goes_by_entropy(config) and config.patching.source == "sidecar":
+    if PatchRule.of(config.patching).by_entropy and config.patching.source == "sidecar":
         for split in shards:
-            open_sidecars(config, split)
+            open_sidecars(paths, config.patching.sidecar, split)
     elif config.patching.entropy_checkpoint is not None:
         _entropy_model("patching.entropy_checkpoint", config.patching.entropy_checkpoint)
     return shards
@@ -119,8 +112,9 @@ def _verify(shards: ShardSets, data: Data) -> None:
 
 def _check_position(config: RunConfig, shards: ShardSets, checkpoint: Path, dp: int) -> None:
     """Check that the run's data can be read on from where a checkpoint is."""
-    order = stream_order(config, shards)
-    patching = patch_decisions(patch_rule(config), entropies_fingerprint(config, shards))
+    order = stream_order(config.data, shards)
+    fingerprint = entropies_fingerprint(config.patching, dataset_paths(config.data, config.training), shards)
+    patching = patch_decisions(PatchRule.of(config.patching), fingerprint)
     try:
         saved, rows_served = saved_position(checkpoint)
         check_continues(saved, shards.fingerprint, order, patching, patching_may_change=config.patching.allow_change)
@@ -135,7 +129,7 @@ def _check_position(config: RunConfig, shards: ShardSets, checkpoint: Path, dp: 
 
 def _check_export(config: RunConfig, shards: ShardSets) -> None:
     """Check that the run's checkpoints can become directories that transformers loads."""
-    export, rule = config.export, patch_rule(config)
+    export, rule = config.export, PatchRule.of(config.patching)
     section = "export" if export.entropy_checkpoint else "patching"
     path = export.entropy_checkpoint or config.patching.entropy_checkpoint
     checkpoint, entropy_args = _entropy_model(f"{section}.entropy_checkpoint", path) if path else (None, None)
@@ -146,7 +140,7 @@ def _check_export(config: RunConfig, shards: ShardSets) -> None:
             "export.entropy_checkpoint if that is missing, or export.force = true to need explicit patch_lengths there"
         )
     if checkpoint is not None and not alone and not _scores_with(config, checkpoint):
-        fingerprint = entropies_fingerprint(config, shards)
+        fingerprint = entropies_fingerprint(config.patching, dataset_paths(config.data, config.training), shards)
         assert fingerprint is not None  # else transformers could not cut texts for it
         try:
             check_entropy_model(fingerprint, stored_weights(checkpoint))

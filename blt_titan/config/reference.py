@@ -9,13 +9,9 @@ from collections.abc import Iterable
 from itertools import groupby
 from typing import get_type_hints
 
-import blt_titan.titan  # noqa: F401
-
-# isort: split
-from torchtitan.config import JobConfig as TitanJobConfig
-
 from blt_titan.config.help import Setting, allowed, settings_help, shown_default
 from blt_titan.job_config import JobConfig
+from blt_titan.titan import JobConfig as TitanJobConfig
 
 _BEGINNING = """<!-- python -m blt_titan.config.reference > docs/settings.md -->
 # Settings

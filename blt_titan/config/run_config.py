@@ -4,12 +4,8 @@ The class that is instantiated is made by `config.read`, which has torchtitan me
 that need the whole run are annotated with. Functions that need one section take that section.
 """
 
-import blt_titan.titan  # noqa: F401
-
-# isort: split
-from torchtitan.config import JobConfig
-
 from blt_titan.job_config import Data, EntropyModel, Export, HashEmbedding, LocalBlocks, Patching
+from blt_titan.titan import JobConfig
 
 
 class RunConfig(JobConfig):

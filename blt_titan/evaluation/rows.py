@@ -41,10 +41,10 @@ def batch_scorer(model: Callable[..., torch.Tensor]) -> ScoreBatch:
 
     def score(batch: Batch) -> torch.Tensor:
         ids_BS, layout, labels_BS = batch
-        loss_fn.eos_nats = None
-        nats = loss_fn(model(ids_BS, layout), labels_BS)
-        assert loss_fn.eos_nats is not None
-        return batch_sums(nats, loss_fn.eos_nats, labels_BS)
+        with loss_fn.step(1.0) as sums:
+            nats = loss_fn(model(ids_BS, layout), labels_BS)
+        assert sums.eos_nats is not None
+        return batch_sums(nats, sums.eos_nats, labels_BS)
 
     return score
 

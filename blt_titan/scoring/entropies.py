@@ -15,7 +15,6 @@ number of lanes, so there they stay as padding: a scorer has one shape from its 
 Letters: B lanes, C ids of a chunk, W window, H heads, K head size.
 """
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -26,12 +25,9 @@ import torch
 
 from blt_titan.batch import PADDING
 from blt_titan.byte_vocab import BOS_ID, BOUNDARY_ID
-from blt_titan.data.rows.packing import frame_documents
-from blt_titan.data.store.shards import RecordBatch
 from blt_titan.model.args import EntropyModelArgs
 from blt_titan.model.attention import attend, resolve_backend
 from blt_titan.model.entropy_model import EntropyModel
-from blt_titan.patching.rounding import Storage, from_storage, to_storage
 from blt_titan.patching.rule import PatchRule
 
 LANES, CHUNK = 8, 2048
@@ -208,43 +204,6 @@ class EntropyScorer:
         carried.context_BW = torch.cat([carried.context_BW, context_BC], dim=1)[:, context_BC.shape[1] :]
         carried.position += self.chunk
         return entropies_BC
-
-
-Share = Callable[[Callable[[], np.ndarray], RecordBatch], np.ndarray]
-"""Gives all ranks that read the same rows the entropies of a record batch, which the function makes on one of them."""
-
-
-class OnlineEntropies:
-    """Entropies of a record batch, made when it is asked for: what `patching.source = "online"` reads from.
-
-    Rounded, so that patches begin where a sidecar of the same model puts them.
-
-    Args:
-        scorer: of the frozen entropy model.
-        fingerprint: of the model, as `EntropySidecars` has it.
-        share: where several ranks read the same rows, which must not differ by a rounding; None where one does.
-    """
-
-    storage: Storage = "float16"
-
-    def __init__(self, scorer: EntropyScorer, share: Share | None = None, fingerprint: str = ""):
-        self.scorer = scorer
-        self.fingerprint = fingerprint
-        self.share = share
-        self.seconds = 0.0
-        """Spent so far, waiting for the rank that scores included."""
-
-    def __call__(self, batch: RecordBatch) -> np.ndarray:
-        """Score a record batch: fp32 [text bytes]; collective over the ranks that share it."""
-        began = time.perf_counter()
-
-        def make() -> np.ndarray:
-            ids, is_byte = frame_documents(batch.text, batch.offsets)
-            return from_storage(to_storage(self.scorer.score(ids)[is_byte], self.storage))
-
-        entropies = self.share(make, batch) if self.share else make()
-        self.seconds += time.perf_counter() - began
-        return entropies
 
 
 def mark_by_model(scorer: EntropyScorer, rule: PatchRule) -> Callable[[np.ndarray], np.ndarray]:

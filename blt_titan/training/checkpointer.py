@@ -15,20 +15,12 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 
-import blt_titan.titan  # noqa: F401
-
-# isort: split
-from torchtitan.components.checkpoint import (
-    MODEL,
-    OPTIMIZER,
-    CheckpointManager,
-)
-
 from blt_titan.checkpoint.load import cannot_read
 from blt_titan.checkpoint.read import CheckpointError, SafeLoadPlanner, SafeReader, brief
 from blt_titan.checkpoint.steps import step_of
 from blt_titan.config.resume import RunStateError, newest_sound
 from blt_titan.data.store.errors import DataError
+from blt_titan.titan import MODEL, OPTIMIZER, CheckpointManager
 
 # torch's own derives from BaseException.
 _SAVE_ERRORS = (CheckpointException, OSError, EOFError, RuntimeError, pickle.PickleError)

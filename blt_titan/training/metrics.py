@@ -15,18 +15,11 @@ from typing import Any
 
 import torch
 
-import blt_titan.titan  # noqa: F401
-
-# isort: split
-from torchtitan.components.metrics import MetricsProcessor
-from torchtitan.distributed import ParallelDims
-from torchtitan.tools import utils
-from torchtitan.tools.logging import logger
-
 from blt_titan.batch import Batch
 from blt_titan.data.rows.mixture import dataset_names
 from blt_titan.data.store.atomic_file import write_atomically
 from blt_titan.loss import count_targets
+from blt_titan.titan import MetricsProcessor, ParallelDims, get_peak_flops, logger
 
 COUNTS = ("byte_targets", "eos_targets", "bytes", "byte_slots", "patches", "patch_slots", "quarantined")
 """What is counted of each batch, in this order. `bytes` are all real positions, BOS and EOS too; `quarantined` are the
@@ -139,7 +132,7 @@ class BLTMetrics(MetricsProcessor):
         self.online_seconds: Callable[[], float] | None = None
         """Seconds spent on scoring text so far, where the run does so."""
         self._online_seconds_before = 0.0
-        self.peak_flops = utils.get_peak_flops(device_name) if _is_known(device_name) else None
+        self.peak_flops = get_peak_flops(device_name) if _is_known(device_name) else None
 
     def resume_at(self, step: int) -> None:
         """Continue after `step`, which a checkpoint holds."""

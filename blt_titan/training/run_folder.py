@@ -1,8 +1,8 @@
 """What a run holds of its folder: an exclusive lock, and the settings it runs with.
 
 <dump_folder>/run.lock      who holds the folder, as JSON; the lock itself is the kernel's and ends with the process
-<dump_folder>/config.toml   every setting in effect, and the command; `CONFIG_FILE=<dump_folder>/config.toml
-                            ./run_train.sh` is that run again
+<dump_folder>/config.toml   every setting in effect, and the command; `blt-titan train <dump_folder>/config.toml`
+                            is that run again
 """
 
 import errno
@@ -13,13 +13,14 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import tomli_w
 
 from blt_titan.config.effective import effective_settings
+from blt_titan.config.read import CONFIG_FILE_KEY
 from blt_titan.config.run_config import RunConfig
 from blt_titan.data.store.atomic_file import write_atomically
 
@@ -132,8 +133,8 @@ def record_settings(
 
     Args:
         config: the run's settings.
-        command: overrides and options that it was started with; default those of this process.
-        environment: says how many ranks there are.
+        command: what a rank was started with: --job.config_file and overrides; default those of this process.
+        environment: NGPU and NNODES, the ranks of a node and the nodes, and WORLD_SIZE, if they are known.
 
     Raises:
         RunFolderError: the file cannot be written.
@@ -141,13 +142,16 @@ def record_settings(
     path = Path(config.job.dump_folder) / CONFIG_NAME
     settings = tomli_w.dumps(effective_settings(config))
     arguments = sys.argv[1:] if command is None else command
-    ranks = " ".join(f"{key}={environment[key]}" for key in ("NGPU", "NNODES") if key in environment)
-    said = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shlex.join(arguments))
+    ranks = [
+        f"{option}={environment[key]}"
+        for option, key in (("--nproc", "NGPU"), ("--nnodes", "NNODES"))
+        if environment.get(key, "1") != "1"
+    ]
     header = (
         f"# The settings of a run, started {time.strftime('%Y-%m-%d %H:%M:%S')} by\n"
-        f"#   {ranks + ' ' if ranks else ''}./run_train.sh {said}\n"
+        f"#   {_command_line([*_config_and_overrides(arguments), *ranks])}\n"
         f"# in {os.getcwd()!a} on {socket.gethostname()}, {environment.get('WORLD_SIZE', '1')} ranks. To resume it:\n"
-        f"#   {ranks + ' ' if ranks else ''}CONFIG_FILE={shlex.quote(str(path))} ./run_train.sh\n\n"
+        f"#   {_command_line([str(path), *ranks])}\n\n"
     )
     try:
         if path.exists() and not path.read_text(errors="replace").endswith("\n\n" + settings):
@@ -158,3 +162,23 @@ def record_settings(
             f"{path}: cannot be written ({error.strerror}); make room, or choose another job.dump_folder"
         ) from error
     return path
+
+
+def _config_and_overrides(arguments: Sequence[str]) -> list[str]:
+    """Put the configuration of a rank's arguments first, by its path alone, as `blt-titan train` takes it."""
+    option = f"--{CONFIG_FILE_KEY}"
+    rest: list[str] = []
+    configs: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name == option:
+            configs.append(value if equals else next(words, ""))
+        else:
+            rest.append(word)
+    return configs + rest
+
+
+def _command_line(words: Sequence[str]) -> str:
+    line = shlex.join(["blt-titan", "train", *words])
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)

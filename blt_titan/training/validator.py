@@ -8,17 +8,13 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-import blt_titan.titan  # noqa: F401
-
-# isort: split
-from torchtitan.components.validate import BaseValidator
-from torchtitan.distributed import ParallelDims
-from torchtitan.tools.utils import device_type
-
 from blt_titan.batch import Batch
+from blt_titan.config.run_config import RunConfig
 from blt_titan.data.rows.held_out import HeldOutRows
 from blt_titan.evaluation.rows import batch_scorer, batch_sums, score_batches
 from blt_titan.loss import ByteCrossEntropy
+from blt_titan.titan import BaseValidator, ParallelDims, device_type, logger
+from blt_titan.training.loader import context_slice, split_source
 from blt_titan.training.metrics import BLTMetrics
 
 
@@ -27,7 +23,7 @@ class BLTValidator(BaseValidator):
 
     def __init__(
         self,
-        job_config: Any,
+        job_config: RunConfig,
         rows: HeldOutRows,
         *,
         parallel_dims: ParallelDims,
@@ -76,19 +72,57 @@ class BLTValidator(BaseValidator):
     def _score_by_schedule(self, batch: Batch) -> torch.Tensor:
         """Score a batch through all pipeline stages; the ranks of the last one have the sums."""
         ids_BS, layout, labels_BS = batch
-        loss_fn = self.loss_fn
-        loss_fn.n_targets, loss_fn.eos_nats = 1.0, None
         losses: list[torch.Tensor] = []
-        self.pp_schedule.eval(
-            *((ids_BS,) if self.has_first_stage else ()),
-            layout=layout,
-            **({"target": labels_BS, "losses": losses} if self.has_last_stage else {}),
-        )
+        with self.loss_fn.step(1.0) as sums:
+            self.pp_schedule.eval(
+                *((ids_BS,) if self.has_first_stage else ()),
+                layout=layout,
+                **({"target": labels_BS, "losses": losses} if self.has_last_stage else {}),
+            )
         if not self.has_last_stage:
             return torch.zeros(4, dtype=torch.float64, device=labels_BS.device)
-        assert loss_fn.eos_nats is not None
-        return batch_sums(torch.stack(losses).sum(), loss_fn.eos_nats, labels_BS)
+        assert sums.eos_nats is not None
+        return batch_sums(torch.stack(losses).sum(), sums.eos_nats, labels_BS)
 
     def _sum_over_ranks(self, sums: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(sums if self.has_last_stage else sums.zero_())
         return sums
+
+
+def build_validator(
+    *,
+    job_config: RunConfig,
+    dp_world_size: int,
+    dp_rank: int,
+    parallel_dims: ParallelDims,
+    metrics_processor: Any,
+    **context,
+) -> BLTValidator:
+    """Build the held-out validation of one rank: what torchtitan asks for as `build_validator_fn`."""
+    validation, training = job_config.validation, job_config.training
+    rows_per_batch = training.local_batch_size if validation.local_batch_size < 0 else validation.local_batch_size
+    if parallel_dims.pp_enabled and rows_per_batch != training.local_batch_size:
+        logger.info(
+            f"validation.local_batch_size = {rows_per_batch} follows training.local_batch_size = "
+            f"{training.local_batch_size}, which the pipeline is built for; the held-out figure does not depend on it"
+        )
+        rows_per_batch = training.local_batch_size
+    rows = HeldOutRows(
+        split_source(job_config, "validation", training.seq_len if validation.seq_len < 0 else validation.seq_len),
+        dp_rank=dp_rank,
+        dp_size=dp_world_size,
+        rows_per_batch=rows_per_batch,
+        max_rows=None if validation.steps < 0 else validation.steps,
+        context_slice=context_slice(job_config),
+    )
+    return BLTValidator(
+        job_config,
+        rows,
+        parallel_dims=parallel_dims,
+        metrics=metrics_processor,
+        autocast=context["maybe_enable_amp"],
+        loss_fn=context["loss_fn"],
+        pp_schedule=context["pp_schedule"],
+        has_first_stage=bool(context["pp_has_first_stage"]),
+        has_last_stage=not parallel_dims.pp_enabled or bool(context["pp_has_last_stage"]),
+    )

@@ -78,13 +78,16 @@ def test_overrides_have_the_types_of_their_keys():
 def test_the_settings_that_a_run_records_give_the_same_run(tmp_path):
     overrides = [f"--job.dump_folder={tmp_path}", "--optimizer.lr=1e-3", '--data.mixture={"data/a b" = 0.3}']
     config = load_run_config([f"--job.config_file={DEBUG}", *overrides, "--training.dataset_path=None"])
-    path = record_settings(config, command=overrides, environment={"NGPU": "2"})
+    path = record_settings(
+        config, command=["--job.config_file=my.toml", *overrides], environment={"NGPU": "2", "NNODES": "1"}
+    )
     assert path == tmp_path / "config.toml"
     again = load_run_config([f"--job.config_file={path}"])
     assert settings_of(again) == settings_of(config) | {"job.config_file": str(path)}
     head = path.read_text().split("\n\n")[0]
-    assert "NGPU=2 ./run_train.sh --job.dump_folder=" in head
-    assert f"NGPU=2 CONFIG_FILE={path} ./run_train.sh" in head
+    assert "blt-titan train my.toml --job.dump_folder=" in head
+    assert "--nproc=2\n" in head
+    assert f"blt-titan train {path} --nproc=2" in head
     assert effective_settings(again) == effective_settings(config)
 
 

@@ -10,7 +10,7 @@ from blt_titan.config.read import load_run_config
 from blt_titan.hf.tensors import StoredTensors
 from blt_titan.model.blt import BLT
 from blt_titan.model.flavors import BLT_FLAVORS
-from blt_titan.training.spec import row_source
+from blt_titan.training.data import row_source
 from tests.helpers.small_entropy_model import model_of
 
 DEBUG = "--job.config_file=train_configs/debug.toml"
@@ -53,7 +53,7 @@ def test_a_run_that_begins_reads_its_entropy_model_when_it_scores(online_run, re
     check_run(config, world_size=1, verify_data=True)
     assert reads == [], "what a model is, its description says"
     for split in ("train", "validation"):
-        row_source(config, split, config.training.seq_len)
+        row_source(config.data, config.training, config.patching, split, seq_len=config.training.seq_len)
     assert len(reads) == 1
 
 
@@ -69,7 +69,7 @@ def test_a_run_that_goes_on_reads_its_entropy_model_once(online_run, reads, monk
     check_run(config, world_size=1, verify_data=False)
     assert len(positions) == 1, "the digest of the model is compared"
     for split in ("train", "validation"):
-        row_source(config, split, config.training.seq_len)
+        row_source(config.data, config.training, config.patching, split, seq_len=config.training.seq_len)
     assert len(reads) == 1
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from blt_titan.checkpoint.find import latest_checkpoint
-from blt_titan.training.spec import _merge_positions
+from blt_titan.training.loader import merge_positions
 from tests.helpers.small_loader import loader_of, rows_of
 
 STREAMS = 48
@@ -32,7 +32,7 @@ def main(rank: int, world_size: int, port: int, folder: Path, data: Path, worker
         dp_size=world_size,
         rows_per_batch=1,
         num_workers=workers,
-        merge_positions=_merge_positions,
+        merge_positions=merge_positions,
     )
     step = 0
     try:

@@ -14,7 +14,7 @@ from blt_titan.commands.score import main as score_entropies
 from blt_titan.commands.view import main as view_patches
 from blt_titan.data.store.errors import DataError
 from blt_titan.data.store.shards import ShardSet
-from blt_titan.training.spec import RowsDifferError
+from blt_titan.training.row_ranks import RowsDifferError
 from tests.helpers.distributed import run_distributed
 from tests.helpers.training_runs import losses, metrics, train
 

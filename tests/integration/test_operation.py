@@ -17,8 +17,8 @@ import torch
 from blt_titan.checkpoint.read import CheckpointError
 from blt_titan.config.check import check_run, load_run_config
 from blt_titan.config.read import RunConfigError
+from blt_titan.training.failures import NonFiniteLossError
 from blt_titan.training.run_folder import RunFolderError, RunLock, try_folder
-from blt_titan.training.trainer import NonFiniteLossError
 from tests.helpers.attacks import Attack
 from tests.helpers.distributed import run_distributed
 from tests.helpers.training_runs import losses, make_trainer, metrics, train
@@ -308,7 +308,7 @@ def test_a_full_disk_is_one_sentence(tmp_path):
 
 
 def test_a_run_goes_on_by_what_it_recorded(small_run, tmp_path):
-    """`CONFIG_FILE=<folder>/config.toml` alone is the same run."""
+    """The settings in `<folder>/config.toml` alone are the same run."""
     overrides = [*small_run, "--checkpoint.interval=2"]
     run_distributed(train, 1, str(tmp_path / "a"), *overrides, "--training.steps=2")
     straight = losses(tmp_path / "a")

@@ -36,14 +36,16 @@ def test_the_entropy_model_trains_by_the_same_trainer(small_run, tmp_path):
 def train_and_evaluate(out: str, overrides: list[str]) -> tuple[float, float]:
     from blt_titan.config.check import load_run_config
     from blt_titan.data.rows.held_out import HeldOutRows
-    from blt_titan.training.spec import row_source
+    from blt_titan.training.data import row_source
 
     overrides = [*overrides, "--validation.enable", "--validation.local_batch_size=3"]
     train(out, *overrides)
     model = BLT(BLT_FLAVORS["debug"]).eval()
     load_weights(model, latest_checkpoint(f"{out}/checkpoint"))
     config = load_run_config([f"--job.config_file={CONFIG_FILE}", *overrides])
-    rows = HeldOutRows(row_source(config, "validation", config.training.seq_len), rows_per_batch=5)
+    seq_len = config.training.seq_len
+    source = row_source(config.data, config.training, config.patching, "validation", seq_len=seq_len)
+    rows = HeldOutRows(source, rows_per_batch=5)
     return score_batches(batch_scorer(model), rows).bits_per_byte, metrics(out)[-1]["heldout_bits_per_byte"]
 
 

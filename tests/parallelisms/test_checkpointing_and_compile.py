@@ -5,16 +5,12 @@ from typing import Any
 import pytest
 import torch
 
-import blt_titan.titan  # noqa: F401
-
-# isort: split
-from torchtitan.config import ActivationCheckpoint
-
 from blt_titan.data.rows.collate import collate_rows
 from blt_titan.data.rows.packing import RowShape
 from blt_titan.loss import ByteCrossEntropy
 from blt_titan.model.blt import BLT
 from blt_titan.model.flavors import BLT_FLAVORS
+from blt_titan.titan import ActivationCheckpoint
 from parallelisms.activation_checkpointing import checkpoint_global_blocks, checkpoint_local_blocks
 from parallelisms.parallelize import apply_compile
 from tests.helpers.distributed import run_distributed
@@ -82,8 +78,9 @@ def saved_with(mode: str, option: str, local: bool) -> int:
     if local:
         checkpoint_local_blocks(model)
     batch = collate_rows(word_rows(2, SHAPE), SHAPE)
-    with LiveBytes() as live:
-        loss = ByteCrossEntropy()(model(batch.ids_BS, batch.layout), batch.labels_BS)
+    loss_fn = ByteCrossEntropy()
+    with loss_fn.step(1.0), LiveBytes() as live:
+        loss = loss_fn(model(batch.ids_BS, batch.layout), batch.labels_BS)
     assert loss.requires_grad
     return live.total
 

@@ -21,7 +21,8 @@ from blt_titan.model.args import BLTArgs
 from blt_titan.patching import entropy_patch_starts
 from blt_titan.patching.rounding import from_storage, to_storage
 from blt_titan.scoring import score_data as module
-from blt_titan.scoring.entropies import EntropyScorer, OnlineEntropies
+from blt_titan.scoring.entropies import EntropyScorer
+from blt_titan.scoring.online import OnlineEntropies
 from blt_titan.scoring.score_data import score_data, sidecar_settings
 from tests.helpers.small_entropy_model import ARGS, ENTROPY_ATOL, model_of, scored_alone
 

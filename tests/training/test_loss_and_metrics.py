@@ -17,22 +17,41 @@ def test_loss_is_the_sum_over_targets_and_keeps_eos_apart():
     logits = torch.randn(2, 5, 260, requires_grad=True)
     labels = torch.tensor([[70, EOS_ID, IGNORE_LABEL, 4, 5], [IGNORE_LABEL] * 4 + [EOS_ID]], dtype=torch.int32)
     loss_fn = ByteCrossEntropy()
-    loss = loss_fn(logits, labels)
+    with loss_fn.step(1.0) as sums:
+        loss = loss_fn(logits, labels)
     log_p = logits.log_softmax(-1)
     nats = {(b, s): -log_p[b, s, labels[b, s]].item() for b in (0, 1) for s in range(5) if labels[b, s] >= 0}
     assert loss.item() == pytest.approx(sum(nats.values()), rel=1e-6)
-    assert loss_fn.eos_nats is not None
-    assert loss_fn.eos_nats.item() == pytest.approx(nats[0, 1] + nats[1, 4], rel=1e-6)
-    loss_fn(logits, labels)
-    assert loss_fn.eos_nats.item() == pytest.approx(2 * (nats[0, 1] + nats[1, 4]), rel=1e-6)
+    assert sums.eos_nats is not None
+    assert sums.eos_nats.item() == pytest.approx(nats[0, 1] + nats[1, 4], rel=1e-6)
+    with loss_fn.step(4.0) as sums:
+        quarters = [loss_fn(logits, labels).item() for _ in range(2)]
+    assert quarters == [loss.item() / 4] * 2
+    assert sums.eos_nats is not None
+    assert sums.eos_nats.item() == pytest.approx(2 * (nats[0, 1] + nats[1, 4]), rel=1e-6)
     loss.backward()
     assert logits.grad is not None
     assert not logits.grad[0, 2].any()
 
 
+def test_a_step_leaves_nothing_behind():
+    logits, labels = torch.randn(1, 3, 260), torch.tensor([[EOS_ID, 70, 71]])
+    loss_fn = ByteCrossEntropy()
+    with pytest.raises(ValueError, match="of the step"), loss_fn.step(4.0):
+        raise ValueError("of the step")
+    with pytest.raises(AssertionError, match="outside of a step"):
+        loss_fn(logits, labels)
+    with loss_fn.step(1.0) as sums:
+        assert sums.eos_nats is None
+        with pytest.raises(AssertionError, match="a step within a step"), loss_fn.step(1.0):
+            pass
+
+
 def test_a_batch_without_targets_weighs_nothing():
     logits = torch.randn(1, 3, 260, requires_grad=True)
-    loss = ByteCrossEntropy()(logits, torch.full((1, 3), IGNORE_LABEL))
+    loss_fn = ByteCrossEntropy()
+    with loss_fn.step(1.0):
+        loss = loss_fn(logits, torch.full((1, 3), IGNORE_LABEL))
     loss.backward()
     assert loss.item() == 0
     assert logits.grad is not None

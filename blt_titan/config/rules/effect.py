@@ -2,14 +2,9 @@
 
 from collections.abc import Iterator
 
-import blt_titan.titan  # noqa: F401
-
-# isort: split
-from torchtitan.config import ActivationCheckpoint, Checkpoint, Model
-from torchtitan.config.job_config import DataLoader, Float8Linear
-
 from blt_titan.config.rules.bounds import shown
 from blt_titan.job_config import EntropyModel, HashEmbedding, LocalBlocks
+from blt_titan.titan import ActivationCheckpoint, Checkpoint, DataLoader, Float8Linear, Model
 from parallelisms.float8 import CONVERTER
 
 

@@ -3,13 +3,8 @@
 import importlib.util
 from collections.abc import Iterator
 
-import blt_titan.titan  # noqa: F401
-
-# isort: split
-from torchtitan.config import Checkpoint, LRScheduler, Metrics, Model, Profiling, Training
-from torchtitan.tools.utils import device_type
-
 from blt_titan.job_config import Export
+from blt_titan.titan import Checkpoint, LRScheduler, Metrics, Model, Profiling, Training, device_type
 
 
 def schedule(lr_scheduler: LRScheduler, training: Training) -> Iterator[str]:

@@ -4,17 +4,11 @@ import importlib.util
 import math
 from collections.abc import Iterator
 
-import blt_titan.titan  # noqa: F401
-
-# isort: split
-from torchtitan.config import Model
-from torchtitan.config.job_config import Compile
-from torchtitan.tools.utils import device_type, has_cuda_capability
-
 from blt_titan.config.rules.ranks import data_parallel
 from blt_titan.config.run_config import RunConfig
 from blt_titan.model.args import BLTArgs
 from blt_titan.model.flavors import BLT_FLAVORS, ENTROPY_FLAVORS
+from blt_titan.titan import Compile, Model, device_type, has_cuda_capability
 from parallelisms.float8 import CONVERTER, uses_float8
 from parallelisms.parallelize import compiles_model
 from parallelisms.pipeline import SCHEDULES, SPLIT_BACKWARD_SCHEDULES, V_SCHEDULES, n_stages

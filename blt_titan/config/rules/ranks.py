@@ -4,13 +4,9 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import blt_titan.titan  # noqa: F401
-
-# isort: split
-from torchtitan.config import Checkpoint, Parallelism, Training
-
 from blt_titan.config.rules.bounds import shown
 from blt_titan.job_config import Data
+from blt_titan.titan import Checkpoint, Parallelism, Training
 
 _DEGREES = (
     "data_parallel_replicate_degree",

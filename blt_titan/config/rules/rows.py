@@ -2,13 +2,9 @@
 
 from collections.abc import Iterator
 
-import blt_titan.titan  # noqa: F401
-
-# isort: split
-from torchtitan.config import Training, Validation
-
 from blt_titan.job_config import Data, Patching
 from blt_titan.patching.rule import PatchRule
+from blt_titan.titan import Training, Validation
 
 
 def text(training: Training, data: Data) -> Iterator[str]:

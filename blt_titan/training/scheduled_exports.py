@@ -1,0 +1,88 @@
+"""When a run's checkpoints become Hugging Face directories (`export.hf_every`): rank 0 exports, all wait at the end."""
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from blt_titan.checkpoint.description import Description
+from blt_titan.job_config import Export
+from blt_titan.training.exports import HFExports
+
+_LONGEST_EXPORT = timedelta(hours=12)
+"""All ranks wait for the last export, which may take longer than a collective of training ever should."""
+
+
+class ScheduledExports:
+    """The exports of a run, on each of its ranks; building it is collective.
+
+    Args:
+        export: the run's settings.
+        checkpoints: the folder of the run's `step-N`.
+        out: the folder to write directories in.
+        description: of the model, as its checkpoints have it.
+        entropy_checkpoint: of the model that the run's patches go by, if it scores while it trains.
+        interval: steps between checkpoints.
+        last_step: of the run, which is exported in any case.
+    """
+
+    def __init__(
+        self,
+        export: Export,
+        *,
+        checkpoints: Path,
+        out: Path,
+        description: Description,
+        entropy_checkpoint: str | None,
+        interval: int,
+        last_step: int,
+    ):
+        self._every, self._interval, self._last_step = export.hf_every, interval, last_step
+        self._group: Any = dist.new_group(backend="gloo", timeout=_LONGEST_EXPORT)
+        self._exports: HFExports | None = None
+        if dist.get_rank() == 0:
+            self._exports = HFExports(
+                checkpoints,
+                out,
+                description=description,
+                entropy_checkpoint=export.entropy_checkpoint or entropy_checkpoint,
+                dtype=export.dtype,
+                force=export.force,
+            )
+
+    def resume_at(self, step: int) -> None:
+        """Go on with what an earlier start of the run left undone up to `step`; at 0 what is there is another run's."""
+        if self._exports is not None:
+            self._exports.go_on_from(step, self._is_exported)
+
+    def after_step(self, step: int, *, saves: bool) -> None:
+        """Look after exports, and add the step's own if it `saves` one: it is exported once it is complete."""
+        if self._exports is None:
+            return
+        if saves and self._is_exported(step):
+            self._exports.add(step)
+        self._exports.poll()
+
+    def finish(self) -> None:
+        """Wait for all exports; collective.
+
+        Raises:
+            ExportFailedError: on rank 0, one failed.
+        """
+        try:
+            if self._exports is not None:
+                self._exports.finish()
+        finally:
+            dist.barrier(group=self._group)
+
+    def stop(self) -> None:
+        """End what is under way; the run that resumes this one does it."""
+        if self._exports is not None:
+            self._exports.stop()
+
+    def _is_exported(self, step: int) -> bool:
+        if step == 0:  # a seed checkpoint
+            return False
+        checkpoints, beside = divmod(step, self._interval)
+        return step == self._last_step or (not beside and checkpoints % self._every == 0)
