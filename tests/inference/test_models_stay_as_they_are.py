@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from blt_titan.hf.verify.transformers_order import in_transformers_order
 
 from blt_titan.batch import IGNORE_LABEL
 from blt_titan.byte_vocab import document_ids
