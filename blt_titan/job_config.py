@@ -47,11 +47,12 @@ class Data:
 class Patching:
     """Where patches begin."""
 
-    rule: Literal["space", "static", "byte", "global", "monotonic", "add"] = "space"
+    rule: str = "space"
     """
     'space': at spaces and punctuation; 'static': every `stride` bytes; 'byte': everywhere. By the entropy of the next
     byte, 'global': where it is above `threshold`; 'monotonic': where it rises by more; 'add': where it is above
-    `threshold` and rises by more than `threshold_add`.
+    `threshold` and rises by more than `threshold_add`. Or a rule of your own, which the module
+    `experimental.custom_import` registers (`patching/registry.py`).
     """
     stride: int | None = None
     """Bytes of a patch under rule = 'static'."""

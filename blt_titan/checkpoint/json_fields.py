@@ -21,10 +21,9 @@ from blt_titan.model.args import BLTArgs, EntropyModelArgs
 from blt_titan.model.attention import AttentionBackend
 from blt_titan.model.hash_embedding import HASH_PRIMES
 from blt_titan.model.initialization import DepthScaling
-from blt_titan.patching.entropy import EntropyRule
+from blt_titan.patching.registry import is_registered, unregistered
 from blt_titan.patching.rounding import Storage
 from blt_titan.patching.rule import PatchRule
-from blt_titan.patching.text import TextRule
 
 _LARGEST_JSON_BYTES = 64 * 1024**2
 """An index of a million tensors is as large."""
@@ -183,7 +182,7 @@ HASH_FUNCTIONS = partial(whole, 1, len(HASH_PRIMES))
 THETA = partial(number, 1.0, 1e15)
 NATS = partial(number, -1e6, 1e6)
 RULE: Mapping[str, Field] = {
-    "rule": text(choices=(*get_args(EntropyRule), *get_args(TextRule))),
+    "rule": text(),
     "threshold": NATS(None, null=True),
     "threshold_add": NATS(None, null=True),
     "stride": BYTES(None, null=True),
@@ -266,6 +265,8 @@ def read_rule(content: Any, where: str) -> PatchRule:
     if not isinstance(content, Mapping):
         raise FieldError(f"{where}: holds {reprlib.repr(content)}, expected an object")
     refuse_unknown(content, list(RULE), f"{where}.")
+    if isinstance(name := content.get("rule"), str) and not is_registered(name):
+        raise FieldError(f"{where}.rule = {reprlib.repr(name)}, {unregistered()}")
     return valid_rule(PatchRule(**read_fields(content, RULE, f"{where}.")), where)
 
 

@@ -15,6 +15,7 @@ from blt_titan.config.refer import refer
 from blt_titan.config.rules.ranks import data_parallel
 from blt_titan.config.rules.sound import sound
 from blt_titan.config.run_config import RunConfig
+from blt_titan.custom_import import CustomImportError, import_custom
 from blt_titan.data.store.errors import DataError
 from blt_titan.training.run_folder import RunFolderError, try_folder
 
@@ -35,6 +36,12 @@ def check_run(config: RunConfig, *, world_size: int, verify_data: bool, look_at_
         DataError: naming the file.
         CheckpointError: likewise.
     """
+    # First: it may register what other settings name.
+    if (module := config.experimental.custom_import) != "":
+        try:
+            import_custom(module)
+        except CustomImportError as error:
+            raise RunConfigError(f"experimental.custom_import = {error}") from error
     if faults := sound(config, world_size):
         raise RunConfigError(*faults)
     dp = data_parallel(config.parallelism, world_size)

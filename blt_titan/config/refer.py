@@ -1,4 +1,4 @@
-"""What a run's settings refer to: modules, the text and its entropies, the checkpoint it begins from, entropy models.
+"""What a run's settings refer to: the text and its entropies, the checkpoint it begins from, entropy models.
 
 In: settings that are sound by themselves (`rules/sound.py`). Out: nothing, or the error of the first thing that is
 missing, damaged or of another run. Asked once per node; ranks that start later find what was checked here.
@@ -7,7 +7,6 @@ The decision that is not obvious: no weights are read to learn what a model is. 
 which is when a run goes on from a checkpoint or exports with a patcher, and then once in a process (`online_model`).
 """
 
-import importlib
 from pathlib import Path
 
 from blt_titan.checkpoint.load import find_entropy_model
@@ -42,7 +41,6 @@ def refer(config: RunConfig, *, dp: int, verify_data: bool) -> None:
         DataError: naming the file.
         CheckpointError: likewise.
     """
-    _import_custom(config.experimental.custom_import)
     _check_seed_checkpoint(config)
     checkpoint = checkpoint_to_load(config)
     weights_only = checkpoint is not None and loads_weights_only(config, checkpoint)
@@ -56,17 +54,6 @@ def refer(config: RunConfig, *, dp: int, verify_data: bool) -> None:
         _check_position(config, shards[0], checkpoint, dp)
     if config.export.hf_every:
         _check_export(config, shards[0])
-
-
-def _import_custom(name: str) -> None:
-    if name == "":
-        return
-    try:
-        importlib.import_module(name)
-    except Exception as error:  # whatever a module of the user's raises
-        raise RunConfigError(
-            f"experimental.custom_import = {name!r}: cannot be imported ({type(error).__name__}: {error})"
-        ) from error
 
 
 def _check_seed_checkpoint(config: RunConfig) -> None:

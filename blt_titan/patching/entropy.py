@@ -71,6 +71,32 @@ def entropy_patch_starts(
             range, or the entropies are not 1-D, empty or NaN (NaN is looked for in numpy arrays only: with
             tensors the host would wait for the device).
     """
+    ends = entropy_patch_ends(
+        entropies_nats,
+        rule=rule,
+        threshold=threshold,
+        threshold_add=threshold_add,
+        patch_size=patch_size,
+        include_next=include_next,
+        begins=begins,
+    )
+    return limit_patch_bytes(ends_to_starts(ends, include_next=include_next), max_patch_bytes)
+
+
+def entropy_patch_ends(
+    entropies_nats: ArrayT,
+    *,
+    rule: EntropyRule,
+    threshold: float | None = None,
+    threshold_add: float | None = None,
+    patch_size: int | None = None,
+    include_next: bool = True,
+    begins: ArrayT | None = None,
+) -> Any:
+    """Mark where patches end, bool [N]: the position after one that is marked begins a patch.
+
+    Arguments and errors are those of `entropy_patch_starts`; `include_next` matters to `topk` alone.
+    """
     number = _checked_options(rule, threshold=threshold, threshold_add=threshold_add, patch_size=patch_size)
     h_N = _checked_entropies(entropies_nats)
     if begins is not None and (begins.shape != h_N.shape or rule == "topk"):
@@ -78,7 +104,6 @@ def entropy_patch_starts(
             f"begins: bool of the entropies' shape {tuple(h_N.shape)} for every rule but 'topk', got "
             f"{tuple(begins.shape)} for rule={rule!r}"
         )
-    # ends[i]: a patch ends at i, so that i + 1 starts one.
     match rule:
         case "global":
             ends = h_N > number["threshold"]
@@ -97,7 +122,7 @@ def entropy_patch_starts(
     _set_nth(ends, 0, begins, True)
     if begins is not None:
         ends[:-1] |= begins[1:]  # a document's last position ends a patch
-    return limit_patch_bytes(ends_to_starts(ends, include_next=include_next), max_patch_bytes)
+    return ends
 
 
 def patch_lengths(

@@ -7,24 +7,16 @@ patch ends there. Both answer alike (a test compares them), so a text is cut as 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
-from blt_titan.byte_vocab import BYTE_OFFSET
-from blt_titan.patching.entropy import EntropyRule, entropy_patch_starts
+import blt_titan.patching.built_in  # noqa: F401  (registers them)
+from blt_titan.patching.limits import ends_to_starts, limit_patch_bytes
+from blt_titan.patching.registry import NextBytes, built_in_names, is_registered, rule_kind, unregistered
 from blt_titan.patching.rounding import Storage, from_storage, to_storage
-from blt_titan.patching.text import rule_patch_starts, space_like_ids
 
-TAKES: Mapping[str, tuple[str, ...]] = {
-    "space": (),
-    "static": ("stride",),
-    "byte": (),
-    "global": ("threshold",),
-    "monotonic": ("threshold",),
-    "add": ("threshold", "threshold_add"),
-}
-"""The causal rules, each with the fields that it goes by."""
+__all__ = ["PatchCursor", "PatchRule", "built_in_names", "is_registered"]
 
 
 @dataclass(frozen=True)
@@ -58,17 +50,15 @@ class PatchRule:
             prefix: of the fields' names in the sentences, `patching.` where a TOML says them.
 
         >>> list(PatchRule("space", stride=4).faults())
-        ["rule = 'space' with stride = 4: 'static' needs a stride of at least 1 byte, the other rules take none"]
+        ["rule = 'space' with stride = 4: 'space' takes no stride"]
         """
-        if self.rule not in TAKES:
-            yield f"{prefix}rule = {self.rule!r}: must be one of {', '.join(map(repr, TAKES))}"
+        if not is_registered(self.rule):
+            yield f"{prefix}rule = {self.rule!r}: {unregistered()}"
             return
-        takes = TAKES[self.rule]
+        takes = rule_kind(self.rule).takes
         if (self.stride is not None) != ("stride" in takes) or (self.stride is not None and self.stride < 1):
-            yield (
-                f"{prefix}rule = {self.rule!r} with {prefix}stride = {self.stride}: 'static' needs a stride of at "
-                "least 1 byte, the other rules take none"
-            )
+            needed = "needs a stride of at least 1 byte" if "stride" in takes else "takes no stride"
+            yield f"{prefix}rule = {self.rule!r} with {prefix}stride = {self.stride}: {self.rule!r} {needed}"
         for name, nats in (("threshold", self.threshold), ("threshold_add", self.threshold_add)):
             if (name in takes) != (nats is not None):
                 yield (
@@ -86,8 +76,12 @@ class PatchRule:
 
     @property
     def by_entropy(self) -> bool:
-        """Whether entropies decide."""
-        return self.rule in get_args(EntropyRule)
+        """Whether entropies decide.
+
+        Raises:
+            ValueError: the rule is not registered.
+        """
+        return rule_kind(self.rule).by_entropy
 
     def as_settings(self) -> dict[str, Any]:
         """Return what `[patching]` of a TOML says, by name."""
@@ -124,43 +118,37 @@ class PatchRule:
 
         Returns:
             bool [N], or [N + 1] with `include_next`.
+
+        Raises:
+            ValueError: the rule is not registered, lacks an option or got one that it does not use.
         """
-        if not self.by_entropy:
-            return rule_patch_starts(
-                ids,
-                rule=self.rule,  # pyright: ignore[reportArgumentType]
-                stride=self.stride,
-                max_patch_bytes=self.max_patch_bytes,
-                include_next=include_next,
-            )
-        assert entropies_nats is not None, f"rule={self.rule!r} needs entropies"
-        return entropy_patch_starts(
-            entropies_nats,
-            rule=self.rule,  # pyright: ignore[reportArgumentType]
-            threshold=self.threshold,
-            threshold_add=self.threshold_add,
-            max_patch_bytes=self.max_patch_bytes,
-            begins=begins,
-            include_next=include_next,
-        )
+        if faults := list(self.faults()):
+            raise ValueError("; ".join(faults))
+        kind = rule_kind(self.rule)
+        assert entropies_nats is not None or not kind.by_entropy, f"rule={self.rule!r} needs entropies"
+        ends = kind.mark_all(self, ids, entropies_nats if kind.by_entropy else None, begins)
+        return limit_patch_bytes(ends_to_starts(ends, include_next=include_next), self.max_patch_bytes)
 
 
 class PatchCursor:
     """Follows one or several documents byte by byte, and tells after each whether a patch ends there.
 
     Args:
-        rule: any but `topk`, which looks ahead.
+        rule: a registered one. One that has no `mark_next` is asked about the whole document anew at each byte.
         rows: documents side by side.
+
+    Raises:
+        ValueError: the rule is not registered.
     """
 
     def __init__(self, rule: PatchRule, rows: int = 1):
-        if rule.rule == "topk":
-            raise ValueError("rule='topk' looks at the whole document; generation needs a causal rule")
-        self._rule = rule
+        self._rule, self._mark_next = rule, rule_kind(rule.rule).mark_next
+        self._unlimited = replace(rule, max_patch_bytes=None)
         self._position = np.zeros(rows, np.int64)
         self._held = np.zeros(rows, np.int64)  # since the last start that the rule set, as `limit_patch_bytes` counts
+        self._before_ids = np.zeros(rows, np.int64)
         self._before_nats = np.zeros(rows, np.float32)
-        self._before_is_space_like = np.zeros(rows, bool)
+        self._read: list[tuple[list[int], list[float]]] = [([], []) for _ in range(rows)]
 
     def ends(self, ids_B: np.ndarray, entropies_B: np.ndarray | None = None) -> np.ndarray:
         """Take the next byte of each document; return whether a patch ends with it, bool [B].
@@ -170,39 +158,29 @@ class PatchCursor:
             entropies_B: after each byte, fp32, rounded; of rules by entropy only.
         """
         rule = self._rule
-        position = self._position
-        special = ids_B < BYTE_OFFSET
-        space_like = space_like_ids(ids_B)
-        match rule.rule:
-            case "space":
-                ends = special | (space_like & ~self._before_is_space_like)
-            case "static":
-                assert rule.stride is not None
-                ends = special | (position % rule.stride == 0)
-            case "byte":
-                ends = np.ones(len(ids_B), bool)
-            case "global" | "monotonic" | "add":
-                assert entropies_B is not None
-                h = entropies_B.astype(np.float32)
-                rises = h - self._before_nats
-                # As in `entropy_patch_starts`: Python floats, so that the comparison is in float32.
-                threshold = float(rule.threshold)  # pyright: ignore[reportArgumentType]
-                if rule.rule == "global":
-                    ends = h > threshold
-                elif rule.rule == "monotonic":
-                    ends = (rises > threshold) | (position == 1)
-                else:
-                    threshold_add = float(rule.threshold_add)  # pyright: ignore[reportArgumentType]
-                    ends = (h > threshold) & (rises > threshold_add)
-                    ends = (ends & (position != 2)) | (position == 1)
-                ends = ends | (position == 0)
-                self._before_nats = h
-            case other:
-                raise ValueError(f"rule={other!r} is not known")
-        self._before_is_space_like = space_like
-        self._position = position + 1
+        if entropies_B is not None:
+            entropies_B = entropies_B.astype(np.float32)
+        if self._mark_next is None:
+            ends = self._marked_anew(ids_B, entropies_B)
+        else:
+            at = NextBytes(ids_B, entropies_B, self._position, self._before_ids, self._before_nats)
+            ends = self._mark_next(rule, at)
+        self._before_ids = ids_B
+        if entropies_B is not None:
+            self._before_nats = entropies_B
+        self._position = self._position + 1
         self._held = np.where(ends, 0, self._held + 1)
         return ends if rule.max_patch_bytes is None else ends | (self._held % rule.max_patch_bytes == 0)
+
+    def _marked_anew(self, ids_B: np.ndarray, entropies_B: np.ndarray | None) -> np.ndarray:
+        ends = np.empty(len(ids_B), bool)
+        for row, (ids, nats) in enumerate(self._read):
+            ids.append(int(ids_B[row]))
+            if entropies_B is not None:
+                nats.append(float(entropies_B[row]))
+            entropies = None if entropies_B is None else np.array(nats, np.float32)
+            ends[row] = self._unlimited.mark(np.array(ids), entropies, include_next=True)[-1]
+        return ends
 
     def catch_up(self, ids_BS: np.ndarray, entropies_BS: np.ndarray | None, lengths_B: np.ndarray) -> None:
         """Take the beginnings of documents, of different lengths, before the first byte.
@@ -214,11 +192,12 @@ class PatchCursor:
         """
         rows, last = np.arange(len(lengths_B)), lengths_B - 1
         self._position = lengths_B.astype(np.int64)
-        self._before_is_space_like = space_like_ids(ids_BS[rows, last])
+        self._before_ids = ids_BS[rows, last]
         if entropies_BS is not None:
             self._before_nats = entropies_BS[rows, last].astype(np.float32)
-        unlimited = replace(self._rule, max_patch_bytes=None)
         for row, length in enumerate(lengths_B.tolist()):
             entropies = None if entropies_BS is None else entropies_BS[row, :length]
-            starts = unlimited.mark(ids_BS[row, :length], entropies, include_next=True)
+            starts = self._unlimited.mark(ids_BS[row, :length], entropies, include_next=True)
             self._held[row] = length - np.flatnonzero(starts)[-1]
+            if self._mark_next is None:
+                self._read[row] = (ids_BS[row, :length].tolist(), [] if entropies is None else entropies.tolist())

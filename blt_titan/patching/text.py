@@ -51,8 +51,6 @@ def rule_patch_starts(
         case "space":
             return space_patch_starts(ids, include_next=include_next, max_patch_bytes=max_patch_bytes)
         case "static":
-            if stride is None:
-                raise ValueError("stride=None: rule='static' needs a number of bytes, at least 1")
             return static_patch_starts(ids, stride=stride, include_next=include_next, max_patch_bytes=max_patch_bytes)
         case "byte":
             return byte_patch_starts(ids, include_next=include_next, max_patch_bytes=max_patch_bytes)
@@ -79,17 +77,22 @@ def space_patch_starts(ids: ArrayT, *, include_next: bool = False, max_patch_byt
         ValueError: `ids` are not 1-D or not integers of at least 16 bits, a numpy array holds one outside the
             vocabulary, or `max_patch_bytes` is below 1.
     """
+    return limit_patch_bytes(ends_to_starts(space_patch_ends(ids), include_next=include_next), max_patch_bytes)
+
+
+def space_patch_ends(ids: ArrayT) -> Any:
+    """Mark where patches end by the rule `space`, bool [N]; arguments and errors as `space_patch_starts`."""
     _check_ids(ids)
     special: Any = ids < BYTE_OFFSET
     # A look-up is several times faster than comparing, but on a device the table would have to be copied there.
     space_like: Any = _is_space_like(ids) if isinstance(ids, torch.Tensor) else _SPACE_LIKE_IDS[ids]
     ends = special | space_like
     ends[1:] &= ~(space_like[1:] & space_like[:-1])
-    return limit_patch_bytes(ends_to_starts(ends, include_next=include_next), max_patch_bytes)
+    return ends
 
 
 def static_patch_starts(
-    ids: ArrayT, *, stride: int, include_next: bool = False, max_patch_bytes: int | None = None
+    ids: ArrayT, *, stride: int | None, include_next: bool = False, max_patch_bytes: int | None = None
 ) -> ArrayT:
     """Start a patch at positions 0 and 1 of each document, then at every `stride`-th one.
 
@@ -112,21 +115,33 @@ def static_patch_starts(
     Raises:
         ValueError: `stride` is below 1, or as `space_patch_starts`.
     """
+    ends = static_patch_ends(ids, stride=stride)
+    return limit_patch_bytes(ends_to_starts(ends, include_next=include_next), max_patch_bytes)
+
+
+def static_patch_ends(ids: ArrayT, *, stride: int | None) -> Any:
+    """Mark where patches end by the rule `static`, bool [N]; arguments and errors as `static_patch_starts`."""
     _check_ids(ids)
+    if stride is None:
+        raise ValueError("stride=None: rule='static' needs a number of bytes, at least 1")
     if stride < 1:
         raise ValueError(f"stride={stride}: must be at least 1")
     begins: Any = ids == BOS_ID
     # Position p of a document ends a patch iff p + 1 starts one, which 1, 1 + stride, 1 + 2 * stride, ... do.
     ends = (positions_since(begins) % stride == 0) | (ids < BYTE_OFFSET)
     ends[:-1] |= begins[1:]
-    return limit_patch_bytes(ends_to_starts(ends, include_next=include_next), max_patch_bytes)
+    return ends
 
 
 def byte_patch_starts(ids: ArrayT, *, include_next: bool = False, max_patch_bytes: int | None = None) -> ArrayT:
     """Start a patch at every position; arguments, result and errors as `space_patch_starts`."""
+    return limit_patch_bytes(ends_to_starts(byte_patch_ends(ids), include_next=include_next), max_patch_bytes)
+
+
+def byte_patch_ends(ids: ArrayT) -> Any:
+    """Mark where patches end by the rule `byte`: everywhere, bool [N]."""
     _check_ids(ids)
-    ends: Any = ids == ids
-    return limit_patch_bytes(ends_to_starts(ends, include_next=include_next), max_patch_bytes)
+    return ids == ids
 
 
 def space_like_ids(ids: np.ndarray) -> np.ndarray:

@@ -45,7 +45,7 @@ def test_fields_are_those_of_the_configuration():
     assert PatchRule.of(rule) == rule
 
 
-def test_a_rule_that_looks_ahead_has_no_cursor():
+def test_a_rule_that_looks_ahead_is_not_registered():
     with pytest.raises(ValueError, match="topk"):
         PatchCursor(PatchRule("topk"))
 
@@ -58,7 +58,7 @@ def test_a_rule_that_cuts_has_no_fault(rule: PatchRule):
 @pytest.mark.parametrize(
     ("rule", "named"),
     [
-        (PatchRule("space", stride=4), ["patching.stride = 4"]),
+        (PatchRule("space", stride=4), ["patching.stride = 4: 'space' takes no stride"]),
         (PatchRule("static"), ["patching.stride = None: 'static' needs a stride"]),
         (PatchRule("static", stride=0), ["patching.stride = 0: 'static' needs a stride"]),
         (PatchRule("global"), ["rule = 'global' needs patching.threshold, in nats"]),

@@ -7,6 +7,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from blt_titan.data.store.names import is_plain
+from blt_titan.patching.rule import built_in_names, is_registered
 
 MAX_SEED = 2**63 - 1
 _MAX_COUNT = 2**31 - 1
@@ -100,6 +101,10 @@ _RESERVED = ("config.toml", "run.lock", "metrics.jsonl", "quarantined.jsonl", "h
 FOLDER = Rule(_is_inside, f"a path inside job.dump_folder, without '..', and not {', '.join(_RESERVED)}")
 FILE = Rule(lambda v: v is None or _is_inside(v), FOLDER.allowed)
 PLAIN_NAME = Rule(is_plain, "a plain name: letters, digits, '.', '_' and '-', first a letter or a digit")
+PATCH_RULE = Rule(
+    is_registered,
+    f"one of {', '.join(map(repr, built_in_names()))}, or a rule that the module experimental.custom_import registers",
+)
 PATH = Rule(lambda v: v is None or _is_path(v), "a path: not empty, and of names that a file system takes")
 
 

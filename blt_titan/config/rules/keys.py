@@ -15,6 +15,7 @@ from blt_titan.config.rules.bounds import (
     FILE,
     FOLDER,
     MAX_SEED,
+    PATCH_RULE,
     PATH,
     PLAIN_NAME,
     TEXT,
@@ -230,7 +231,7 @@ KEYS: dict[str, dict[str, Rule]] = {
         "verify_bytes_at_start": whole(0, MAX_SEED),
     },
     "patching": {
-        "rule": ANY,
+        "rule": PATCH_RULE,
         "stride": whole(1),
         "threshold": number(-math.inf),
         "threshold_add": number(-math.inf),
