@@ -6,8 +6,10 @@
 of the 256 bytes, byte b as id b + 4.
 """
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
 
 from blt_titan.byte_vocab import BOS_ID, BOUNDARY_ID, BYTE_OFFSET, EOS_ID, RESERVED_ID, bytes_to_ids
 
@@ -18,6 +20,50 @@ class ByteTokenizer:
     """Text or bytes to ids and back; every byte sequence survives."""
 
     bos_id, eos_id, pad_id = BOS_ID, EOS_ID, RESERVED_ID
+
+    def __call__(
+        self,
+        text: str | bytes | Sequence[str | bytes],
+        *,
+        padding: bool = False,
+        return_tensors: Literal["pt", "np"] | None = None,
+        add_bos: bool = True,
+        add_eos: bool = False,
+    ) -> dict[str, Any]:
+        """Return ids and which of them are real, as tokenizers of `transformers` do.
+
+        >>> ByteTokenizer()(["hé", "a"], padding=True)
+        {'input_ids': [[1, 108, 199, 173], [1, 101, 3, 3]], 'attention_mask': [[1, 1, 1, 1], [1, 1, 0, 0]]}
+
+        Args:
+            text: one, or several.
+            padding: add `pad_id` on the right up to the longest.
+            return_tensors: `pt` for torch, `np` for NumPy: int64 [B, S], also of one text; None for lists.
+            add_bos: put BOS before each text.
+            add_eos: put EOS after it.
+
+        Returns:
+            `input_ids` and `attention_mask`, 1 where an id is real.
+
+        Raises:
+            ValueError: tensors of texts of different lengths without padding; or `return_tensors` is neither.
+        """
+        if return_tensors not in (None, "pt", "np"):
+            raise ValueError(f"return_tensors = {return_tensors!r}: must be 'pt', 'np' or None")
+        one = isinstance(text, str | bytes)
+        rows = [self.encode(content, add_bos=add_bos, add_eos=add_eos) for content in ([text] if one else text)]
+        lengths = [len(ids) for ids in rows]
+        slots = [max(lengths, default=0) if padding else length for length in lengths]
+        if return_tensors is not None and len(set(slots)) > 1:
+            raise ValueError(f"texts of {min(lengths)} to {max(lengths)} ids make no tensor: pass padding=True")
+        found: dict[str, Any] = {
+            "input_ids": [ids + [self.pad_id] * (n - len(ids)) for ids, n in zip(rows, slots, strict=True)],
+            "attention_mask": [[1] * length + [0] * (n - length) for length, n in zip(lengths, slots, strict=True)],
+        }
+        if return_tensors is not None:
+            arrays = {name: np.array(lists, np.int64).reshape(len(rows), -1) for name, lists in found.items()}
+            return arrays if return_tensors == "np" else {name: _as_torch(array) for name, array in arrays.items()}
+        return {name: lists[0] for name, lists in found.items()} if one else found
 
     def encode(self, text: str | bytes, *, add_bos: bool = True, add_eos: bool = False) -> list[int]:
         """Return ids.
@@ -30,11 +76,21 @@ class ByteTokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the bytes among ids; special ones are left out."""
-        return bytes(i - BYTE_OFFSET for i in ids if i >= BYTE_OFFSET)
+        return bytes(int(i) - BYTE_OFFSET for i in ids if i >= BYTE_OFFSET)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return text; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode(errors="replace")
+
+    def batch_decode(self, rows: Iterable[Iterable[int]]) -> list[str]:
+        """Return the text of each row, as `decode` does."""
+        return [self.decode(ids) for ids in rows]
+
+
+def _as_torch(array: np.ndarray) -> Any:
+    import torch  # here: a tokenizer alone needs none of it
+
+    return torch.from_numpy(array)
 
 
 def printable_bytes() -> list[str]:
