@@ -22,12 +22,12 @@ import numpy as np
 import torch
 
 from benchmarks.result_file import write_result
+from blt_titan import BLT, ByteTokenizer, EntropyModel
 from blt_titan.byte_vocab import EOS_ID
-from blt_titan.hf.pretrained import BLT, ByteTokenizer, EntropyModel
 from blt_titan.hf.verify.verify import TEXT
 from blt_titan.inference.cached import CachedBLT
 from blt_titan.inference.caches import GROWTH_SLOTS
-from blt_titan.inference.sample import Sampling, generate
+from blt_titan.inference.sample import Sampling, sample_steps
 from blt_titan.model.flavors import BLT_FLAVORS, ENTROPY_FLAVORS
 from blt_titan.patching.rule import PatchRule
 
@@ -57,7 +57,7 @@ def models_of(flavor: str, patch_bytes: float) -> tuple[BLT, EntropyModel, Patch
         return seen[-1]
 
     probe.entropies.step = watch
-    for step in generate(probe, [PROMPT[:64]], max_bytes=300, sampling=Sampling(seed=0)):
+    for step in sample_steps(probe, [PROMPT[:64]], max_bytes=300, sampling=Sampling(seed=0)):
         assert step
     threshold = float(torch.cat(seen).quantile(1 - 1 / patch_bytes))
     return model.eval(), entropy_model.eval(), PatchRule("global", threshold=threshold, max_patch_bytes=512)

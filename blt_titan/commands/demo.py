@@ -34,7 +34,7 @@ from blt_titan.data.store.errors import DataError
 from blt_titan.data.store.shards import ShardSet
 from blt_titan.data.store.sidecars import EntropySidecar
 from blt_titan.evaluation.rows import HeldOutScore, batch_scorer, score_batches
-from blt_titan.inference.sample import Sampling, complete
+from blt_titan.inference.generate import generate
 from blt_titan.model.blt import BLT
 from blt_titan.model.entropy_model import EntropyModel
 from blt_titan.model.flavors import BLT_FLAVORS
@@ -211,9 +211,8 @@ def _examine(model: BLT, config, device: torch.device, small: EntropyModel) -> t
     score = score_batches(
         batch_scorer(model), ProgressBar(batches, desc="     held-out", unit="batch", leave=False), device=device
     )
-    sampling = Sampling(temperature=0.7)
     rule = PatchRule.of(config.patching)
-    text = complete(model, PROMPT, rule, entropy_model=small, max_bytes=PROMPT_BYTES, sampling=sampling)
+    text = generate(model, PROMPT, rule=rule, entropy_model=small, max_bytes=PROMPT_BYTES, temperature=0.7)
     return score, text.decode(errors="replace")
 
 

@@ -17,8 +17,9 @@ from blt_titan.commands.arguments import BATCH, SEED, Parser, existing_file, num
 from blt_titan.commands.ending import command
 from blt_titan.commands.model_options import add_model_options, load_models
 from blt_titan.inference.cached import CachedBLT
+from blt_titan.inference.generate import BATCH_SIZE, MAX_BYTES, TEMPERATURE
 from blt_titan.inference.likelihood import CONTEXT_BYTES
-from blt_titan.inference.sample import LEAST_TEMPERATURE, Sampling, TextStream, generate
+from blt_titan.inference.sample import LEAST_TEMPERATURE, Sampling, TextStream, sample_steps
 
 NAME = "blt-titan generate"
 
@@ -41,7 +42,7 @@ def _add_prompts(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--batch-size",
         type=BATCH,
-        default=16,
+        default=BATCH_SIZE,
         metavar="N",
         help="prompts of --batch continued at once (default %(default)s)",
     )
@@ -58,14 +59,14 @@ def _add_sampling(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--max-bytes",
         type=whole(1, 2**24),
-        default=256,
+        default=MAX_BYTES,
         metavar="N",
         help="bytes to sample at most (default %(default)s)",
     )
     group.add_argument(
         "--temperature",
         type=number(LEAST_TEMPERATURE, 1000, or_zero=True),
-        default=0.8,
+        default=TEMPERATURE,
         metavar="T",
         help="what logits are divided by; 0 takes the likeliest byte (default %(default)s)",
     )
@@ -105,7 +106,7 @@ def _run(args: argparse.Namespace, generator: CachedBLT, prompts: list[bytes], s
         made: list[list[int]] = [[] for _ in batch]
         stream = TextStream()
         seeds = [args.seed + first + row for row in range(len(batch))]
-        for step in generate(generator, batch, max_bytes=args.max_bytes, sampling=sampling, seeds=seeds):
+        for step in sample_steps(generator, batch, max_bytes=args.max_bytes, sampling=sampling, seeds=seeds):
             for of_row, byte in zip(made, step, strict=True):
                 if byte is not None:
                     of_row.append(byte)

@@ -14,7 +14,7 @@ from pathlib import Path
 from blt_titan.checkpoint.write import require_free, write_checkpoint
 from blt_titan.commands.arguments import Parser, filled, model, output_directory, writing
 from blt_titan.commands.ending import command
-from blt_titan.hf.pretrained import BLT, EntropyModel, Pretrained
+from blt_titan.hf.pretrained import Pretrained, PretrainedBLT, PretrainedEntropyModel
 
 NAME = "blt-titan import"
 
@@ -53,9 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     pretrained = Pretrained(args.model, revision=args.revision)
     rule = pretrained.rule
     # First, so that nothing is written if it is not the one that belongs to the BLT.
-    entropy_model = EntropyModel.from_pretrained(pretrained.directory) if args.entropy_out else None
+    entropy_model = PretrainedEntropyModel.from_pretrained(pretrained.directory) if args.entropy_out else None
     if args.out:
-        blt = BLT.from_pretrained(pretrained.directory)
+        blt = PretrainedBLT.from_pretrained(pretrained.directory)
         with writing(args.out):
             written = write_checkpoint(blt, "blt", blt.args, args.out, rule=rule, entropies=pretrained.entropies)
         print(f"{written}: the BLT")

@@ -24,7 +24,7 @@ from blt_titan.evaluation.noise import NOISE_ON, NOISES, add_noise
 from blt_titan.hf.load import load_for_inference
 from blt_titan.inference.cached import CachedBLT
 from blt_titan.inference.likelihood import CONTEXT_BYTES, LikelihoodScorer
-from blt_titan.inference.sample import Sampling, generate
+from blt_titan.inference.sample import Sampling, sample_steps
 from blt_titan.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ class BLTHarness(LM):
         room = self._max_length - 1 - max_bytes
         made = [bytearray() for _ in prompts]
         stopped = [False] * len(prompts)
-        steps = generate(
+        steps = sample_steps(
             self._generator,
             [prompt[-room:] for prompt in prompts],
             max_bytes=max_bytes,

@@ -23,6 +23,10 @@ LEAST_MAX_PATCH_BYTES = 256
 """From here on a limit of patches is so rarely reached that `transformers` may do without."""
 OUR_KEY = "blt_titan"
 """In config.json, beside the fields of `transformers`: the whole rule of the patches, and two fingerprints."""
+BESIDE = "entropy_model"
+"""The folder of an entropy model that is not inside as the patcher of `transformers`."""
+PATCHER_ALONE = "blt_patcher"
+"""The `model_type` of a directory that holds an entropy model alone."""
 _DEFAULT_THETA = {"patcher_config": 10_000.0}
 _WHERE = "config.json: "
 
@@ -150,6 +154,8 @@ def why_not_by_itself(entropy_args: EntropyModelArgs | None, rule: PatchRule | N
 
 def own_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """Read what stands under our key: `patching` or None, `entropies` and `entropy_model`, fingerprints or empty.
+
+    Of an entropy model alone also `reset_at_newline`, for which `transformers` has no field.
 
     Raises:
         HFConfigError: naming the field that is not what it should be, or is not known.

@@ -1,6 +1,7 @@
 """A directory or a repository of released weights: what is in it, of either layout."""
 
 import os
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from blt_titan.checkpoint.read import CheckpointError
 from blt_titan.hf.config import (
+    BESIDE,
     HFConfigError,
     blt_args_from_hf,
     entropy_args_from_hf,
@@ -87,6 +89,14 @@ class Pretrained:
             return self._params_at is not None
         return any(name.startswith(PATCHER_PREFIX) for name in self._tensors.shapes)
 
+    @property
+    def entropy_directory(self) -> Path | None:
+        """Where its entropy model lies: here, or in a folder beside the weights; None if there is none."""
+        if self.has_entropy_model:
+            return self.directory
+        beside = self.directory / BESIDE
+        return beside if (beside / "config.json").is_file() else None
+
     @cached_property
     def entropy_args(self) -> EntropyModelArgs:
         """The shape of the entropy model.
@@ -99,7 +109,8 @@ class Pretrained:
             raise ValueError(f"{self.directory} holds no entropy model: no tensor begins with {PATCHER_PREFIX}")
         if self._original:
             return entropy_args_from_original(self._params, self._entropy_tensors.shapes)
-        return entropy_args_from_hf(self._config)
+        forgets = own_fields(self._config)["reset_at_newline"]
+        return replace(entropy_args_from_hf(self._config), reset_at_newline=forgets)
 
     @property
     def rule(self) -> PatchRule | None:

@@ -23,11 +23,12 @@ from blt_titan.checkpoint.json_fields import FieldError, read_object
 from blt_titan.checkpoint.load import NotDescribedError, build_meta, describe_model, require_shapes
 from blt_titan.checkpoint.read import CheckpointError
 from blt_titan.data.store.sidecars import SidecarSettings, fingerprint_of
-from blt_titan.hf.config import HFConfigError, hf_config, why_not_by_itself
+from blt_titan.hf.config import BESIDE, PATCHER_ALONE, HFConfigError, hf_config, why_not_by_itself
 from blt_titan.hf.model_card import model_card
 from blt_titan.hf.names import blt_name_to_hf, entropy_name_to_hf
 from blt_titan.hf.tensors import Entry, StoredTensors, TensorSource, write_safetensors
 from blt_titan.hf.tokenizer import tokenizer_files
+from blt_titan.hf.weight_files import read_config
 from blt_titan.model.args import BLTArgs, EntropyModelArgs
 from blt_titan.model.blt import BLT
 from blt_titan.model.entropy_model import EntropyModel
@@ -244,6 +245,8 @@ def install_files(temporary: Path, out: Path) -> None:
         temporary.rename(out)
         return
     new = {path.name for path in temporary.iterdir()}
+    # What an earlier model had beside it would be taken for the new one's.
+    entropy_model_beside = read_config(out / BESIDE / "config.json", optional=True).get("model_type") == PATCHER_ALONE
     # Without a configuration there is no model, until the new one stands last.
     if (out / "config.json").exists():
         os.replace(out / "config.json", out / _REPLACED)
@@ -251,6 +254,8 @@ def install_files(temporary: Path, out: Path) -> None:
         for path in out.glob(pattern):
             if path.name not in new:
                 path.unlink()
+    if entropy_model_beside:
+        shutil.rmtree(out / BESIDE)
     for name in sorted(new, key=lambda name: name == "config.json"):
         os.replace(temporary / name, out / name)
     (out / _REPLACED).unlink(missing_ok=True)

@@ -64,4 +64,4 @@ PATCHING: Mapping[str, Field] = {
     "patching_threshold": NATS(DEFAULT_THRESHOLD),
     "max_patch_length": BYTES(None, null=True),
 }
-OURS: Mapping[str, Field] = {"entropies": text(""), "entropy_model": text("")}
+OURS: Mapping[str, Field] = {"entropies": text(""), "entropy_model": text(""), "reset_at_newline": flag(False)}

@@ -1,7 +1,7 @@
 """Sample bytes from a cached BLT, for several prompts at once.
 
     generator = CachedBLT(model, rule, entropy_model)
-    for step in generate(generator, [b"def ", b"import "], max_bytes=64, sampling=Sampling(temperature=0.7)):
+    for step in sample_steps(generator, [b"def ", b"import "], max_bytes=64, sampling=Sampling(temperature=0.7)):
         ...                                      # [102, 115], [105, 121], ..., None where a row has ended
 
 The rule that decides where patches begin is the one of training, and it decides from the bytes so far; so what is
@@ -17,9 +17,6 @@ import torch
 
 from blt_titan.byte_vocab import BOS_ID, BYTE_OFFSET, EOS_ID, VOCAB_SIZE, bytes_to_ids
 from blt_titan.inference.cached import CachedBLT
-from blt_titan.model.blt import BLT
-from blt_titan.model.entropy_model import EntropyModel
-from blt_titan.patching.rule import PatchRule
 
 LEAST_TEMPERATURE = 1e-6
 """Below it logits would overflow; 0 is greedy."""
@@ -73,7 +70,7 @@ class Sampling:
         return p_BV
 
 
-def generate(
+def sample_steps(
     generator: CachedBLT,
     prompts: Sequence[bytes],
     *,
@@ -107,20 +104,6 @@ def generate(
         yield [None if end else int(i) - BYTE_OFFSET for i, end in zip(ids, ended, strict=True)]
         if number + 1 < max_bytes:
             logits_BV = generator.step(ids)
-
-
-def complete(
-    model: BLT,
-    prompt: bytes,
-    rule: PatchRule,
-    *,
-    entropy_model: EntropyModel | None = None,
-    max_bytes: int,
-    sampling: Sampling | None = None,
-) -> bytes:
-    """Continue one prompt; see `generate`."""
-    steps = generate(CachedBLT(model, rule, entropy_model), [prompt], max_bytes=max_bytes, sampling=sampling)
-    return bytes(byte for [byte] in steps if byte is not None)
 
 
 class TextStream:

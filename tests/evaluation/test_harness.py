@@ -13,7 +13,7 @@ from blt_titan.checkpoint.write import write_checkpoint
 from blt_titan.hf.export import export_hf, stored_weights
 from blt_titan.hf.verify.verify import TEXT
 from blt_titan.patching import starts_to_lengths
-from tests.helpers.brute_force import GREEDY, by_hand, recomputed
+from tests.helpers.brute_force import GREEDY, by_hand, complete, recomputed
 from tests.helpers.generating_models import RULES, blt
 from tests.helpers.small_entropy_model import model_of, scored_alone
 
@@ -86,13 +86,7 @@ def test_likelihoods_are_those_by_hand(directory):
 
 
 def recomputed_greedy(prompt: bytes, max_bytes: int) -> bytes:
-    return b"".join(_greedy_bytes(prompt, max_bytes))
-
-
-def _greedy_bytes(prompt: bytes, max_bytes: int):
-    from blt_titan.inference.sample import complete
-
-    yield complete(blt(), prompt, RULE, entropy_model=model_of(), max_bytes=max_bytes, sampling=GREEDY)
+    return complete(blt(), prompt, RULE, entropy_model=model_of(), max_bytes=max_bytes, sampling=GREEDY)
 
 
 def test_the_harness_knows_it_by_name(directory):

@@ -1,9 +1,12 @@
 """Generation and scoring without caches: the whole row again for each byte, one window after the other."""
 
+import dataclasses
+
 import numpy as np
 import torch
 
 from blt_titan.byte_vocab import BOS_ID, BYTE_OFFSET, EOS_ID, bytes_to_ids
+from blt_titan.inference.generate import generate
 from blt_titan.inference.sample import Sampling
 from blt_titan.patching import starts_to_lengths
 from blt_titan.patching.rounding import from_storage, to_storage
@@ -12,6 +15,20 @@ from tests.helpers.generating_models import blt
 from tests.helpers.small_entropy_model import model_of, scored_alone
 
 GREEDY = Sampling(temperature=0)
+
+
+def complete(
+    model, prompt: bytes, rule: PatchRule, *, entropy_model=None, max_bytes: int, sampling: Sampling | None = None
+) -> bytes:
+    """`generate`, by the settings that the twin takes."""
+    return generate(
+        model,
+        prompt,
+        rule=rule,
+        entropy_model=entropy_model,
+        max_bytes=max_bytes,
+        **dataclasses.asdict(sampling or Sampling()),
+    )
 
 
 def recomputed(model, prompt: bytes, rule: PatchRule, max_bytes: int, sampling: Sampling) -> bytes:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
+from blt_titan import BLT, EntropyModel
 from blt_titan.checkpoint.write import write_checkpoint
-from blt_titan.hf.pretrained import BLT, EntropyModel
 from blt_titan.model.args import EntropyModelArgs
 from blt_titan.patching.rule import PatchRule
 from tests.helpers.generating_models import ARGS as SMALL

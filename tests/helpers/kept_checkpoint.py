@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from blt_titan import BLT
 from blt_titan.byte_vocab import BOS_ID, bytes_to_ids
 from blt_titan.checkpoint.load import load_entropy_model
 from blt_titan.checkpoint.write import write_checkpoint
 from blt_titan.data.prepare.job import prepare
 from blt_titan.data.store.sidecars import fingerprint_of
 from blt_titan.hf.load import load_for_inference
-from blt_titan.hf.pretrained import BLT
-from blt_titan.inference.sample import Sampling, complete
+from blt_titan.inference.generate import generate
 from blt_titan.model.args import BLTArgs, EntropyModelArgs
 from blt_titan.model.flavors import ENTROPY_FLAVORS
 from blt_titan.patching import starts_to_lengths
@@ -94,9 +94,8 @@ def computed(folder: Path) -> dict[str, Any]:
     lengths = starts_to_lengths(starts)
     with torch.no_grad():
         logits_1SV = loaded.model.logits(torch.tensor(ids)[None], torch.tensor(lengths)[None])
-    greedy = Sampling(temperature=0)
-    text = complete(
-        loaded.model, PROMPT, loaded.rule, entropy_model=loaded.entropy_model, max_bytes=24, sampling=greedy
+    text = generate(
+        loaded.model, PROMPT, rule=loaded.rule, entropy_model=loaded.entropy_model, max_bytes=24, temperature=0
     )
     return {
         "entropies_nats": entropies.tolist(),

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from blt_titan import BLT, EntropyModel
 from blt_titan.hf.original import blt_name_to_original
-from blt_titan.hf.pretrained import BLT, EntropyModel
 from tests.helpers.hf_models import ARGS, RULE, entropy_model, random_blt
 
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from blt_titan import BLT, EntropyModel, Patcher
 from blt_titan.checkpoint.read import CheckpointError
 from blt_titan.commands import generate
 from blt_titan.commands import import_ as convert_from_hf
 from blt_titan.hf.export import export_hf, stored_weights
 from blt_titan.hf.load import load_for_inference
-from blt_titan.hf.pretrained import BLT, EntropyModel, Patcher, Pretrained
+from blt_titan.hf.pretrained import Pretrained
 from tests.helpers.hf_models import RULE, another_model, entropy_model, random_blt
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from blt_titan import BLT, Patcher
 from blt_titan.checkpoint.read import CheckpointError
 from blt_titan.hf.config import HFConfigError
-from blt_titan.hf.pretrained import BLT, Patcher
 
 BAD: list[Any] = [
     2.5,

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from blt_titan import BLT, ByteTokenizer, Patcher
 from blt_titan.checkpoint.load import describe_model
 from blt_titan.checkpoint.read import CheckpointError
 from blt_titan.checkpoint.write import write_checkpoint
@@ -23,7 +24,6 @@ from blt_titan.hf.config import HFConfigError
 from blt_titan.hf.export import export_hf, stored_weights
 from blt_titan.hf.load import load_for_inference
 from blt_titan.hf.model_card import NEWEST_TRANSFORMERS, OLDEST_TRANSFORMERS
-from blt_titan.hf.pretrained import BLT, ByteTokenizer, Patcher
 from blt_titan.hf.tensors import StoredTensors
 from blt_titan.hf.verify.verify import VerificationError, verify_export
 from blt_titan.patching.rounding import UINT8_EDGES_NATS, decision_edge, from_storage, to_storage
@@ -198,9 +198,7 @@ def test_what_transformers_cannot_cut_is_refused_and_can_be_forced(checkpoints, 
         if rule.by_entropy:
             assert "--entropy-checkpoint ENTROPY_MODEL" in card
         else:
-            assert Patcher.from_pretrained(out).patch_lengths("some text") == Patcher(None, rule).patch_lengths(
-                "some text"
-            )
+            assert Patcher.from_pretrained(out).patch_lengths("some text") == Patcher(rule).patch_lengths("some text")
         assert load_for_inference(out, entropy=checkpoints / "entropy").rule == rule
     assert not (tmp_path / "refused").exists()
     arguments = ["--checkpoint", str(checkpoints / "blt"), "--out", str(tmp_path / "forced")]
@@ -328,7 +326,7 @@ def test_a_directory_is_the_old_model_or_the_new_one_or_none(checkpoints, tmp_pa
     (out / "config.json").write_text('{"model_type": "llama"}')
     for model in (random_blt(), entropy_model()):
         with pytest.raises(FileExistsError, match="another"):
-            model.save_pretrained(out, **({"force": True} if isinstance(model, BLT) else {}))
+            model.save_pretrained(out)
     assert (out / "model.safetensors").exists()
 
 
@@ -338,7 +336,7 @@ def test_the_limit_of_patches_goes_along(checkpoints, tmp_path, limit):
     rule = replace(RULE, threshold=9.0, max_patch_bytes=limit)
     out = export_hf(replace(blt, rule=rule), tmp_path / "hf", entropy=entropy)
     verify_export(out, replace(blt, rule=rule), entropy)
-    assert Patcher.from_pretrained(out).patch_lengths("a" * 600) == Patcher(entropy_model(), rule).patch_lengths(
+    assert Patcher.from_pretrained(out).patch_lengths("a" * 600) == Patcher(rule, entropy_model()).patch_lengths(
         "a" * 600
     )
     with pytest.raises(VerificationError, match="patching max_patch_bytes is"):
@@ -354,7 +352,7 @@ def test_the_patcher_is_not_rounded(checkpoints, tmp_path):
     out = export_hf(blt, tmp_path / "hf", entropy=entropy, dtype=torch.bfloat16)
     dtypes = {name.startswith("model.patcher."): t.dtype for name, t in load_file(out / "model.safetensors").items()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
-    assert Patcher.from_pretrained(out).patch_lengths("x" * 50) == Patcher(entropy_model(), RULE).patch_lengths(
+    assert Patcher.from_pretrained(out).patch_lengths("x" * 50) == Patcher(RULE, entropy_model()).patch_lengths(
         "x" * 50
     )
 

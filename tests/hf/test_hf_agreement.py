@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from blt_titan import BLT, EntropyModel
 from blt_titan.hf.model_card import NEWEST_TRANSFORMERS
 from blt_titan.hf.names import blt_name_to_hf, entropy_name_to_hf
-from blt_titan.hf.pretrained import BLT, EntropyModel, save_pretrained
+from blt_titan.hf.pretrained import save_pretrained
 from blt_titan.hf.verify.precision import CastsTo
 from blt_titan.layout import layout_without_patches
 from tests.helpers.transformers_order import in_transformers_order
@@ -185,7 +186,7 @@ def test_round_trip_is_bit_identical(tmp_path):
 def test_saved_model_computes_the_same_in_transformers(tmp_path):
     theirs = hf_model(SHAPES[4])
     theirs.save_pretrained(tmp_path / "theirs")
-    BLT.from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "ours", force=True)
+    BLT.from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
     loaded = transformers.BltForCausalLM.from_pretrained(tmp_path / "ours").eval()
     tokens_BS, lengths_BP = random_rows(SHAPES[4])
     with torch.no_grad():
@@ -216,6 +217,6 @@ def test_what_transformers_cannot_say_is_refused(tmp_path):
         pooled_once = BLT(BLTArgs(**small, cross_attn_heads=4, encoder_layers=2, encoder_cross_attn_all_layers=True))
         other_heads = BLT(BLTArgs(**small, cross_attn_heads=2))
     with pytest.raises(HFConfigError, match="encoder_cross_attn_all_layers"):
-        save_pretrained(pooled_once, tmp_path / "out", force=True)
+        save_pretrained(pooled_once, tmp_path / "out")
     with pytest.raises(HFConfigError, match="cross_attn_heads"):
-        save_pretrained(other_heads, tmp_path / "out", force=True)
+        save_pretrained(other_heads, tmp_path / "out")

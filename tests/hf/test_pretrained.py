@@ -6,11 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from blt_titan import BLT, EntropyModel, Patcher
 from blt_titan.commands import import_ as convert_from_hf
 from blt_titan.hf import directory as directory_module
 from blt_titan.hf.config import HFConfigError
 from blt_titan.hf.export import stored_weights
-from blt_titan.hf.pretrained import BLT, EntropyModel, Patcher, Pretrained
+from blt_titan.hf.pretrained import Pretrained
 from blt_titan.hf.tensors import StoredTensors
 from blt_titan.patching.rule import PatchRule
 from tests.helpers.hf_models import RULE, entropy_model, random_blt
@@ -128,7 +129,7 @@ def test_a_window_that_is_missing_is_the_released_one(tmp_path):
 
 
 def test_damaged_files_are_named(tmp_path):
-    random_blt().save_pretrained(tmp_path, force=True)
+    random_blt().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(ValueError, match=r"model\.safetensors: cannot be read as safetensors"):
         BLT.from_pretrained(tmp_path)
@@ -171,7 +172,7 @@ def test_saved_models_come_back(tmp_path):
     assert_same(BLT.from_pretrained(tmp_path / "blt"), model)
     for folder in ("blt", "entropy"):
         assert_same(EntropyModel.from_pretrained(tmp_path / folder), entropy)
-    model.save_pretrained(tmp_path / "alone", force=True)
+    model.save_pretrained(tmp_path / "alone")
     with pytest.raises(ValueError, match="holds no entropy model"):
         EntropyModel.from_pretrained(tmp_path / "alone")
     with pytest.raises(ValueError, match="says no rule"):
@@ -183,12 +184,13 @@ def test_saved_models_come_back(tmp_path):
     (tmp_path / "entropy" / "model.safetensors.index.json").write_text("{}")
     other.save_pretrained(tmp_path / "entropy")
     assert_same(EntropyModel.from_pretrained(tmp_path / "entropy"), other)
-    with pytest.raises(HFConfigError, match="reset_at_newline"):
-        entropy_model(reset_at_newline=True).save_pretrained(tmp_path / "newline")
+    forgetful = entropy_model(reset_at_newline=True)
+    forgetful.save_pretrained(tmp_path / "newline")
+    assert_same(EntropyModel.from_pretrained(tmp_path / "newline"), forgetful)
 
 
 def test_shards_that_are_missing_are_named(tmp_path):
-    random_blt().save_pretrained(tmp_path, force=True)
+    random_blt().save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     half = sorted(tensors)[: len(tensors) // 2]
     weight_map = {name: f"model-{1 if name in half else 2}.safetensors" for name in tensors}
@@ -211,7 +213,7 @@ def test_shards_that_are_missing_are_named(tmp_path):
 def test_a_repository_is_fetched(tmp_path, monkeypatch):
     """The hub itself cannot be reached from a test; what is asked of it can be seen."""
     model = random_blt()
-    model.save_pretrained(tmp_path / "snapshot", force=True)
+    model.save_pretrained(tmp_path / "snapshot")
     asked = []
 
     def snapshot(name, *, revision, allow_patterns):

@@ -13,6 +13,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from blt_titan import EntropyModel
 from blt_titan.checkpoint.description import MODEL_KEY
 from blt_titan.checkpoint.load import describe_model
 from blt_titan.commands import evaluate, generate
@@ -21,7 +22,6 @@ from blt_titan.commands import import_ as convert_from_hf
 from blt_titan.commands import score as score_entropies
 from blt_titan.commands import view as view_patches
 from blt_titan.config.check import check_run, load_run_config
-from blt_titan.hf.pretrained import EntropyModel
 from blt_titan.training import exports as in_training
 from tests.helpers.attacks import Attack
 from tests.helpers.verbs import VERB_OF

@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from blt_titan import ByteTokenizer
 from blt_titan.checkpoint.write import write_checkpoint
 from blt_titan.hf.config import HFConfigError
 from blt_titan.hf.export import Weights, export_hf, stored_weights
-from blt_titan.hf.pretrained import ByteTokenizer, Pretrained
+from blt_titan.hf.pretrained import Pretrained
 from blt_titan.hf.tensors import ModuleTensors, StoredTensors
 from blt_titan.hf.verify import verify as verify_module
 from blt_titan.hf.verify.verify import FLOAT64_RTOL, VerificationError, longer_than_windows, verify_export

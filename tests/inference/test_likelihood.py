@@ -18,8 +18,7 @@ from blt_titan.hf.export import export_hf, stored_weights
 from blt_titan.hf.verify.verify import TEXT
 from blt_titan.inference.cached import CachedBLT
 from blt_titan.inference.likelihood import LikelihoodScorer
-from blt_titan.inference.sample import complete
-from tests.helpers.brute_force import by_hand
+from tests.helpers.brute_force import by_hand, complete
 from tests.helpers.generating_models import RULES, blt
 from tests.helpers.small_entropy_model import model_of
 

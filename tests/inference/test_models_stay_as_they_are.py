@@ -10,7 +10,7 @@ from blt_titan.byte_vocab import document_ids
 from blt_titan.data.rows.packing import RowShape
 from blt_titan.inference.cached import CachedBLT
 from blt_titan.inference.likelihood import LikelihoodScorer
-from blt_titan.inference.sample import generate
+from blt_titan.inference.sample import sample_steps
 from blt_titan.patching.rule import PatchRule
 from blt_titan.scoring.entropies import EntropyScorer
 from tests.helpers.small_models import (
@@ -56,12 +56,12 @@ def score(blt, entropy_model) -> None:
 
 def generate_some(blt, entropy_model) -> None:
     generator = CachedBLT(blt, RULE, entropy_model)
-    assert list(generate(generator, [b"to be", b""], max_bytes=20))
+    assert list(sample_steps(generator, [b"to be", b""], max_bytes=20))
     assert generator.global_steps
 
 
 def generate_and_stop_amid(blt, entropy_model) -> None:
-    next(generate(CachedBLT(blt, RULE, entropy_model), [b"to be"], max_bytes=20))
+    next(sample_steps(CachedBLT(blt, RULE, entropy_model), [b"to be"], max_bytes=20))
     requests = [(number, document_ids(document)) for number, document in enumerate(DOCUMENTS * 4)]
     next(EntropyScorer(entropy_model, lanes=1, chunk=16).score_all(requests))
 

@@ -13,9 +13,9 @@ from blt_titan.checkpoint.write import write_checkpoint
 from blt_titan.commands import generate as script
 from blt_titan.hf.export import export_hf, stored_weights
 from blt_titan.inference.cached import CachedBLT
-from blt_titan.inference.sample import Sampling, TextStream, complete, generate
+from blt_titan.inference.sample import Sampling, TextStream, sample_steps
 from blt_titan.patching.rule import PatchRule
-from tests.helpers.brute_force import GREEDY, recomputed
+from tests.helpers.brute_force import GREEDY, complete, recomputed
 from tests.helpers.generating_models import RULES, blt
 from tests.helpers.small_entropy_model import model_of
 
@@ -37,7 +37,7 @@ def test_rows_of_a_batch_are_what_each_says_alone():
     prompts = [b"to be, or not", b"", b"whether 'tis nobler in the mind"]
     rule = RULES["entropy"]
     together = [b""] * 3
-    for step in generate(CachedBLT(blt(), rule, model_of()), prompts, max_bytes=50, sampling=Sampling(seed=4)):
+    for step in sample_steps(CachedBLT(blt(), rule, model_of()), prompts, max_bytes=50, sampling=Sampling(seed=4)):
         together = [text + (b"" if byte is None else bytes([byte])) for text, byte in zip(together, step, strict=True)]
     for row, prompt in enumerate(prompts):
         sampling = Sampling(seed=4 + row)
@@ -55,7 +55,7 @@ def test_it_ends_at_eos_in_each_row(monkeypatch):
 
     calls: list[int] = []
     monkeypatch.setattr(Sampling, "probabilities", likely)
-    steps = list(generate(CachedBLT(blt(), SPACE), [b"a", b"bc"], max_bytes=20))
+    steps = list(sample_steps(CachedBLT(blt(), SPACE), [b"a", b"bc"], max_bytes=20))
     assert steps == [[66, 67]] * 2 + [[None, 67]] * 3
 
 
@@ -147,7 +147,7 @@ def test_the_command_s_options_of_sampling(saved, capsys, options, sampling):
 
 def test_the_command_prints_bytes_as_they_come(saved, monkeypatch):
     printed, printed_at_step = [], []
-    steps = script.generate
+    steps = script.sample_steps
 
     def watched(*args, **kwargs):
         for step in steps(*args, **kwargs):
@@ -155,7 +155,7 @@ def test_the_command_prints_bytes_as_they_come(saved, monkeypatch):
             yield step
 
     monkeypatch.setattr(script, "_put", printed.append)
-    monkeypatch.setattr(script, "generate", watched)
+    monkeypatch.setattr(script, "sample_steps", watched)
     assert script.main(["--model", str(saved / "hf"), "--prompt", "to be", "--max-bytes", "20"]) == 0
     # One piece for each byte, before the next is made.
     assert printed_at_step == list(range(len(printed_at_step)))

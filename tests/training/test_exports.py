@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from blt_titan import BLT
 from blt_titan.checkpoint.load import describe_model
 from blt_titan.checkpoint.write import write_checkpoint
 from blt_titan.hf.export import stored_weights
-from blt_titan.hf.pretrained import BLT
 from blt_titan.hf.verify.verify import verify_export
 from blt_titan.training import exports as in_training
 from blt_titan.training.exports import ExportFailedError, HFExports

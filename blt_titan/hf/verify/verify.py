@@ -13,11 +13,11 @@ from blt_titan.checkpoint.description import identity
 from blt_titan.hf.export import Weights, check_names
 from blt_titan.hf.model_card import OLDEST_TRANSFORMERS
 from blt_titan.hf.names import blt_name_to_hf, entropy_name_to_hf
-from blt_titan.hf.pretrained import BLT, ByteTokenizer, EntropyModel, Pretrained
+from blt_titan.hf.pretrained import ByteTokenizer, Pretrained, PretrainedBLT, PretrainedEntropyModel
 from blt_titan.hf.verify.precision import CastsTo, compute_in_both, largest_difference
 from blt_titan.layout import layout_without_patches
-from blt_titan.model.blt import BLT as BareBLT
-from blt_titan.model.entropy_model import EntropyModel as BareEntropyModel
+from blt_titan.model.blt import BLT
+from blt_titan.model.entropy_model import EntropyModel
 from blt_titan.patching import starts_to_lengths
 from blt_titan.patching.rounding import decision_edge
 from blt_titan.patching.rule import PatchRule
@@ -121,7 +121,7 @@ def verify_export(
     if cut.nats is not None:
         boundaries = _compare_boundaries(pretrained, np.array(ids), cut, theirs)
 
-    ours = BLT.from_pretrained(directory)
+    ours = PretrainedBLT.from_pretrained(directory)
     ids_1S, lengths_1P = torch.tensor([ids]), torch.from_numpy(cut.lengths)[None]
     fp32, fp64 = compute_in_both(ours, lambda: ours.logits(ids_1S, lengths_1P))
     largest = float(fp64.abs().max())
@@ -198,9 +198,9 @@ def cut_text(pretrained: Pretrained, ids: np.ndarray) -> Cut:
         starts = PatchRule("space", max_patch_bytes=16).mark(ids, include_next=True)
         return Cut(starts_to_lengths(starts), starts)
     assert pretrained.rule is not None
-    nats = EntropyScorer(EntropyModel.from_pretrained(pretrained.directory), lanes=1).score(ids)
+    nats = EntropyScorer(PretrainedEntropyModel.from_pretrained(pretrained.directory), lanes=1).score(ids)
     starts = pretrained.rule.mark(ids, pretrained.rule.rounded(nats), include_next=True)
-    model = EntropyModel.from_pretrained(pretrained.directory).double()
+    model = PretrainedEntropyModel.from_pretrained(pretrained.directory).double()
     ids_1N = torch.from_numpy(ids)[None]
     with torch.no_grad(), CastsTo(torch.float64):
         logits = model(ids_1N, layout_without_patches(torch.zeros_like(ids_1N)))
@@ -281,9 +281,9 @@ def _compare_settings(pretrained: Pretrained, blt: Weights, entropy: Weights | N
 
 def _compare_tensors(pretrained: Pretrained, blt: Weights, entropy: Weights | None) -> int:
     models: list[tuple[Weights, Any, Callable[[str], str], torch.dtype]]
-    models = [(blt, BareBLT, blt_name_to_hf, getattr(torch, pretrained.dtype))]
+    models = [(blt, BLT, blt_name_to_hf, getattr(torch, pretrained.dtype))]
     if entropy is not None:
-        models.append((entropy, BareEntropyModel, entropy_name_to_hf, torch.float32))
+        models.append((entropy, EntropyModel, entropy_name_to_hf, torch.float32))
     count = 0
     for weights, kind, translate, dtype in models:
         for name in check_names(weights, kind):
