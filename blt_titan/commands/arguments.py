@@ -141,6 +141,13 @@ def plain(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def module_name(text: str) -> str:
+    """Refuse what cannot be the dotted name of a Python module."""
+    if not all(part.isidentifier() for part in filled(text).split(".")):
+        raise argparse.ArgumentTypeError(f"{_shown(text)}: must be the name of a Python module, such as my_rules")
+    return text
+
+
 def existing_directory(text: str) -> str:
     """Refuse what is not a directory of this machine."""
     if not os.path.isdir(filled(text)):

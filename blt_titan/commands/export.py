@@ -27,6 +27,7 @@ from blt_titan.commands.arguments import (
     writing,
 )
 from blt_titan.commands.ending import command
+from blt_titan.commands.model_options import add_import_option, import_first
 from blt_titan.hf.export import MAX_SHARD_BYTES, export_hf, stored_weights, with_threshold
 from blt_titan.hf.verify.verify import verify_export
 
@@ -63,6 +64,7 @@ def _add_models(group: argparse._ArgumentGroup) -> None:
         metavar="NATS",
         help="entropy in nats above which a patch of the rule 'global' begins (default: what the checkpoint says)",
     )
+    add_import_option(group.add_argument)
 
 
 def _add_output(group: argparse._ArgumentGroup) -> None:
@@ -109,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_args(arguments)
     if args.verify and find_spec("transformers") is None:
         raise ImportError("--verify needs transformers: pip install -c scripts/constraints.txt transformers")
+    import_first(args)
     cut_share = _cut_share(args.patch_lengths) if args.patch_lengths else None
     blt = stored_weights(args.checkpoint)
     if args.threshold is not None:

@@ -2,11 +2,13 @@
 
 import argparse
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from blt_titan.commands.arguments import NATS, filled, model
+from blt_titan.commands.arguments import NATS, filled, model, module_name
+from blt_titan.custom_import import CustomImportError, import_custom
 from blt_titan.hf.load import Loaded, load_for_inference
 from blt_titan.hf.pretrained import Pretrained
 
@@ -35,6 +37,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="NATS",
         help="entropy in nats above which a patch begins (default: as in training)",
     )
+    add_import_option(add)
     where = parser.add_argument_group("where it is computed")
     add_device_option(where)
     where.add_argument(
@@ -43,6 +46,30 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="number format of the BLT's computation; entropies are computed in float32 (default %(default)s)",
     )
+
+
+def add_import_option(add: Callable[..., Any]) -> None:
+    """Add what names a module of the user's that is imported first."""
+    add(
+        "--import",
+        dest="custom_import",
+        type=module_name,
+        metavar="MODULE",
+        help="a Python module of yours that registers the model's patching rule, found from here (default: none)",
+    )
+
+
+def import_first(args: Any) -> None:
+    """Import what `--import` names.
+
+    Raises:
+        ValueError: it cannot be imported.
+    """
+    if args.custom_import is not None:
+        try:
+            import_custom(args.custom_import)
+        except CustomImportError as error:
+            raise ValueError(f"--import {error}") from error
 
 
 def add_device_option(group: argparse._ArgumentGroup) -> None:
@@ -72,6 +99,7 @@ def fetch_entropy_model(args: Any) -> None:
 
 def load_models(args: Any) -> Loaded:
     """Load what the options name; errors as `load_for_inference`."""
+    import_first(args)
     fetch_entropy_model(args)
     return load_for_inference(
         args.model,

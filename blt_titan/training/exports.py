@@ -21,6 +21,7 @@ import torch
 
 from blt_titan.checkpoint.description import Description
 from blt_titan.checkpoint.steps import complete_steps, is_complete, set_later_aside, step_folder
+from blt_titan.custom_import import import_custom
 from blt_titan.hf.export import export_hf, stored_weights
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class HFExports:
         entropy_checkpoint: becomes the patcher.
         dtype: of the weights, a name of torch's.
         force: write models that need explicit `patch_lengths`, too.
+        custom_import: the module that registers the run's patching rule, if it is not a built-in one; or empty.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class HFExports:
         entropy_checkpoint: str | None,
         dtype: str,
         force: bool,
+        custom_import: str = "",
     ):
         self._checkpoints, self._out = checkpoints, out
         self._settings = {
@@ -62,6 +65,7 @@ class HFExports:
             "entropy_checkpoint": entropy_checkpoint,
             "dtype": dtype,
             "force": force,
+            "custom_import": custom_import,
         }
         self._waiting: list[int] = []
         self._linked: deque[int] = deque()
@@ -204,6 +208,8 @@ def main(arguments: Sequence[str]) -> int:
     os.nice(_NICENESS)
     settings = json.loads(arguments[0])
     entropy = settings["entropy_checkpoint"]
+    if settings["custom_import"]:
+        import_custom(settings["custom_import"])
     export_hf(
         stored_weights(settings["checkpoint"], description=Description.from_json(settings["description"], "the run")),
         settings["out"],

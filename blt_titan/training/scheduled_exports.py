@@ -23,6 +23,7 @@ class ScheduledExports:
         out: the folder to write directories in.
         description: of the model, as its checkpoints have it.
         entropy_checkpoint: of the model that the run's patches go by, if it scores while it trains.
+        custom_import: module that registers the run's own patching rules, if there is one.
         interval: steps between checkpoints.
         last_step: of the run, which is exported in any case.
     """
@@ -35,6 +36,7 @@ class ScheduledExports:
         out: Path,
         description: Description,
         entropy_checkpoint: str | None,
+        custom_import: str,
         interval: int,
         last_step: int,
     ):
@@ -49,6 +51,7 @@ class ScheduledExports:
                 entropy_checkpoint=export.entropy_checkpoint or entropy_checkpoint,
                 dtype=export.dtype,
                 force=export.force,
+                custom_import=custom_import,
             )
 
     def resume_at(self, step: int) -> None:

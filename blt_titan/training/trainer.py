@@ -83,6 +83,7 @@ class BLTTrainer(Trainer):
                 out=Path(job_config.job.dump_folder) / "hf",
                 description=self._describe_model(),
                 entropy_checkpoint=job_config.patching.entropy_checkpoint,
+                custom_import=job_config.experimental.custom_import,
                 interval=job_config.checkpoint.interval,
                 last_step=job_config.training.steps,
             )

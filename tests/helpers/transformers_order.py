@@ -22,8 +22,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from blt_titan import BLT, ByteTokenizer
 from blt_titan.byte_vocab import EOS_ID
-from blt_titan.hf.pretrained import BLT, ByteTokenizer, Pretrained
+from blt_titan.hf.pretrained import Pretrained
 from blt_titan.hf.verify.precision import CastsTo, compute_in_both, largest_difference
 from blt_titan.hf.verify.verify import cut_text, longer_than_windows, run_transformers
 from blt_titan.model.attention import AttentionMask, DenseMask, attend
