@@ -46,7 +46,7 @@ class NextBytes(NamedTuple):
     entropies_B: np.ndarray | None
     """After each, nats, fp32 [B]; of rules by entropy only."""
     position_B: np.ndarray
-    """Of each in its document, int64 [B]; BOS is at 0."""
+    """What holds of each in its document, int64 [B]; BOS is at 0."""
     before_ids_B: np.ndarray
     """Ids of the bytes before, 0 where there is none: integers [B]."""
     before_nats_B: np.ndarray
