@@ -46,7 +46,7 @@ class NextBytes(NamedTuple):
     entropies_B: np.ndarray | None
     """After each, nats, fp32 [B]; of rules by entropy only."""
     position_B: np.ndarray
-    """What holds of each in its document, int64 [B]; BOS is at 0."""
+    """Place of each in its document, int64 [B]; BOS is at 0."""
     before_ids_B: np.ndarray
     """Ids of the bytes before, 0 where there is none: integers [B]."""
     before_nats_B: np.ndarray
@@ -66,7 +66,7 @@ class RuleKind:
     by_entropy: bool
     """Whether it goes by entropies."""
     takes: tuple[str, ...]
-    """Of `OPTIONS`, those that it needs; it refuses the others."""
+    """Those of `OPTIONS` that it needs; it refuses the others."""
     mark_next: MarkNext | None
     """The same byte by byte; None if documents are marked anew at each byte."""
     built_in: bool
