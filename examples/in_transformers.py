@@ -11,6 +11,7 @@
 """
 
 import argparse
+from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,7 +26,8 @@ def main() -> None:
     parser.add_argument("--max-bytes", type=int, default=40)
     args = parser.parse_args()
 
-    theirs, tokenizer = AutoModelForCausalLM.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
+    theirs: Any = AutoModelForCausalLM.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
     inputs = tokenizer(args.prompt, return_tensors="pt")
     assert inputs["input_ids"].equal(ByteTokenizer()(args.prompt, return_tensors="pt")["input_ids"])
     ids = theirs.generate(**inputs, max_new_tokens=args.max_bytes, do_sample=False)[0, inputs["input_ids"].shape[1] :]

@@ -59,7 +59,7 @@ def main() -> None:
     model = BLT.from_pretrained(run)  # its checkpoint names the rule
     print(Patcher.from_pretrained(run).patches("def read_documents(path):"))
     print(generate(model, "def read_documents(path):", max_bytes=80))
-    blt_titan("evaluate", "--model", run, "--data", data, "--import", "examples.own_patching_rule")
+    blt_titan("evaluate", "--model", run, "--data", __file__, "--as-text", "--import", "examples.own_patching_rule")
 
 
 if __name__ == "__main__":
