@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from blt_titan.commands.ending import end_quietly_while_importing
+from blt_titan.commands.ending import command, end_quietly_while_importing
 
 PROGRAM = "blt-titan"
 VERBS = {
@@ -51,15 +51,19 @@ def usage() -> str:
     )
 
 
+@command(PROGRAM)
+def _show(lines: Sequence[str]) -> int:
+    print(*lines, sep="\n")
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; give its exit code: 0 done, 1 the work failed, 2 asked wrongly, 130 stopped by Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(usage())
-        return 0
+        return _show([usage()])
     if arguments[0] in ("-V", "--version", "version"):
-        print(f"{PROGRAM} {version('blt_titan')}")
-        return 0
+        return _show([f"{PROGRAM} {version('blt_titan')}"])
     verb, *rest = arguments
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)

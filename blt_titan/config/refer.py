@@ -1,16 +1,19 @@
 """What a run's settings refer to: the text and its entropies, the checkpoint it begins from, entropy models.
 
-In: settings that are sound by themselves (`rules/sound.py`). Out: nothing, or the error of the first thing that is
-missing, damaged or of another run. Asked once per node; ranks that start later find what was checked here.
+In: settings that are sound by themselves (`rules/sound.py`). Out: nothing, or an error that says all that is missing,
+damaged or of another run. Asked once per node; ranks that start later find what was checked here.
 
 The decision that is not obvious: no weights are read to learn what a model is. They are read where a digest decides,
 which is when a run goes on from a checkpoint or exports with a patcher, and then once in a process (`online_model`).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from blt_titan.checkpoint.load import find_entropy_model
 from blt_titan.checkpoint.read import CheckpointError
+from blt_titan.checkpoint.steps import step_folder
 from blt_titan.config.read import RunConfigError
 from blt_titan.config.resume import check_model, checkpoint_to_load, loads_weights_only, run_checkpoints, saved_position
 from blt_titan.config.run_config import RunConfig
@@ -37,27 +40,53 @@ def refer(config: RunConfig, *, dp: int, verify_data: bool) -> None:
         verify_data: also read small data in full (`data.verify_bytes_at_start`).
 
     Raises:
-        RunConfigError: naming the key, its value and what is allowed.
+        RunConfigError: naming the key, its value and what is allowed; a sentence for each fault, if there are several.
         DataError: naming the file.
         CheckpointError: likewise.
     """
-    _check_seed_checkpoint(config)
-    checkpoint = checkpoint_to_load(config)
-    weights_only = checkpoint is not None and loads_weights_only(config, checkpoint)
-    if checkpoint is not None:
-        check_model(checkpoint, config, TRAIN_SPECS[config.model.name], weights_only=weights_only)
-    shards = _check_data(config, dp)
-    if verify_data:
-        for split in shards:
-            _verify(split, config.data)
-    if checkpoint is not None and not weights_only and "dataloader" not in config.checkpoint.exclude_from_loading:
-        _check_position(config, shards[0], checkpoint, dp)
-    if config.export.hf_every:
-        _check_export(config, shards[0])
+    faults: list[Exception] = []
+    checkpoint, weights_only, shards = None, False, None
+    with _noted(faults):
+        _check_seed_checkpoint(config)
+    with _noted(faults):
+        checkpoint = checkpoint_to_load(config)
+        if checkpoint is not None:
+            weights_only = loads_weights_only(config, checkpoint)
+            check_model(checkpoint, config, TRAIN_SPECS[config.model.name], weights_only=weights_only)
+    with _noted(faults):
+        shards = _check_data(config, dp)
+        if verify_data:
+            for split in shards:
+                _verify(split, config.data)
+    # What both must be to each other is looked at when each is sound.
+    if not faults and shards is not None:
+        with _noted(faults):
+            if (
+                checkpoint is not None
+                and not weights_only
+                and "dataloader" not in config.checkpoint.exclude_from_loading
+            ):
+                _check_position(config, shards[0], checkpoint, dp)
+        with _noted(faults):
+            if config.export.hf_every:
+                _check_export(config, shards[0])
+    if len(faults) == 1:
+        raise faults[0]
+    if faults:
+        raise RunConfigError(*(sentence for fault in faults for sentence in getattr(fault, "sentences", (str(fault),))))
+
+
+@contextmanager
+def _noted(faults: list[Exception]) -> Iterator[None]:
+    """Note what is wrong, so that what else is wrong is said as well."""
+    try:
+        yield
+    except (RunConfigError, DataError, CheckpointError) as fault:
+        faults.append(fault)
 
 
 def _check_seed_checkpoint(config: RunConfig) -> None:
-    path = run_checkpoints(config) / "step-0"
+    path = step_folder(run_checkpoints(config), 0)
     if config.checkpoint.create_seed_checkpoint and path.exists():
         raise RunConfigError(
             f"checkpoint.create_seed_checkpoint = true: {path} is there already; remove it, or choose another "

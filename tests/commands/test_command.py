@@ -69,6 +69,18 @@ def test_a_reader_that_has_gone_ends_it_quietly(program, unbuffered):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.parametrize("option", ["--help", "--version", "doctor --help"])
+def test_help_whose_reader_has_gone(option):
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        command = [sys.executable, "-m", "blt_titan", *option.split()]
+        done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("program", [LINES, LAST_LINE])
 def test_a_full_disk_under_standard_output(program, unbuffered):

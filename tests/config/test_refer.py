@@ -84,3 +84,19 @@ def test_an_entropy_model_is_one(online_run, tmp_path):
     config = load_run_config([*online_run, f"--patching.entropy_checkpoint={tmp_path / 'blt'}"])
     with pytest.raises(RunConfigError, match=r"patching\.entropy_checkpoint = .*holds a model 'blt', not an entropy"):
         check_run(config, world_size=1, verify_data=False)
+
+
+def test_all_that_is_missing_on_disk_is_said_at_once(small_run, tmp_path):
+    missing = tmp_path / "nothing"
+    config = load_run_config(
+        [
+            *(DEBUG, *small_run, f"--job.dump_folder={tmp_path / 'run'}", f"--training.dataset_path={missing}"),
+            *("--checkpoint.load_step=3",),
+        ]
+    )
+    with pytest.raises(RunConfigError) as raised:
+        check_run(config, world_size=1, verify_data=True)
+    said = raised.value.sentences
+    assert len(said) == 2
+    assert "checkpoint.load_step = 3" in said[0]
+    assert f"training.dataset_path = {str(missing)!r}: no such directory" in said[1]
