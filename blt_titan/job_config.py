@@ -113,7 +113,7 @@ class Validation:
 
 
 @dataclass
-class HashEmbedding:
+class HashEmbeddingSettings:
     """How the hash tables are split over ranks."""
 
     sharding: Literal["columns", "fsdp"] = "columns"
@@ -125,7 +125,7 @@ class HashEmbedding:
 
 
 @dataclass
-class EntropyModel:
+class EntropyModelSettings:
     """The byte-level model `blt_entropy`."""
 
     reset_at_newline: bool = False
@@ -184,8 +184,8 @@ class JobConfig:
     patching: Patching = field(default_factory=Patching)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     validation: Validation = field(default_factory=Validation)
-    hash_embedding: HashEmbedding = field(default_factory=HashEmbedding)
-    entropy_model: EntropyModel = field(default_factory=EntropyModel)
+    hash_embedding: HashEmbeddingSettings = field(default_factory=HashEmbeddingSettings)
+    entropy_model: EntropyModelSettings = field(default_factory=EntropyModelSettings)
     local_blocks: LocalBlocks = field(default_factory=LocalBlocks)
     export: Export = field(default_factory=Export)
     parallelism: Parallelism = field(default_factory=Parallelism)

@@ -11,7 +11,7 @@ from blt_titan.batch import IGNORE_LABEL, LAYOUT_FIELDS, PADDING
 from blt_titan.byte_vocab import BOS_ID, BOUNDARY_ID, BYTE_OFFSET, EOS_ID, document_ids
 from blt_titan.data.rows.collate import collate_rows
 from blt_titan.data.rows.packing import PatchedIds, RowShape, pack_row
-from blt_titan.model.layout import layout_from_patch_lengths
+from blt_titan.model.patch_lengths import layout_from_patch_lengths
 from blt_titan.patching import rule_patch_starts
 from tests.helpers.layout_fields import fields_of
 

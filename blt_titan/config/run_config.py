@@ -4,7 +4,7 @@ The class that is instantiated is made by `config.read`, which has torchtitan me
 that need the whole run are annotated with. Functions that need one section take that section.
 """
 
-from blt_titan.job_config import Data, EntropyModel, Export, HashEmbedding, LocalBlocks, Patching
+from blt_titan.job_config import Data, EntropyModelSettings, Export, HashEmbeddingSettings, LocalBlocks, Patching
 from blt_titan.titan import JobConfig
 
 
@@ -13,7 +13,7 @@ class RunConfig(JobConfig):
 
     data: Data
     patching: Patching
-    hash_embedding: HashEmbedding
-    entropy_model: EntropyModel
+    hash_embedding: HashEmbeddingSettings
+    entropy_model: EntropyModelSettings
     local_blocks: LocalBlocks
     export: Export

@@ -6,7 +6,7 @@ A stack first reads prompts, all bytes at once, and then goes on byte by byte (t
                     slots      4 5 2 3
     grown           slots      0 1 2 3 4 5 . .    in steps of GROWTH_SLOTS, so that there are few shapes
 
-Shapes are fixed between growths and nothing here asks the device for a number.
+Shapes are fixed between growths and nothing here makes the host wait for the device.
 
 Letters: B rows, S slots of a prompt, T slots of a cache, H heads, K head size.
 """

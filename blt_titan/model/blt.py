@@ -32,7 +32,7 @@ from blt_titan.model.encoder import EncoderStates, LocalEncoder
 from blt_titan.model.hash_embedding import HashEmbedding
 from blt_titan.model.initialization import initialize
 from blt_titan.model.layers import Attend, Rotation, block_stack, rotary_angles, run_blocks
-from blt_titan.model.layout import layout_from_patch_lengths
+from blt_titan.model.patch_lengths import layout_from_patch_lengths
 from blt_titan.model.placement import Placement
 
 

@@ -28,7 +28,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from blt_titan.plots.runs import CURVES, DATA, IMAGES, PAGES, SCALING, Figure, RunsFolder, Seen, shown
+from blt_titan.plots.figures import CURVES, DATA, IMAGES, PAGES, SCALING, Figure, RunsFolder, Seen, shown
 
 HOSTS = ["127.0.0.1", "localhost", "[::1]"]
 _HEADERS = {

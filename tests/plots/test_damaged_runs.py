@@ -16,7 +16,7 @@ pytest.importorskip("starlette", reason="install the dev extra to serve plots")
 from starlette.testclient import TestClient
 
 from blt_titan.plots.app import make_app
-from blt_titan.plots.runs import RunsFolder
+from blt_titan.plots.figures import RunsFolder
 
 LINES = (
     '{"step": 1, "bits_per_byte": 3, "training_flops": 1e12, "mean_patch_bytes": PATCH}\n'

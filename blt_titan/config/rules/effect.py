@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from blt_titan.config.rules.bounds import shown
-from blt_titan.job_config import EntropyModel, HashEmbedding, LocalBlocks
+from blt_titan.job_config import EntropyModelSettings, HashEmbeddingSettings, LocalBlocks
 from blt_titan.titan import ActivationCheckpoint, Checkpoint, DataLoader, Float8Linear, Model
 from parallelisms.float8 import CONVERTER
 
@@ -63,13 +63,13 @@ def of_float8(model: Model, float8: Float8Linear) -> Iterator[str]:
             yield f"quantize.linear.float8.{name} = {shown(value)} needs model.converters = ['{CONVERTER}']"
 
 
-def of_entropy_model(model: Model, entropy_model: EntropyModel) -> Iterator[str]:
+def of_entropy_model(model: Model, entropy_model: EntropyModelSettings) -> Iterator[str]:
     """What is about the entropy model needs a run of it."""
     if model.name != "blt_entropy" and entropy_model.reset_at_newline:
         yield f"entropy_model.reset_at_newline = true with model.name = {model.name!r}: only blt_entropy has it"
 
 
-def of_hash_tables(model: Model, hash_embedding: HashEmbedding) -> Iterator[str]:
+def of_hash_tables(model: Model, hash_embedding: HashEmbeddingSettings) -> Iterator[str]:
     """How hash tables are split needs a model that has some."""
     if model.name != "blt" and hash_embedding.sharding != "columns":
         yield (

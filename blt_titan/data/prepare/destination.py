@@ -80,7 +80,7 @@ class Destination(ABC):
         return manifest.file_names() if manifest else set()
 
     def discard_installing(self, existing: Manifest | None) -> None:
-        """Remove what an interrupted run had moved into place; it will not be gone on with."""
+        """Remove what an interrupted run had moved into place; it will not be continued."""
         for name in self.installing() - (existing.file_names() if existing else set()):
             self.remove(name)
         self.remove(_INSTALLING_NAME)
