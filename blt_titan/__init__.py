@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
     __version__: str
 
-_ROOMS = {
+_EXPORTS = {
     "BLT": ("blt_titan.hf.pretrained", "PretrainedBLT"),
     "EntropyModel": ("blt_titan.hf.pretrained", "PretrainedEntropyModel"),
     "Patcher": ("blt_titan.hf.pretrained", "Patcher"),
     "ByteTokenizer": ("blt_titan.hf.tokenizer", "ByteTokenizer"),
     "generate": ("blt_titan.inference.generate", "generate"),
 }
-"""Module and name there of each."""
+"""Public name: the module that defines it, and its name in that module."""
 
 __all__ = ["BLT", "ByteTokenizer", "EntropyModel", "Patcher", "__version__", "generate"]
 
@@ -37,10 +37,10 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("blt_titan")
-    if name not in _ROOMS:
+    if name not in _EXPORTS:
         raise AttributeError(f"module 'blt_titan' has no attribute {name!r}")
-    module, there = _ROOMS[name]
-    return getattr(importlib.import_module(module), there)
+    module, attribute = _EXPORTS[name]
+    return getattr(importlib.import_module(module), attribute)
 
 
 def __dir__() -> list[str]:

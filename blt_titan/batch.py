@@ -6,7 +6,7 @@ last, and likewise the patches, so that slots are real positions.
 Worked example, one row of S = 9, P = 5 that holds the document `ab c` cut into patches of 1, 3 and 2 (`BOS`,
 `ab `, `c EOS`), three byte slots and two patch slots of padding:
 
-    token_ids_BS     BOS  a   b  ' '  c  EOS  .    .    .      (ids; padding is 0)
+    ids_BS           BOS  a   b  ' '  c  EOS  .    .    .      (ids; padding is 0)
     labels_BS         a   b  ' '  c  EOS  -    -    -    -     (`-` is IGNORE_LABEL: EOS is predicted, BOS never is)
     byte_pos_BS       0   1   2   3   4   5    0    0    0
     byte_doc_BS       0   0   0   0   0   0   -1   -1   -1

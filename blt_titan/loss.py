@@ -4,7 +4,7 @@ A document of N bytes has N + 1 targets: its bytes and EOS. The training loss is
 divided by their number; bits per byte leaves EOS out of both, so that it compares with a compressor's figure.
 
 A step says what its sums are divided by, and gets the share of EOS back. Pipeline schedules call the loss themselves,
-on one micro-batch after another, so both go by a context around them:
+on one micro-batch after another, so both pass through a context around them:
 
     with loss.step(n_targets) as sums:      # targets of the global batch, whoever holds them
         schedule.step(...)                  # calls loss(logits, labels), and backward on what that returns

@@ -13,6 +13,7 @@ from blt_titan.checkpoint.read import CheckpointError
 from blt_titan.config.check import RunConfigError, check_run, load_run_config
 from blt_titan.config.resume import RunStateError
 from blt_titan.data.store.errors import DataError
+from blt_titan.patching.registry import RuleError
 from blt_titan.titan import init_logger, logger
 from blt_titan.training.exports import ExportFailedError
 from blt_titan.training.failures import NonFiniteLossError
@@ -47,7 +48,7 @@ def main() -> None:
         else:
             trainer.train()
     except (
-        *(RunConfigError, RunFolderError, DataError, CheckpointError, RunStateError),
+        *(RunConfigError, RunFolderError, DataError, CheckpointError, RunStateError, RuleError),
         *FAILED_WORK,
     ) as error:
         # A worker process hands over its traceback as text; its last line is the sentence.

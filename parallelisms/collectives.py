@@ -5,7 +5,6 @@ has size 1.
 """
 
 import torch
-import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -54,12 +53,6 @@ def swap_columns_for_rows(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
     rows = x.shape[0] // n
     swapped = _wait(collectives.all_to_all_single_autograd(x.contiguous(), [rows] * n, [rows] * n, mesh.get_group()))
     return swapped.view(n, rows, -1).transpose(0, 1).reshape(rows, -1)
-
-
-def sum_over_ranks(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-    """Sum in place over a mesh axis, without gradient."""
-    dist.all_reduce(x, group=mesh.get_group())
-    return x
 
 
 def _wait(x: torch.Tensor) -> torch.Tensor:

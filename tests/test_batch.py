@@ -42,10 +42,10 @@ def test_worked_example_is_what_the_packer_makes():
     shape = RowShape(segments=1, segment_bytes=9, segment_patches=5)
     row = pack_row(source, shape)
     table = docstring_table()
-    assert list(table) == ["token_ids_BS", "labels_BS", *LAYOUT_FIELDS]
+    assert list(table) == ["ids_BS", "labels_BS", *LAYOUT_FIELDS]
     made = collate_rows([row], shape)
     for name, values in table.items():
-        field = {"token_ids_BS": made.ids_BS, "labels_BS": made.labels_BS, **fields_of(made.layout)}[name]
+        field = {"ids_BS": made.ids_BS, "labels_BS": made.labels_BS, **fields_of(made.layout)}[name]
         assert field[0].tolist() == values, name
 
 

@@ -129,6 +129,8 @@ def _read(content: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise FieldError(f"{where}: patching is missing; it must be an object, or null")
     patching = content["patching"]
     rule = None if patching is None else read_rule(patching, f"{where}: patching")
+    if missing := [field.name for field in fields(PatchRule) if patching is not None and field.name not in patching]:
+        raise FieldError(f"{where}: patching.{missing[0]} is missing")
     return found | {"args": read_args(kind, args, f"{where}: args."), "rule": rule}
 
 

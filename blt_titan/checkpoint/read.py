@@ -237,7 +237,7 @@ def _unpickle(path: Path) -> Any:
 
 
 def _check(path: Path, metadata: Any) -> None:
-    """Check every type and number that reading goes by.
+    """Check every type and number that reading relies on.
 
     Raises:
         CheckpointError: naming the entry.

@@ -43,7 +43,7 @@ def write_checkpoint(
     """
     out = require_free(out)
     described = Description(name, args, rule, entropies)
-    state = {name: parameter.detach().float() for name, parameter in model.named_parameters()}
+    state = {key: parameter.detach().float() for key, parameter in model.named_parameters()}
     temporary = out.with_name(f".{out.name}.{os.getpid()}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -58,6 +58,9 @@ def write_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         reason = " ".join(str(error).split())[-300:]
         raise CheckpointError(f"{out}: cannot be written: ... {reason}") from error
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"{out}: cannot be written: {error.strerror or error}") from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

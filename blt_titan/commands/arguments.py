@@ -2,7 +2,7 @@
 
 A type is called with what the user wrote, before anything is made or loaded, and refuses in one sentence:
 
-    score_entropies: error: --lanes 0: must be a whole number from 1 to 4,096
+    blt-titan score: error: --lanes 0: must be a whole number from 1 to 4,096
     evaluate: error: --out '': must not be empty
 
 Every option of every command has one of these types or `choices`; `tests/commands/test_arguments.py` walks them all.

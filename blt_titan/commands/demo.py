@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -118,7 +119,7 @@ def run(steps: int | None) -> None:
     config = load_run_config([f"--job.config_file={CONFIG_FILE}", f"--job.dump_folder={OUT}", *overrides])
 
     print("4/6  The untrained BLT on the held-out split", flush=True)
-    args = BLT_FLAVORS[config.model.flavor]
+    args = replace(BLT_FLAVORS[config.model.flavor])
     args.update_from_config(config)
     model = BLT(args).to(device).eval()
     with torch.no_grad():

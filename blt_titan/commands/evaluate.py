@@ -19,17 +19,15 @@ from blt_titan.commands.arguments import (
     SEED,
     Parser,
     filled,
-    output_file,
     whole,
     write_output,
 )
 from blt_titan.commands.ending import command
-from blt_titan.commands.model_options import add_model_options, load_models
+from blt_titan.commands.model_options import add_model_options, add_noise_option, add_result_options, load_models
 from blt_titan.data.prepare.documents import SourcedDocument, read_documents
 from blt_titan.data.prepare.sources import list_extents, resolve_sources
 from blt_titan.data.store.manifest import MANIFEST_NAME
 from blt_titan.evaluation.documents import DocumentScores, evaluate_documents
-from blt_titan.evaluation.noise import NOISES
 from blt_titan.inference.likelihood import CONTEXT_BYTES, LikelihoodScorer
 from blt_titan.progress import ProgressBar
 
@@ -42,9 +40,7 @@ def make_parser() -> Parser:
     add_model_options(parser)
     _add_texts(parser.add_argument_group("what is scored"))
     _add_scoring(parser.add_argument_group("how it is scored"))
-    add = parser.add_argument_group("results").add_argument
-    add("--out", type=output_file, metavar="FILE", help="also write the figures as JSON")
-    add("--json", action="store_true", help="print the figures as JSON instead of a table")
+    add_result_options(parser.add_argument_group("results"))
     return parser
 
 
@@ -90,11 +86,7 @@ def _add_scoring(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="bytes by which the context moves on over a longer document, at most the context (default: half of it)",
     )
-    group.add_argument(
-        "--noise",
-        choices=NOISES,
-        help="change the texts before, as the paper does to test robustness (default: no noise)",
-    )
+    add_noise_option(group)
     group.add_argument("--seed", type=SEED, default=0, help="what noise is drawn from (default %(default)s)")
 
 

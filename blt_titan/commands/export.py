@@ -137,8 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _cut_share(path: Path) -> float:
-    """Read the share of patches that the limit cut, from what `calibrate_threshold --json` wrote."""
+    """Read the share of patches that the limit cut, from what `blt-titan calibrate --json` wrote."""
     try:
         return read_fields(read_object(path), {"cut_share": number(0, 1)}, f"{path}: ")["cut_share"]
     except FieldError as error:
-        raise ValueError(f"--patch-lengths {error}; name what calibrate_threshold --json wrote") from error
+        raise ValueError(f"--patch-lengths {error}; name what `blt-titan calibrate --json` wrote") from error

@@ -23,13 +23,12 @@ from blt_titan.commands.arguments import (
     Parser,
     existing_directory,
     filled,
-    output_file,
     whole,
     write_output,
 )
 from blt_titan.commands.ending import command
-from blt_titan.commands.model_options import add_model_options, fetch_entropy_model
-from blt_titan.evaluation.noise import NOISE_ON, NOISES
+from blt_titan.commands.model_options import add_model_options, add_noise_option, add_result_options, prepare_models
+from blt_titan.evaluation.noise import NOISE_ON
 from blt_titan.inference.likelihood import CONTEXT_BYTES
 
 PAPER_TASKS = ("arc_easy", "arc_challenge", "hellaswag", "piqa", "mmlu", "mbpp", "humaneval")
@@ -45,9 +44,7 @@ def make_parser() -> Parser:
     add_model_options(parser)
     _add_tasks(parser.add_argument_group("tasks"))
     _add_running(parser.add_argument_group("how they are run"))
-    add = parser.add_argument_group("results").add_argument
-    add("--out", type=output_file, metavar="FILE", help="also write the figures as JSON")
-    add("--json", action="store_true", help="print the results as JSON instead of a table")
+    add_result_options(parser.add_argument_group("results"))
     return parser
 
 
@@ -78,11 +75,7 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--batch-size", type=BATCH, default=8, metavar="N", help="prompts continued at once (default %(default)s)"
     )
-    group.add_argument(
-        "--noise",
-        choices=NOISES,
-        help="change the texts before, as the paper does to test robustness (default: no noise)",
-    )
+    add_noise_option(group)
     group.add_argument(
         "--noise-on",
         choices=NOISE_ON,
@@ -124,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     if args.confirm_run_unsafe_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # its metric asks by itself, too
-    fetch_entropy_model(args)
+    prepare_models(args)
     options = {} if args.max_length is None else {"max_length": args.max_length}
     kind: Any = BLTHarness
     model = kind(

@@ -14,6 +14,7 @@ from pathlib import Path
 from blt_titan.checkpoint.write import require_free, write_checkpoint
 from blt_titan.commands.arguments import Parser, filled, model, output_directory, writing
 from blt_titan.commands.ending import command
+from blt_titan.commands.model_options import add_import_option, import_first
 from blt_titan.hf.pretrained import Pretrained, PretrainedBLT, PretrainedEntropyModel
 
 NAME = "blt-titan import"
@@ -29,6 +30,7 @@ def make_parser() -> Parser:
         type=filled,
         help="branch, tag or commit of the repository on the hub (default: its main branch)",
     )
+    add_import_option(add)
     add = parser.add_argument_group("what to write, one of them at least").add_argument
     add("--out", type=output_directory, metavar="CKPT", help="the checkpoint of the BLT to write")
     add("--entropy-out", type=output_directory, metavar="CKPT", help="the checkpoint of its entropy model to write")
@@ -50,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise ValueError(f"--entropy-out {args.entropy_out}: must not be --out {args.out}, nor hold it")
     for out in filter(None, (args.out, args.entropy_out)):
         require_free(out)
+    import_first(args)
     pretrained = Pretrained(args.model, revision=args.revision)
     rule = pretrained.rule
     # First, so that nothing is written if it is not the one that belongs to the BLT.
@@ -62,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rule is not None:
             settings = " ".join(f"--patching.{k}={v}" for k, v in rule.as_settings().items() if v is not None)
             if rule.by_entropy and rule.storage != "float16":
-                settings += f" (entropies were rounded: score_entropies --quantize {rule.storage})"
+                settings += f" (entropies were rounded: blt-titan score --quantize {rule.storage})"
             print(f"train it with its own patches: {settings}")
     if entropy_model is not None:
         with writing(args.entropy_out):

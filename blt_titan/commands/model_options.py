@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from blt_titan.commands.arguments import NATS, filled, model, module_name
+from blt_titan.commands.arguments import NATS, filled, model, module_name, output_file
 from blt_titan.custom_import import CustomImportError, import_custom
+from blt_titan.evaluation.noise import NOISES
 from blt_titan.hf.load import Loaded, load_for_inference
 from blt_titan.hf.pretrained import Pretrained
 
@@ -72,6 +73,21 @@ def import_first(args: Any) -> None:
             raise ValueError(f"--import {error}") from error
 
 
+def add_noise_option(group: argparse._ArgumentGroup) -> None:
+    """Add how texts are changed before they are scored."""
+    group.add_argument(
+        "--noise",
+        choices=NOISES,
+        help="change the texts before, as the paper does to test robustness (default: no noise)",
+    )
+
+
+def add_result_options(group: argparse._ArgumentGroup) -> None:
+    """Add where figures go beside the table on standard output, and instead of it."""
+    group.add_argument("--out", type=output_file, metavar="FILE", help="also write the figures as JSON")
+    group.add_argument("--json", action="store_true", help="print the figures as JSON instead of a table")
+
+
 def add_device_option(group: argparse._ArgumentGroup) -> None:
     """Add where a model runs."""
     default = "cuda" if torch.cuda.is_available() else "cpu"
@@ -91,16 +107,22 @@ def device(text: str) -> str:
     return text
 
 
-def fetch_entropy_model(args: Any) -> None:
-    """Fetch an entropy model that is not here, before the BLT is loaded: it may not be there either."""
+def prepare_models(args: Any) -> None:
+    """Do what comes before loading: import the user's module, and fetch an entropy model that is not on this machine.
+
+    Fetched first because it may be missing on the hub too.
+
+    Raises:
+        ValueError: the module cannot be imported.
+    """
+    import_first(args)
     if args.entropy_checkpoint and not os.path.isdir(args.entropy_checkpoint):
         Pretrained(args.entropy_checkpoint)
 
 
 def load_models(args: Any) -> Loaded:
     """Load what the options name; errors as `load_for_inference`."""
-    import_first(args)
-    fetch_entropy_model(args)
+    prepare_models(args)
     return load_for_inference(
         args.model,
         entropy=args.entropy_checkpoint,

@@ -17,6 +17,8 @@ from blt_titan.config.rules.sound import sound
 from blt_titan.config.run_config import RunConfig
 from blt_titan.custom_import import CustomImportError, import_custom
 from blt_titan.data.store.errors import DataError
+from blt_titan.patching.rule import PatchRule
+from blt_titan.patching.trial import trial_faults
 from blt_titan.training.run_folder import RunFolderError, try_folder
 
 __all__ = ["RunConfigError", "check_run", "load_run_config"]
@@ -42,7 +44,8 @@ def check_run(config: RunConfig, *, world_size: int, verify_data: bool, look_at_
             import_custom(module)
         except CustomImportError as error:
             raise RunConfigError(f"experimental.custom_import = {error}") from error
-    if faults := sound(config, world_size):
+    faults = sound(config, world_size) or [f"patching.{fault}" for fault in trial_faults(PatchRule.of(config.patching))]
+    if faults:
         raise RunConfigError(*faults)
     dp = data_parallel(config.parallelism, world_size)
     assert dp is not None  # else the settings are not sound

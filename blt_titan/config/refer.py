@@ -17,7 +17,7 @@ from blt_titan.checkpoint.steps import step_folder
 from blt_titan.config.read import RunConfigError
 from blt_titan.config.resume import check_model, checkpoint_to_load, loads_weights_only, run_checkpoints, saved_position
 from blt_titan.config.run_config import RunConfig
-from blt_titan.data.rows.continuation import check_continues
+from blt_titan.data.rows.continuation import check_continues, data_identity
 from blt_titan.data.rows.mixture import ShardSets
 from blt_titan.data.rows.patcher import patch_decisions
 from blt_titan.data.store.errors import DataError
@@ -105,10 +105,10 @@ def _check_data(config: RunConfig, dp: int) -> list[ShardSets]:
     shards = [train, open_shards(paths, "validation")] if config.validation.enable else [train]
     stream_order(config.data, train)
     if len(train) < streams:
+        lower = f"set data.streams = {len(train) // dp * dp}, or " if len(train) >= dp else ""
         raise RunConfigError(
             f"data.streams = {streams}: {', '.join(paths)} has only {len(train)} record batches, and every stream "
-            f"needs one; set data.streams = {len(train) // dp * dp}, or prepare the data with smaller "
-            "--record-batch-bytes"
+            f"needs one; {lower}prepare the data with smaller --record-batch-bytes"
         )
     if PatchRule.of(config.patching).by_entropy and config.patching.source == "sidecar":
         for split in shards:
@@ -133,7 +133,8 @@ def _check_position(config: RunConfig, shards: ShardSets, checkpoint: Path, dp: 
     patching = patch_decisions(PatchRule.of(config.patching), fingerprint)
     try:
         saved, rows_served = saved_position(checkpoint)
-        check_continues(saved, shards.fingerprint, order, patching, patching_may_change=config.patching.allow_change)
+        own = data_identity(shards.fingerprint, order, patching)
+        check_continues(saved, own, patching_may_change=config.patching.allow_change)
     except DataError as error:
         raise RunConfigError(f"{checkpoint}: {error}") from error
     if rows_served % dp:

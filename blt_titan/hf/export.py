@@ -86,9 +86,12 @@ def with_threshold(rule: PatchRule | None, entropies: str, threshold: float, ori
     """
     rule = rule or PatchRule("global", threshold=threshold, max_patch_bytes=512)
     if rule.threshold is None:
-        raise ValueError(f"--threshold {threshold}: the rule of {origin} is {rule.rule!r}, which has none")
+        raise ValueError(f"threshold = {threshold}: the rule of {origin} is {rule.rule!r}, which has none")
+    changed = replace(rule, threshold=threshold)
+    if faults := list(changed.faults()):
+        raise ValueError("; ".join(faults))
     # Where other patches than in training are meant, any entropy model may make them.
-    return replace(rule, threshold=threshold), entropies if threshold == rule.threshold else ""
+    return changed, entropies if threshold == rule.threshold else ""
 
 
 def check_entropy_model(fingerprint: str, entropy: Weights, rule: PatchRule | None = None) -> None:
@@ -231,8 +234,8 @@ def _check_inputs(blt: Weights, entropy: Weights | None, rule: PatchRule | None)
         if weights is not None and not isinstance(weights.args, kind):
             wanted, other = ("a BLT", "an entropy model") if kind is BLTArgs else ("an entropy model", "a BLT")
             raise CheckpointError(f"{weights.origin}: holds {other}, where {wanted} is wanted")
-    if rule is not None and rule.threshold is not None and not math.isfinite(rule.threshold):
-        raise HFConfigError(f"patching.threshold = {rule.threshold}: must be a number of nats")
+    if faults := list(rule.faults("patching.") if rule is not None else ()):
+        raise HFConfigError("; ".join(faults))
 
 
 _REPLACED = ".config.json.replaced"

@@ -1,6 +1,5 @@
 """Load a BLT, its rule and its entropy model for inference, from whatever a user has: a checkpoint or a directory."""
 
-import math
 import os
 from dataclasses import dataclass
 
@@ -53,8 +52,6 @@ def load_for_inference(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device}: cannot be used here ({' '.join(str(error).split())[:150]})") from error
-    if threshold is not None and not math.isfinite(threshold):
-        raise ValueError(f"threshold {threshold}: must be a number of nats")
     model = PretrainedBLT.from_pretrained(path, entropy_model=entropy, threshold=threshold)
     rule, origin, entropy_model = model.rule, model.origin, None
     if rule is None:

@@ -1,8 +1,8 @@
 """Trained models in Python: `PretrainedBLT` (`blt_titan.BLT`), `PretrainedEntropyModel` and `Patcher`.
 
-They come from a run's checkpoints and from directories. A directory, or the name of a repository on the hub, holds
- a BLT in the layout of `transformers` (its entropy model
-inside, as the patcher) or in that of the original project (`original.py`). Either gives the same model.
+They come from a run's checkpoints and from directories. A directory, or the name of a repository on the hub, holds a
+BLT in the layout of `transformers` (its entropy model inside, as the patcher) or in that of the original project
+(`original.py`). Either gives the same model.
 
     model = BLT.from_pretrained("facebook/blt-1b")
     patcher = Patcher.from_pretrained("facebook/blt-1b")
@@ -12,6 +12,7 @@ A missing tensor, one left over, or one of another shape is an error: others fil
 warning.
 """
 
+import copy
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -67,9 +68,10 @@ class PretrainedBLT(BLT):
 
     @property
     def entropy_model(self) -> EntropyModel | None:
-        """What its patches go by, fp32 on the BLT's device; None if there is none. Read when it is first asked for.
+        """The entropy model that its patches need, fp32 on the BLT's device; None if there is none.
 
-        It is no part of the BLT: its parameters are not among the BLT's, and no `to(dtype)` rounds them.
+        Read when it is first asked for. It is no part of the BLT: its parameters are not among the BLT's, and no
+        `to(dtype)` rounds them.
 
         Raises:
             CheckpointError: it is not the one of training, or cannot be read.
@@ -90,7 +92,7 @@ class PretrainedBLT(BLT):
         Args:
             path: a checkpoint `step-N`, the folder of a run (its last checkpoint), a directory of either layout, or
                 the name of a repository on the hub.
-            entropy_model: what its patches go by, or where that lies, likewise; default the one inside, which a
+            entropy_model: the entropy model of its patches, or where it lies, likewise; default the one inside, which a
                 checkpoint lacks.
             threshold: nats; other patches than in training, by any entropy model.
             revision: of the repository.
@@ -169,7 +171,7 @@ class _OnDemand:
 
 def _load_entropy_model(named: str | os.PathLike[str] | EntropyModel, allow_changed: bool) -> EntropyModel:
     if isinstance(named, EntropyModel):
-        return named
+        return copy.deepcopy(named).float()  # the user's own stays where it is, and as it is
     return PretrainedEntropyModel.from_pretrained(named, allow_changed=allow_changed)
 
 
@@ -194,7 +196,7 @@ def save_pretrained(
     Args:
         model: the BLT.
         directory: made if missing.
-        entropy_model: what the patches go by; left out where the rule reads bytes alone.
+        entropy_model: the one that the patches need; left out where the rule reads bytes alone.
         rule: where patches begin.
         entropies: the fingerprint of the entropy model that its training text was cut with, if that is known.
         dtype: of the weights; the entropy model's stay in fp32.
@@ -291,7 +293,7 @@ class Patcher:
 
     Args:
         rule: where patches begin; or the name of a registered rule.
-        entropy_model: what the rule goes by; None for a rule that reads bytes only.
+        entropy_model: for a rule that needs entropies; None for a rule that reads bytes only.
         settings: of a rule that is named: `threshold`, `stride`, ..., as in `PatchRule`.
 
     Raises:
@@ -321,7 +323,7 @@ class Patcher:
 
         Args:
             path: of the BLT, as in `PretrainedBLT.from_pretrained`.
-            entropy_model: what the rule goes by, or where that lies; default the one inside.
+            entropy_model: the one that the rule needs, or where it lies; default the one inside.
             revision: of the repository.
             allow_changed: also an entropy model inside that is no longer what was exported, and cuts texts otherwise.
 

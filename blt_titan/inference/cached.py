@@ -80,7 +80,7 @@ class CachedBLT:
         entropy_model: of rules by entropy; likewise.
 
     Raises:
-        ValueError: the rule goes by entropy and there is no model for it.
+        ValueError: the rule needs entropies and there is no model for them.
     """
 
     def __init__(self, model: BLT, rule: PatchRule, entropy_model: EntropyModel | None = None):

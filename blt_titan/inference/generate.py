@@ -84,7 +84,7 @@ def generate(
         seed: what samples are drawn from; row r draws from seed + r.
         stream: give pieces as they come.
         rule: where patches begin; default the model's.
-        entropy_model: what the rule goes by, on the model's device; default the model's.
+        entropy_model: for a rule that needs entropies, on the model's device; default the model's.
         batch_size: prompts that are continued at once. With `stream` all are.
         context_bytes: of a longer prompt, the last so many bytes are read.
 

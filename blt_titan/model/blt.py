@@ -186,11 +186,11 @@ class BLT(_Parts):
         logits_BSV = self._decode(self.decoder, states.byte_states[-1], p_BPG, layout, context, decoder_attends)
         return BLTStates(states.byte_states, p_BPG, logits_BSV)
 
-    def logits(self, token_ids_BS: torch.Tensor, patch_lengths_BP: torch.Tensor) -> torch.Tensor:
+    def logits(self, ids_BS: torch.Tensor, patch_lengths_BP: torch.Tensor) -> torch.Tensor:
         """Score full rows whose patches are given as lengths, as in `transformers`.
 
         Args:
-            token_ids_BS: ids, integer [B, S], no padding; a new document begins after each EOS.
+            ids_BS: ids, integer [B, S], no padding; a new document begins after each EOS.
             patch_lengths_BP: integer [B, P], each row `[1, ...]`, sum S + 1, right-padded with 0.
 
         Returns:
@@ -199,8 +199,8 @@ class BLT(_Parts):
         Raises:
             ValueError: if the lengths are not of that form.
         """
-        layout = layout_from_patch_lengths(token_ids_BS, patch_lengths_BP)
-        return self(token_ids_BS, layout)
+        layout = layout_from_patch_lengths(ids_BS, patch_lengths_BP)
+        return self(ids_BS, layout)
 
     def stage(self, layers: range, *, is_first: bool, is_last: bool) -> "BLTStage":
         """Return the pipeline stage with these global blocks; it has this model's own modules, not copies.

@@ -46,7 +46,7 @@ class LocalEncoder(nn.Module):
 
     def forward(
         self,
-        token_ids_BS: torch.Tensor,
+        ids_BS: torch.Tensor,
         hash_embedding_BSd: torch.Tensor,
         byte_patch_BS: torch.Tensor,
         n_patches: int,
@@ -57,7 +57,7 @@ class LocalEncoder(nn.Module):
         """Encode rows of bytes.
 
         Args:
-            token_ids_BS: ids, integer [B, S].
+            ids_BS: ids, integer [B, S].
             hash_embedding_BSd: summed n-gram embeddings [B, S, d].
             byte_patch_BS: the patch that holds each byte, integer [B, S], negative for none.
             n_patches: P.
@@ -68,20 +68,20 @@ class LocalEncoder(nn.Module):
         # Bytes that belong to no patch go to slot P, which the pooling drops.
         patch_BS = torch.where(byte_patch_BS < 0, n_patches, byte_patch_BS).long()
         # Layer by layer: patches read the bytes before the next layer is run.
-        read, kept = tee(self.byte_states(token_ids_BS, hash_embedding_BSd, rotation, mask, attends))
+        read, kept = tee(self.byte_states(ids_BS, hash_embedding_BSd, rotation, mask, attends))
         p_BPG = self.patch_states(read, patch_BS, n_patches)
         return EncoderStates(tuple(kept), p_BPG)
 
     def byte_states(
         self,
-        token_ids_BS: torch.Tensor,
+        ids_BS: torch.Tensor,
         hash_embedding_BSd: torch.Tensor,
         rotation: Rotation,
         mask: AttentionMask,
         attends: Sequence[Attend],
     ) -> Iterator[torch.Tensor]:
         """Run the layers; yield byte states [B, S, d] after each where patches read them. Arguments as in `forward`."""
-        h_BSd = self.tok_embeddings(token_ids_BS) + hash_embedding_BSd
+        h_BSd = self.tok_embeddings(ids_BS) + hash_embedding_BSd
         first_read = len(self.layers) - len(self.cross_attention)
         for i, (block, attend) in enumerate(zip(self.layers.values(), attends, strict=True)):
             h_BSd = block(h_BSd, rotation, mask, attend)

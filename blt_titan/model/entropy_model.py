@@ -39,23 +39,23 @@ class EntropyModel(nn.Module):
         self.output = nn.Linear(args.dim, VOCAB_SIZE, bias=False)
         self.placement = Placement()
 
-    def forward(self, token_ids_BS: torch.Tensor, layout: PatchLayout) -> torch.Tensor:
+    def forward(self, ids_BS: torch.Tensor, layout: PatchLayout) -> torch.Tensor:
         """Score the next byte at every slot.
 
         Args:
-            token_ids_BS: ids, integer [B, S].
+            ids_BS: ids, integer [B, S].
             layout: of the rows. This model knows no patches and reads positions and documents of the bytes only; it
                 takes them in this form because both models train from one loader.
 
         Returns:
             Logits, fp32 [B, S, V].
         """
-        context_BS = self.contexts(token_ids_BS, layout.byte_doc_BS)
-        return self.run(token_ids_BS, *self.rotation_and_mask(layout.byte_pos_BS, context_BS))
+        context_BS = self.contexts(ids_BS, layout.byte_doc_BS)
+        return self.run(ids_BS, *self.rotation_and_mask(layout.byte_pos_BS, context_BS))
 
     def run(
         self,
-        token_ids_BS: torch.Tensor,
+        ids_BS: torch.Tensor,
         rotation: Rotation,
         mask: AttentionMask,
         attends: Sequence[Attend] | None = None,
@@ -63,7 +63,7 @@ class EntropyModel(nn.Module):
         """Score the next byte at every slot, whatever else its attention sees.
 
         Args:
-            token_ids_BS: ids, integer [B, S].
+            ids_BS: ids, integer [B, S].
             rotation: of their positions.
             mask: what each byte may see.
             attends: attention of each layer, where it takes keys and values from elsewhere too.
@@ -72,7 +72,7 @@ class EntropyModel(nn.Module):
             Logits, fp32 [B, S, V].
         """
         attends = attends or [self.placement.attend_bytes] * len(self.layers)
-        h_BSD = run_blocks(self.layers, self.tok_embeddings(token_ids_BS), rotation, mask, attends)
+        h_BSD = run_blocks(self.layers, self.tok_embeddings(ids_BS), rotation, mask, attends)
         return self.output(self.norm(h_BSD)).float()
 
     def rotation_and_mask(
@@ -92,14 +92,14 @@ class EntropyModel(nn.Module):
         )
         return rotation, mask
 
-    def contexts(self, token_ids_BS: torch.Tensor, byte_doc_BS: torch.Tensor) -> torch.Tensor:
+    def contexts(self, ids_BS: torch.Tensor, byte_doc_BS: torch.Tensor) -> torch.Tensor:
         """Number what a byte may see: its document, or with `reset_at_newline` its line; integer [B, S], PADDING kept.
 
         Numbers grow along the row. A byte sees only bytes of its own number.
         """
         if not self.args.reset_at_newline:
             return byte_doc_BS
-        lines_BS = (token_ids_BS == NEWLINE_ID).cumsum(1, dtype=byte_doc_BS.dtype)
+        lines_BS = (ids_BS == NEWLINE_ID).cumsum(1, dtype=byte_doc_BS.dtype)
         return torch.where(byte_doc_BS == PADDING, byte_doc_BS, byte_doc_BS + lines_BS)
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:

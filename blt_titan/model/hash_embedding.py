@@ -36,7 +36,7 @@ LookUp = Callable[["HashEmbedding", torch.Tensor, torch.Tensor, int], torch.Tens
 
 
 def ngram_hashes(
-    token_ids_BS: torch.Tensor, doc_BS: torch.Tensor, *, ngrams: Sequence[int], n_functions: int, n_rows: int
+    ids_BS: torch.Tensor, doc_BS: torch.Tensor, *, ngrams: Sequence[int], n_functions: int, n_rows: int
 ) -> torch.Tensor:
     """Hash the n-gram that ends at each byte.
 
@@ -44,7 +44,7 @@ def ngram_hashes(
     counted as 0; evaluated by Horner's rule over growing windows, so all n share one pass.
 
     Args:
-        token_ids_BS: ids, integer [B, S].
+        ids_BS: ids, integer [B, S].
         doc_BS: document of each byte, integer [B, S].
         ngrams: window lengths n, ascending.
         n_functions: number of hash functions, at most `len(HASH_PRIMES)`.
@@ -53,7 +53,7 @@ def ngram_hashes(
     Returns:
         Row in its own table, int64 [B, S, T], function outer, n inner.
     """
-    ids_BS = token_ids_BS.long()
+    ids_BS = ids_BS.long()
     S = ids_BS.shape[1]
     previous = [ids_BS]
     for back in range(1, max(ngrams)):
@@ -97,7 +97,7 @@ class HashEmbedding(nn.Module):
 
     def forward(
         self,
-        token_ids_BS: torch.Tensor,
+        ids_BS: torch.Tensor,
         doc_BS: torch.Tensor,
         before_ids_BR: torch.Tensor | None = None,
         before_doc_BR: torch.Tensor | None = None,
@@ -106,7 +106,7 @@ class HashEmbedding(nn.Module):
         """Look up and sum.
 
         Args:
-            token_ids_BS: ids, integer [B, S].
+            ids_BS: ids, integer [B, S].
             doc_BS: document of each byte, integer [B, S].
             before_ids_BR: ids of the bytes before the first slot, at least `reach_bytes`; None where the row begins.
             before_doc_BR: their documents.
@@ -118,9 +118,9 @@ class HashEmbedding(nn.Module):
         skip = 0
         if before_ids_BR is not None and before_doc_BR is not None:
             skip = self.reach_bytes
-            token_ids_BS = torch.cat([before_ids_BR[:, before_ids_BR.shape[1] - skip :], token_ids_BS], dim=1)
+            ids_BS = torch.cat([before_ids_BR[:, before_ids_BR.shape[1] - skip :], ids_BS], dim=1)
             doc_BS = torch.cat([before_doc_BR[:, before_doc_BR.shape[1] - skip :], doc_BS], dim=1)
-        return look_up(self, token_ids_BS, doc_BS, skip)
+        return look_up(self, ids_BS, doc_BS, skip)
 
     def sum_rows(self, ids_BT: torch.Tensor, doc_BT: torch.Tensor, skip: int, weight: torch.Tensor) -> torch.Tensor:
         """Sum the rows of `weight`, which may hold only some columns, for all but the first `skip` bytes."""

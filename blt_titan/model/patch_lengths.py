@@ -11,11 +11,11 @@ from blt_titan.byte_vocab import EOS_ID
 from blt_titan.layout import lay_out
 
 
-def layout_from_patch_lengths(token_ids_BS: torch.Tensor, patch_lengths_BP: torch.Tensor) -> PatchLayout:
+def layout_from_patch_lengths(ids_BS: torch.Tensor, patch_lengths_BP: torch.Tensor) -> PatchLayout:
     """Lay out rows that are full of real bytes, given the lengths of their patches.
 
     Args:
-        token_ids_BS: ids, integer [B, S], no padding. A new document begins after each EOS.
+        ids_BS: ids, integer [B, S], no padding. A new document begins after each EOS.
         patch_lengths_BP: integer [B, P], each row `[1, ...]` with sum S + 1 (the last patch also counts the
             target that is not an input), right-padded with zeros.
 
@@ -28,9 +28,9 @@ def layout_from_patch_lengths(token_ids_BS: torch.Tensor, patch_lengths_BP: torc
             after an EOS, which would let one document see another.
     """
     lengths_BP = patch_lengths_BP.to(torch.int64)
-    _check_patch_lengths(lengths_BP, token_ids_BS)
-    S = token_ids_BS.shape[1]
-    lengths_BP, is_eos_BS = lengths_BP.cpu().numpy(), (token_ids_BS == EOS_ID).cpu().numpy()
+    _check_patch_lengths(lengths_BP, ids_BS)
+    S = ids_BS.shape[1]
+    lengths_BP, is_eos_BS = lengths_BP.cpu().numpy(), (ids_BS == EOS_ID).cpu().numpy()
     # The target after the last byte is no input: it shortens the patch that holds it, or is a patch without bytes.
     end_BP = lengths_BP.cumsum(1)
     begin_BP = np.minimum(end_BP - lengths_BP, S)
@@ -40,11 +40,11 @@ def layout_from_patch_lengths(token_ids_BS: torch.Tensor, patch_lengths_BP: torc
     layout = lay_out(byte_len_BP, patch_doc_BP, S, last_is_open_B=(byte_len_BP > 0).sum(1) == (lengths_BP > 0).sum(1))
     if (layout.byte_doc_BS.numpy() != byte_doc_BS).any():
         raise ValueError("patch_lengths: a patch lies in two documents; a patch must end at each EOS")
-    return layout.map(lambda tensor: tensor.to(token_ids_BS.device))
+    return layout.map(lambda tensor: tensor.to(ids_BS.device))
 
 
-def _check_patch_lengths(lengths_BP: torch.Tensor, token_ids_BS: torch.Tensor) -> None:
-    B, S = token_ids_BS.shape
+def _check_patch_lengths(lengths_BP: torch.Tensor, ids_BS: torch.Tensor) -> None:
+    B, S = ids_BS.shape
     if lengths_BP.ndim != 2 or lengths_BP.shape[0] != B or lengths_BP.shape[1] == 0:
         raise ValueError(
             f"patch_lengths must be [B, P], B = {B} rows as the ids and P >= 1, got shape {tuple(lengths_BP.shape)}"

@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from blt_titan.patching.rule import PatchRule
 
 OPTIONS = ("threshold", "threshold_add", "stride")
-"""The fields of `PatchRule` that a rule may go by."""
+"""The fields of `PatchRule` that a rule may use."""
 
 MarkEnds = Callable[["PatchRule", np.ndarray, np.ndarray | None], np.ndarray]
 """From a rule's settings, the ids [N] of a document's beginning (BOS first) and, of rules by entropy, the entropies [N]
-after each, fp32 in nats: whether a patch ends at each position, bool [N]."""
+after each, fp32 in nats, 0 after BOS and EOS: whether a patch ends at each position, bool [N]."""
 
 MarkAllEnds = Callable[["PatchRule", Any, Any, Any], Any]
 """As `MarkEnds`, of any number of documents one after another, numpy or torch; the last argument says where they begin,
@@ -44,17 +44,21 @@ class NextBytes(NamedTuple):
     ids_B: np.ndarray
     """Integers [B]."""
     entropies_B: np.ndarray | None
-    """After each, nats, fp32 [B]; of rules by entropy only."""
+    """After each, nats, fp32 [B], 0 after BOS and EOS; of rules by entropy only."""
     position_B: np.ndarray
     """Place of each in its document, int64 [B]; BOS is at 0."""
     before_ids_B: np.ndarray
     """Ids of the bytes before, 0 where there is none: integers [B]."""
     before_nats_B: np.ndarray
-    """Entropies after the bytes before, 0 where there is none: fp32 [B]."""
+    """Entropies after the bytes before, 0 after BOS: fp32 [B]."""
 
 
 MarkNext = Callable[["PatchRule", NextBytes], np.ndarray]
 """Whether a patch ends with the next byte of each document: bool [B]."""
+
+
+class RuleError(ValueError):
+    """A registered rule that returned something else than it should."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class RuleKind:
     name: str
     mark_all: MarkAllEnds
     by_entropy: bool
-    """Whether it goes by entropies."""
+    """Whether it needs entropies."""
     takes: tuple[str, ...]
     """Those of `OPTIONS` that it needs; it refuses the others."""
     mark_next: MarkNext | None
@@ -91,8 +95,8 @@ def register_rule(
         name: letters, digits and underscores.
         mark_ends: `(rule, ids, entropies_nats) -> bool [N]`, whether a patch ends at each position of one document; a
             pure function, causal. `rule` holds the settings, such as `rule.threshold`; `entropies_nats` is None unless
-            `by_entropy`. `max_patch_bytes` and the patches around BOS and EOS are seen to for it.
-        by_entropy: whether it goes by entropies: a run then needs a sidecar or an entropy model.
+            `by_entropy`. `max_patch_bytes`, and that patches end at BOS and EOS, are no concern of it.
+        by_entropy: whether it needs entropies: a run then needs a sidecar or an entropy model.
         takes: those of the settings `threshold`, `threshold_add` and `stride` that it needs.
         mark_next: the same for the next byte of several documents, so that generation need not mark whole documents
             anew at each byte; it must agree with `mark_ends`.
@@ -104,11 +108,22 @@ def register_rule(
     def mark_all(rule: "PatchRule", ids: Any, entropies_nats: Any, begins: Any) -> np.ndarray:
         return _mark_one_by_one(name, mark_ends, rule, ids, entropies_nats, begins)
 
+    def mark_next_checked(rule: "PatchRule", at: NextBytes) -> np.ndarray:
+        assert mark_next is not None
+        special = at.ids_B < BYTE_OFFSET
+        if at.entropies_B is not None:
+            at = at._replace(
+                entropies_B=_without_special(at.ids_B, at.entropies_B),
+                before_nats_B=_without_special(at.before_ids_B, at.before_nats_B),
+            )
+        return _checked(name, mark_next(rule, at), len(at.ids_B)) | special
+
     origin = f"{mark_ends.__module__}.{getattr(mark_ends, '__qualname__', type(mark_ends).__name__)}"
     # The same function once more, as a notebook's cell that runs again registers it.
-    if (there := _KINDS.get(name)) is not None and (there.built_in or there.origin != origin):
-        raise ValueError(f"rule = {name!r}: is registered already, by {there.origin}; choose another name")
-    _register(RuleKind(name, mark_all, by_entropy, tuple(takes), mark_next, False, origin))
+    if (known := _KINDS.get(name)) is not None and (known.built_in or known.origin != origin):
+        raise ValueError(f"rule = {name!r}: is registered already, by {known.origin}; choose another name")
+    by_byte = None if mark_next is None else mark_next_checked
+    _register(RuleKind(name, mark_all, by_entropy, tuple(takes), by_byte, False, origin))
 
 
 def register_built_in(
@@ -164,17 +179,28 @@ def _register(kind: RuleKind) -> None:
 def _mark_one_by_one(
     name: str, mark_ends: MarkEnds, rule: "PatchRule", ids: np.ndarray, entropies_nats: Any, begins: Any
 ) -> np.ndarray:
-    """Ask a user's rule about each document alone, so that none can depend on its neighbours; check what it says."""
+    """Ask a user's rule about each document alone, so that none can depend on its neighbours; check what it returns."""
+    if entropies_nats is not None:
+        entropies_nats = _without_special(ids, entropies_nats)
     first = np.flatnonzero(ids == BOS_ID if begins is None else begins)
     borders = np.unique(np.concatenate([[0], first, [len(ids)]])).tolist()
     ends = ids < BYTE_OFFSET
     for begin, end in pairwise(borders):
         entropies = None if entropies_nats is None else entropies_nats[begin:end]
-        marked = np.asarray(mark_ends(rule, ids[begin:end], entropies))
-        if marked.dtype != np.bool_ or marked.shape != (end - begin,):
-            raise ValueError(
-                f"rule = {name!r}: returned {marked.dtype} of shape {marked.shape} for {end - begin} ids, expected a "
-                "bool for each"
-            )
-        ends[begin:end] |= marked
+        ends[begin:end] |= _checked(name, mark_ends(rule, ids[begin:end], entropies), end - begin)
     return ends
+
+
+def _without_special(ids: np.ndarray, entropies_nats: np.ndarray) -> np.ndarray:
+    """Put 0 after BOS and EOS, as in sidecars, which have an entropy for each byte of text and none for those."""
+    return np.where(ids < BYTE_OFFSET, 0, entropies_nats).astype(np.float32)
+
+
+def _checked(name: str, returned: Any, n_ids: int) -> np.ndarray:
+    marked = np.asarray(returned)
+    if marked.dtype != np.bool_ or marked.shape != (n_ids,):
+        raise RuleError(
+            f"rule = {name!r}: returned {marked.dtype} of shape {marked.shape} for {n_ids} ids, expected a bool for "
+            "each"
+        )
+    return marked

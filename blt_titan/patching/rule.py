@@ -44,7 +44,7 @@ class PatchRule:
         return cls(**{name: getattr(settings, name) for name in names if hasattr(settings, name)})
 
     def faults(self, prefix: str = "") -> Iterator[str]:
-        """Yield a sentence for each field that the rule lacks, has in vain, or cannot use.
+        """Yield a sentence for each field that the rule lacks, cannot use, or has without needing it.
 
         Args:
             prefix: of the fields' names in the sentences, `patching.` where a TOML says them.
@@ -65,8 +65,8 @@ class PatchRule:
                     f"{prefix}rule = {self.rule!r} {'needs' if name in takes else 'takes no'} {prefix}{name}, in nats; "
                     "`blt-titan calibrate` prints the lines for your data"
                 )
-            elif nats is not None and math.isnan(nats):
-                yield f"{prefix}{name} = {nats}: must be a number of nats"
+            elif nats is not None and not math.isfinite(nats):
+                yield f"{prefix}{name} = {nats}: must be a finite number of nats"
         if self.max_patch_bytes is not None and self.max_patch_bytes < 1:
             yield f"{prefix}max_patch_bytes = {self.max_patch_bytes}: must be at least 1"
 

@@ -124,7 +124,7 @@ def _json(content: Any) -> Response:
 def _page(title: str, seen: Seen, figures: list[Figure]) -> Response:
     content = {
         "title": title,
-        # In one order on every page: a run's color goes by its place.
+        # In one order on every page: a run's color follows from its place.
         "runs": [run["run"] for run in seen.curves],
         "notes": seen.notes,
         "figures": [figure._asdict() for figure in figures],

@@ -79,7 +79,7 @@ def row_source(
 
 
 def entropies_fingerprint(patching: Patching, paths: list[str], shards: ShardSets) -> str | None:
-    """Return the fingerprint of the model that a run's patches go by; None if they go by none.
+    """Return the fingerprint of the entropy model that a run's patches come from; None if they need none.
 
     Raises:
         DataError: a sidecar is missing, incomplete or of another text.

@@ -22,7 +22,7 @@ class ScheduledExports:
         checkpoints: the folder of the run's `step-N`.
         out: the folder to write directories in.
         description: of the model, as its checkpoints have it.
-        entropy_checkpoint: of the model that the run's patches go by, if it scores while it trains.
+        entropy_checkpoint: of the entropy model that cuts the run's patches, if it scores while it trains.
         custom_import: module that registers the run's own patching rules, if there is one.
         interval: steps between checkpoints.
         last_step: of the run, which is exported in any case.

@@ -1,4 +1,4 @@
-"""The trainer: torchtitan's, with a step that counts bytes, never waits for the device between log lines, and stops on a bad loss."""
+"""The trainer: torchtitan's, whose step counts bytes, waits for the device only to log, and stops on a bad loss."""
 
 import json
 import os

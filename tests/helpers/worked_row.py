@@ -39,7 +39,7 @@ def worked_row() -> str:
     labels = ["-" if label == IGNORE_LABEL else shown(int(label)) for label in row.labels]
     lines = [
         f"{'slot':13}" + "".join(f"{slot:>4}" for slot in range(SHAPE.n_bytes)),
-        f"{'token_ids':13}" + "".join(f"{shown(int(i)):>4}" for i in row.token_ids),
+        f"{'ids':13}" + "".join(f"{shown(int(i)):>4}" for i in row.token_ids),
         f"{'labels':13}" + "".join(f"{label:>4}" for label in labels),
     ]
     for name in ("byte_pos", "byte_doc", "byte_patch", "source_patch", "patch_pos", "patch_doc"):

@@ -61,16 +61,20 @@ def test_the_models_are_as_they_were(model, training):
     entropy = model_of()
     used = copy.deepcopy(model).train(training)
     entropy.train(training)
-    before = [(dict(vars(module)), list(module.parameters())) for root in (used, entropy) for module in root.modules()]
-    requires = [p.requires_grad for p in used.parameters()]
+    modules = [module for root in (used, entropy) for module in root.modules()]
+    attributes = [dict(vars(module)) for module in modules]
+    parameters = [p for root in (used, entropy) for p in root.parameters()]
+    copies = [(p.detach().clone(), p.requires_grad) for p in parameters]
     generate(used, PROMPTS, entropy_model=entropy, **OPTIONS)
     next(generate(used, PROMPTS, stream=True))
-    after = [(dict(vars(module)), list(module.parameters())) for root in (used, entropy) for module in root.modules()]
-    for (attributes, parameters), (later, later_parameters) in zip(before, after, strict=True):
-        assert attributes.keys() == later.keys()
-        assert all(attributes[name] is later[name] for name in attributes)
-        assert all(torch.equal(p, q) for p, q in zip(parameters, later_parameters, strict=True))
-    assert requires == [p.requires_grad for p in used.parameters()]
+    for module, before in zip(modules, attributes, strict=True):
+        assert vars(module).keys() == before.keys()
+        assert all(vars(module)[name] is before[name] for name in before)
+    for parameter, (copied, required) in zip(parameters, copies, strict=True):
+        assert torch.equal(parameter, copied)
+        assert (parameter.dtype, parameter.device) == (copied.dtype, copied.device)
+        assert parameter.requires_grad is required
+        assert parameter.grad is None
     assert used.training is training
 
 

@@ -1,6 +1,7 @@
 """Rules of one's own: marked document by document, followed byte by byte, and named where they are not known."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -8,9 +9,11 @@ import torch
 
 from blt_titan.byte_vocab import BOS_ID, BYTE_OFFSET, document_ids
 from blt_titan.checkpoint.json_fields import FieldError, read_rule
+from blt_titan.data.rows.patcher import patch_documents
 from blt_titan.patching import registry
 from blt_titan.patching.registry import NextBytes, register_rule
 from blt_titan.patching.rule import PatchCursor, PatchRule
+from blt_titan.patching.trial import trial_faults
 
 DOCUMENTS = [b"patches of bytes", b"", b"a", "é voilà, eau".encode()]
 
@@ -22,7 +25,7 @@ def vowels(rule, ids, entropies_nats):
 
 
 def next_vowels(rule, at: NextBytes):
-    return np.isin(at.ids_B - BYTE_OFFSET, list(b"aeiou")) | (at.ids_B < BYTE_OFFSET)
+    return np.isin(at.ids_B - BYTE_OFFSET, list(b"aeiou"))
 
 
 def sure_then_unsure(rule, ids, entropies_nats):
@@ -134,3 +137,53 @@ def test_built_in_rules_take_tensors_too():
     ids = np.concatenate([document_ids(content) for content in DOCUMENTS])
     for rule in (PatchRule("space", max_patch_bytes=4), PatchRule("static", stride=3), PatchRule("byte")):
         assert rule.mark(torch.from_numpy(ids)).tolist() == rule.mark(ids).tolist()
+
+
+def rises(rule, ids, entropies_nats):
+    """Reads the entropy before a byte, BOS's too."""
+    before = np.concatenate([[0], entropies_nats[:-1]])
+    return entropies_nats - before > 1
+
+
+def next_rises(rule, at: NextBytes):
+    assert at.entropies_B is not None
+    return at.entropies_B - at.before_nats_B > 1
+
+
+@pytest.mark.parametrize("mark_next", [None, next_rises], ids=["marked anew", "by byte"])
+def test_what_follows_bos_is_the_same_in_training_and_in_generation(mark_next):
+    register_rule("rises", rises, by_entropy=True, mark_next=mark_next)
+    rule, text = PatchRule("rises"), b"abcdef"
+    nats = np.array([0.5, 2.0, 3.5, 0.1, 0.2, 3.0], np.float32)
+    trained = patch_documents(np.frombuffer(text, np.uint8), np.array([0, len(text)]), rule, nats)
+    ids = document_ids(text)
+    # A model has entropies after BOS and EOS too; a sidecar has none.
+    by_model = np.concatenate([[3.0], nats, [1.0]]).astype(np.float32)
+    starts = rule.mark(ids, by_model)
+    assert np.flatnonzero(starts).tolist() == trained.cuts[:-1].tolist()
+    cursor = PatchCursor(rule)
+    cursor.catch_up(ids[None, :1], by_model[None, :1], np.array([1]))
+    ends = [bool(cursor.ends(ids[i : i + 1], by_model[i : i + 1])[0]) for i in range(1, len(ids))]
+    assert ends[:-1] == starts[2:].tolist()
+
+
+def looks_ahead(rule, ids, entropies_nats):
+    return np.append(ids[1:] == BYTE_OFFSET + ord(" "), False)
+
+
+@pytest.mark.parametrize(
+    ("mark_ends", "mark_next", "fault"),
+    [
+        (vowels, next_vowels, None),
+        (looks_ahead, None, r"is not causal: 3 ids of a document are cut otherwise alone than in the whole one"),
+        (vowels, lambda rule, at: at.ids_B == BYTE_OFFSET + ord("e"), r"mark_next and mark_ends differ at position 2"),
+        (vowels, lambda rule, at: np.ones(len(at.ids_B)), r"fails on a text of \d+ bytes \(RuleError: .* float64"),
+        (lambda rule, ids, entropies_nats: ids[99], None, r"fails on a text of \d+ bytes \(IndexError"),
+    ],
+    ids=["sound", "looks ahead", "two answers", "no bools", "raises"],
+)
+def test_a_rule_is_tried_before_anything_is_trained_by_it(mark_ends, mark_next, fault):
+    register_rule("tried", mark_ends, mark_next=mark_next)
+    found = list(trial_faults(PatchRule("tried", max_patch_bytes=7)))
+    assert not found if fault is None else re.match(f"rule = 'tried': {fault}", found[0])
+    assert list(trial_faults(PatchRule("space"))) == []

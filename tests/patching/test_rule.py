@@ -62,7 +62,7 @@ def test_a_rule_that_cuts_has_no_fault(rule: PatchRule):
         (PatchRule("static"), ["patching.stride = None: 'static' needs a stride"]),
         (PatchRule("static", stride=0), ["patching.stride = 0: 'static' needs a stride"]),
         (PatchRule("global"), ["rule = 'global' needs patching.threshold, in nats"]),
-        (PatchRule("global", threshold=float("nan")), ["patching.threshold = nan: must be a number"]),
+        (PatchRule("global", threshold=float("nan")), ["patching.threshold = nan: must be a finite number"]),
         (PatchRule("add"), ["needs patching.threshold,", "needs patching.threshold_add,"]),
         (
             PatchRule("byte", threshold=1.0, threshold_add=1.0),

@@ -41,7 +41,7 @@ def patches(patching: Patching, data: Data) -> Iterator[str]:
 
 
 def patch_rule(patching: Patching) -> Iterator[str]:
-    """A patching rule has what it goes by, and nothing else."""
+    """A patching rule has the settings that it uses, and no others."""
     yield from PatchRule.of(patching).faults("patching.")
 
 

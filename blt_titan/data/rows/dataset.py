@@ -1,7 +1,7 @@
 """The rows that one process makes: those of a data-parallel rank, or a worker's share of them.
 
 Which rows are whose is said in `loader.py`. A block of packed rows leaves, each with its stream's position after it; a
-record batch that cannot be used is passed over and noted, or ends the rows with its error.
+record batch that cannot be used is skipped and noted, or ends the rows with its error.
 """
 
 import itertools
@@ -19,6 +19,7 @@ from blt_titan.data.rows.packing import PatchedIds, Row
 from blt_titan.data.rows.source import RowSource
 from blt_titan.data.rows.streams import POSITION_FIELDS, QUARANTINED, RowStream
 from blt_titan.data.store.errors import DataError
+from blt_titan.patching.registry import RuleError
 
 logger = logging.getLogger(__name__)
 
@@ -61,10 +62,10 @@ class RowDataset(IterableDataset):
         self.quarantine = quarantine
         self._quarantined_in_a_row = 0
 
-    def __iter__(self) -> Iterator[Block | DataError]:
+    def __iter__(self) -> Iterator[Block | DataError | RuleError]:
         try:
             yield from self._blocks()
-        except DataError as error:
+        except (DataError, RuleError) as error:
             yield from itertools.repeat(error)  # see `RowLoader._rows`
 
     def _blocks(self) -> Iterator[Block]:

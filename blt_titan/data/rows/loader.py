@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from blt_titan.batch import WHOLE_ROW, Batch, ContextSlice
 from blt_titan.data.prepare.worker_pool import die_with_parent
 from blt_titan.data.rows.collate import collate_rows
-from blt_titan.data.rows.continuation import check_continues, describe_data
+from blt_titan.data.rows.continuation import check_continues, data_identity
 from blt_titan.data.rows.dataset import RowDataset
 from blt_titan.data.rows.mixture import MixtureOrder
 from blt_titan.data.rows.order import StreamOrder
@@ -34,6 +34,7 @@ from blt_titan.data.rows.packing import Row
 from blt_titan.data.rows.source import RowSource
 from blt_titan.data.rows.streams import POSITION_FIELDS
 from blt_titan.data.store.errors import DataError
+from blt_titan.patching.registry import RuleError
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +141,8 @@ class RowLoader:
                 num_workers=self.num_workers,
                 prefetch_factor=self._prefetch_factor if self.num_workers else None,
                 worker_init_fn=_die_with_the_trainer,
+                # Workers know the rules that the user registered, as they are copies of this process.
+                multiprocessing_context="fork" if self.num_workers else None,
             )
         )
         # Workers answer in turn, each with every W-th row. An error is a value to them and is raised here, after which
@@ -147,7 +150,7 @@ class RowLoader:
         try:
             while one_of_each := list(itertools.islice(blocks, max(1, self.num_workers))):
                 for block in one_of_each:
-                    if isinstance(block, DataError):
+                    if isinstance(block, DataError | RuleError):
                         raise block
                 for rows in zip(*one_of_each, strict=True):
                     yield from rows
@@ -155,7 +158,7 @@ class RowLoader:
             del blocks
 
     def take_quarantined(self) -> int:
-        """Return the record batches that this rank has passed over since the last call, as the batches come to them.
+        """Return the record batches that this rank has skipped since the last call, as the batches come to them.
 
         Of ranks that share rows, the first slice's alone counts them.
         """
@@ -184,8 +187,11 @@ class RowLoader:
             # An array, not a tensor: DCP refuses a tensor of another size before the identity below can say why.
             "positions": whole.numpy(),
             "rows_served": self._rows_served,
-            "identity": describe_data(self.source.shards.fingerprint, self.order, self.source.patcher.decided_by),
+            "identity": json.dumps(self._identity()),
         }
+
+    def _identity(self) -> dict[str, Any]:
+        return data_identity(self.source.shards.fingerprint, self.order, self.source.patcher.decided_by)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue after the batches of a saved state, made by any number of ranks and workers.
@@ -193,10 +199,8 @@ class RowLoader:
         Raises:
             DataError: if the state belongs to other data, to another order or to other patches; names what differs.
         """
-        saved = json.loads(state_dict["identity"])
-        fingerprint, patching = self.source.shards.fingerprint, self.source.patcher.decided_by
-        may_change = self._patching_may_change
-        for changed in check_continues(saved, fingerprint, self.order, patching, patching_may_change=may_change):
+        saved, may_change = json.loads(state_dict["identity"]), self._patching_may_change
+        for changed in check_continues(saved, self._identity(), patching_may_change=may_change):
             logger.warning(changed)
         rows_served = int(state_dict["rows_served"])
         if rows_served % self.dp_size:

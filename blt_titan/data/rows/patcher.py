@@ -1,4 +1,4 @@
-"""From record batches to patched ids: the rules that read text alone, and those that go by entropies.
+"""From record batches to patched ids: the rules that read text alone, and those that need entropies.
 
 A record batch of whole documents enters, its ids and where their patches begin leave. What else decides where patches
 begin is told by `decided_by`, so that a run that goes on with other patches is noticed.
@@ -62,7 +62,7 @@ def patch_decisions(rule: PatchRule, entropies: str | None) -> dict[str, Any]:
 
     Args:
         rule: of the run.
-        entropies: fingerprint of the model that it goes by; None if it goes by none.
+        entropies: fingerprint of the entropy model; None for a rule that needs none.
 
     >>> patch_decisions(PatchRule("static", stride=4), None)["patching.stride"]
     4
@@ -113,7 +113,7 @@ class TextPatcher:
 
 
 class EntropyPatcher:
-    """Patches by a rule that goes by entropies.
+    """Patches by a rule that needs entropies.
 
     Args:
         rule: of the run; its `storage` becomes that of the entropies.

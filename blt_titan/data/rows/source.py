@@ -20,6 +20,6 @@ class RowSource:
         """Read and patch one record batch.
 
         Raises:
-            DataError: it, or what its patches go by, is missing or damaged.
+            DataError: it, or the entropies of its patches, are missing or damaged.
         """
         return self.patcher.patch(self.shards.read(record_batch))
