@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -65,9 +66,10 @@ def harness(arguments: list[str]) -> int:
 
 
 def export_beside(checkpoint: Path, sound: Path) -> int:
-    settings = {"checkpoint": str(checkpoint), "out": str(checkpoint.parent / "hf-step")}
+    settings: dict[str, Any] = {"checkpoint": str(checkpoint), "out": str(checkpoint.parent / "hf-step")}
     settings["description"] = describe_model(sound / "blt").to_json()
-    return in_training.main([json.dumps(settings | {"entropy_checkpoint": None, "dtype": "float32", "force": True})])
+    settings |= {"entropy_checkpoint": None, "dtype": "float32", "force": True, "custom_import": ""}
+    return in_training.main([json.dumps(settings)])
 
 
 OF_A_BLT: dict[str, Callable[[Path, Path], int]] = {
