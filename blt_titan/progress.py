@@ -7,8 +7,8 @@ from typing import Any
 from tqdm import tqdm
 
 LINE_INTERVAL_S = 10.0
-_LINE = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} in {elapsed}, {rate_fmt}"
-_LINE_WITHOUT_TOTAL = "{desc}: {n_fmt} in {elapsed}, {rate_fmt}"
+_LINE = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} in {elapsed}, {rate_fmt}{postfix}"
+_LINE_WITHOUT_TOTAL = "{desc}: {n_fmt} in {elapsed}, {rate_fmt}{postfix}"
 
 
 class ProgressBar(tqdm):
@@ -29,6 +29,10 @@ class ProgressBar(tqdm):
                 _LINE if options.get("total") or hasattr(iterable, "__len__") else _LINE_WITHOUT_TOTAL
             )
         super().__init__(iterable, disable=disable, **options)
+
+    def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
+        """Show `s` after the rate; in a file, with the next line that is due."""
+        super().set_postfix_str(s, refresh and not self._writes_lines)
 
     @staticmethod
     def status_printer(file: Any) -> Callable[[str], None]:

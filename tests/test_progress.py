@@ -14,6 +14,7 @@ with progress.ProgressBar(total=200, unit="B", desc="reading", leave=False) as b
     for _ in range(200):
         time.sleep(0.002)
         bar.update(1)
+        bar.set_postfix_str("2.5 bits")
 """
 
 
@@ -24,6 +25,7 @@ def test_in_a_file_there_are_few_whole_lines():
     assert 2 <= len(lines) <= 8, said
     assert lines[-1].startswith("reading: 100% 200/200 in 00:0")
     assert all(line.startswith("reading: ") and "|" not in line for line in lines)
+    assert lines[-1].endswith(", 2.5 bits")
 
 
 def test_short_work_says_its_end_only():
