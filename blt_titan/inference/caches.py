@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from blt_titan.model.attention import AttentionMask, DenseMask, attend
+from blt_titan.model.attention import AttentionMask, DenseMask, attend, dense_mask
 from blt_titan.model.layers import Attend, Rotation, rotary_angles
 
 GROWTH_SLOTS = 256
@@ -126,7 +126,7 @@ class StackCache:
             visible_BT = visible_BT & (self.context_BT == context_B[:, None])
         assert self._angles is not None
         cos, sin = self._angles
-        return (cos[pos_B], sin[pos_B]), DenseMask(visible_BT[:, None, None])
+        return (cos[pos_B], sin[pos_B]), dense_mask(visible_BT[:, None, None])
 
     def reserve(self, positions: int) -> None:
         """Make room for positions below this."""

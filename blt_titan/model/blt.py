@@ -23,8 +23,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
-from blt_titan.batch import PatchLayout, SliceLayout
+from blt_titan.batch import PADDING, PatchLayout, SliceLayout
 from blt_titan.model.args import BLTArgs
 from blt_titan.model.attention import AttentionMask, SlicedMask, causal_mask, window_mask
 from blt_titan.model.decoder import LocalDecoder
@@ -124,11 +125,14 @@ class _Parts(nn.Module):
         if not isinstance(sliced, SliceLayout):
             mask = window_mask(layout.byte_doc_BS, window=args.local_window, backend=args.attention_backend)
             return rotation, mask
-        before_doc_BW = sliced.before_doc_BR[:, sliced.before_doc_BR.shape[1] - (args.local_window - 1) :]
+        # One more, which nobody sees: W keys lie aligned in memory.
+        reach = args.local_window - 1
+        before_doc_BW = F.pad(sliced.before_doc_BR[:, sliced.before_doc_BR.shape[1] - reach :], (1, 0), value=PADDING)
+        halo_BW = F.pad(sliced.halo_BW, (1, 0), value=PADDING)
         mask = window_mask(
             layout.byte_doc_BS, window=args.local_window, backend=args.attention_backend, before_doc_BW=before_doc_BW
         )
-        return rotation, SlicedMask(mask, sliced.tail_BT, sliced.halo_BW)
+        return rotation, SlicedMask(mask, sliced.tail_BT, halo_BW)
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """Draw every parameter from the run's seed and its name. There are no buffers, hence no buffer device."""

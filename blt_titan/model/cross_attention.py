@@ -17,6 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from blt_titan.model.eager import RMSNorm
 from blt_titan.model.layers import NORM_EPS
 
 
@@ -54,8 +55,8 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.n_heads = n_heads
         self.slots_per_patch = slots_per_patch
-        self.q_norm = nn.RMSNorm(dim, eps=NORM_EPS)
-        self.kv_norm = nn.RMSNorm(dim, eps=NORM_EPS)
+        self.q_norm = RMSNorm(dim, eps=NORM_EPS)
+        self.kv_norm = RMSNorm(dim, eps=NORM_EPS)
         self.wq = nn.Linear(dim, dim, bias=False)
         self.wk = nn.Linear(dim, dim, bias=False)
         self.wv = nn.Linear(dim, dim, bias=False)

@@ -14,6 +14,7 @@ from blt_titan.byte_vocab import VOCAB_SIZE
 from blt_titan.model.args import BLTArgs
 from blt_titan.model.attention import AttentionMask
 from blt_titan.model.cross_attention import BytesReadPatches, KeysValues
+from blt_titan.model.eager import RMSNorm
 from blt_titan.model.layers import NORM_EPS, Attend, Rotation, block_stack
 
 
@@ -29,7 +30,7 @@ class LocalDecoder(nn.Module):
             BytesReadPatches(args.local_dim, args.cross_attn_heads, args.cross_attn_k) for _ in range(n_cross)
         )
         self.layers = block_stack(args.decoder_layers, args.local_dim, args.local_heads, args.local_ffn_hidden)
-        self.norm = nn.RMSNorm(args.local_dim, eps=NORM_EPS)
+        self.norm = RMSNorm(args.local_dim, eps=NORM_EPS)
         self.output = nn.Linear(args.local_dim, VOCAB_SIZE, bias=False)
 
     def forward(

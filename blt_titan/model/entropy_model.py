@@ -22,6 +22,7 @@ from blt_titan.byte_vocab import NEWLINE_ID, VOCAB_SIZE
 from blt_titan.model.args import EntropyModelArgs
 from blt_titan.model.attention import AttentionMask, window_mask
 from blt_titan.model.initialization import initialize
+from blt_titan.model.eager import RMSNorm
 from blt_titan.model.layers import NORM_EPS, Attend, Rotation, block_stack, rotary_angles, run_blocks
 from blt_titan.model.placement import Placement
 
@@ -35,7 +36,7 @@ class EntropyModel(nn.Module):
         self.args = args
         self.tok_embeddings = nn.Embedding(VOCAB_SIZE, args.dim)
         self.layers = block_stack(args.n_layers, args.dim, args.n_heads, args.ffn_hidden)
-        self.norm = nn.RMSNorm(args.dim, eps=NORM_EPS)
+        self.norm = RMSNorm(args.dim, eps=NORM_EPS)
         self.output = nn.Linear(args.dim, VOCAB_SIZE, bias=False)
         self.placement = Placement()
 
@@ -83,7 +84,7 @@ class EntropyModel(nn.Module):
         Args:
             pos_BS: integer [B, S].
             context_BS: what `contexts` gives, integer [B, S].
-            before_context_BW: of the W - 1 bytes before the first slot, if their keys precede the slots' own.
+            before_context_BW: of up to W bytes before the first slot, if their keys precede the slots' own.
         """
         args = self.args
         rotation = rotary_angles(pos_BS, head_dim=args.dim // args.n_heads, theta=args.rope_theta)

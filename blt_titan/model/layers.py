@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from blt_titan.model.attention import AttentionMask, attend
+from blt_titan.model.eager import RMSNorm, gated_linear, is_plain, rotate_pairs
 
 NORM_EPS = 1e-5
 
@@ -44,6 +44,8 @@ def rotary_angles(pos_BS: torch.Tensor, *, head_dim: int, theta: float) -> Rotat
 def rotate(x_BSHK: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     """Rotate the interleaved pairs (2i, 2i + 1) of each head by the angles, in fp32."""
     cos, sin = rotation
+    if is_plain(x_BSHK, cos):
+        return rotate_pairs(x_BSHK, cos, sin)
     even, odd = x_BSHK.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x_BSHK)
 
@@ -86,7 +88,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., D] -> [..., D]."""
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return gated_linear(self.w1(x), self.w3(x), self.w2)
 
 
 class TransformerBlock(nn.Module):
@@ -94,9 +96,9 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, dim: int, n_heads: int, ffn_hidden: int):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(dim, eps=NORM_EPS)
+        self.attention_norm = RMSNorm(dim, eps=NORM_EPS)
         self.attention = Attention(dim, n_heads)
-        self.ffn_norm = nn.RMSNorm(dim, eps=NORM_EPS)
+        self.ffn_norm = RMSNorm(dim, eps=NORM_EPS)
         self.feed_forward = FeedForward(dim, ffn_hidden)
 
     def forward(

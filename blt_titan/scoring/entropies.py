@@ -64,10 +64,10 @@ class _Lane:
 
 
 class _CarriedAttention:
-    """Attention of one layer that also sees the last W - 1 keys and values of the chunk before."""
+    """Attention of one layer that also sees the last W keys and values of the chunk before."""
 
     def __init__(self, window: int):
-        self.before = window - 1
+        self.before = window
         self.kv_BWHX: torch.Tensor | None = None
 
     def __call__(self, q_BCHK: torch.Tensor, k_BCHK: torch.Tensor, v_BCHK: torch.Tensor, mask: Any) -> torch.Tensor:
@@ -92,7 +92,7 @@ class _Carried:
     def __init__(self, args: EntropyModelArgs, lanes: int):
         self.attention = [_CarriedAttention(args.window) for _ in range(args.n_layers)]
         # Documents are told apart by numbers that grow along a lane; 0 is nothing's.
-        self.context_BW = torch.full((lanes, args.window - 1), PADDING, dtype=torch.int64)
+        self.context_BW = torch.full((lanes, args.window), PADDING, dtype=torch.int64)
         self.last_context_B1 = torch.zeros(lanes, 1, dtype=torch.int64)
         self.position = 0
 

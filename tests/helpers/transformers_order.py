@@ -27,7 +27,7 @@ from blt_titan.byte_vocab import EOS_ID
 from blt_titan.hf.pretrained import Pretrained
 from blt_titan.hf.verify.precision import CastsTo, compute_in_both, largest_difference
 from blt_titan.hf.verify.verify import cut_text, longer_than_windows, run_transformers
-from blt_titan.model.attention import AttentionMask, DenseMask, attend
+from blt_titan.model.attention import AttentionMask, attend, dense_mask
 from blt_titan.model.blt import BLT as BareBLT
 from blt_titan.model.cross_attention import CrossAttention
 from blt_titan.model.hash_embedding import HashEmbedding, ngram_hashes
@@ -121,7 +121,7 @@ class _DenseWindowAttention:
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask) -> torch.Tensor:
         slot_S = torch.arange(q.shape[1], device=q.device)
         back_SS = slot_S[:, None] - slot_S
-        return attend(q, k, v, DenseMask(((back_SS >= 0) & (back_SS < self.window))[None, None]))
+        return attend(q, k, v, dense_mask(((back_SS >= 0) & (back_SS < self.window))[None, None]))
 
 
 class _DenseCrossAttention(nn.Module):

@@ -7,15 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from blt_titan.model import attention
-from blt_titan.model.attention import (
-    FLEX_BLOCK,
-    BlockLocalMask,
-    FlexVariantsError,
-    attend,
-    causal_mask,
-    window_mask,
-)
+from blt_titan.model import block_local
+from blt_titan.model import flex as flex_attends
+from blt_titan.model.attention import BlockLocalMask, attend, causal_mask, window_mask
+from blt_titan.model.block_local import attend_in_blocks
+from blt_titan.model.flex import FLEX_BLOCK, FlexVariantsError
 from tests.helpers.tensor_watch import LargestTensor, NoHostRead
 
 CPU_ATOL = 2e-6
@@ -80,6 +76,22 @@ def test_window_attention_equals_dense(S, window):
         torch.testing.assert_close(got, expected, atol=CPU_ATOL, rtol=CPU_ATOL, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize(("S", "window"), WINDOWED)
+def test_windows_on_other_devices_than_a_cpu(S, window, monkeypatch):
+    """What "sdpa" does on CUDA, run here: the same blocks through the public function."""
+    doc_BS = documents(S)
+    bias = window_mask(doc_BS, window=window).bias
+
+    def ours(*qkv):
+        with monkeypatch.context() as patch:
+            patch.setattr(block_local, "_runs_on_cpu", lambda x: False)
+            return attend_in_blocks(*qkv, bias)
+
+    dense = outputs_and_gradients(lambda *qkv: dense_attention(*qkv, dense_visible(doc_BS, window)), leaves(3, S))
+    for got, expected in zip(outputs_and_gradients(ours, leaves(3, S)), dense, strict=True):
+        torch.testing.assert_close(got, expected, atol=CPU_ATOL, rtol=CPU_ATOL)
+
+
 @pytest.mark.parametrize("S", [1, 40])
 def test_causal_attention_equals_dense(S):
     doc_BS = documents(S)
@@ -128,15 +140,25 @@ def check_block_mask(mask: BlockMask, visible_BQS: torch.Tensor):
     assert torch.equal(mask.mask_mod(b, torch.tensor(0), q, kv), visible_BQS)
     assert mask.seq_lengths == (Q, S)
     assert mask.BLOCK_SIZE == (FLEX_BLOCK, FLEX_BLOCK)
-    assert mask.full_kv_num_blocks is None, "no block may skip the mask function"
-    listed = listed_blocks(mask.kv_num_blocks, mask.kv_indices)
+    masked, full = both_lists(mask)
     padded = F.pad(visible_BQS, (0, -S % FLEX_BLOCK, 0, -Q % FLEX_BLOCK))
     tiles = padded.unflatten(2, (-1, FLEX_BLOCK)).unflatten(1, (-1, FLEX_BLOCK))
-    needed = tiles.any(4).any(2)
-    assert not (needed & ~listed).any(), "a visible pair lies in no listed block"
-    from_queries = listed_blocks(mask.q_num_blocks, mask.q_indices)
-    assert torch.equal(from_queries, listed.transpose(1, 2))
-    return listed, needed
+    needed, whole = tiles.any(4).any(2), tiles.all(4).all(2)
+    assert torch.equal(full & ~whole, torch.zeros_like(full)), "a block that is not masked has a pair that is not seen"
+    assert not (needed & ~(masked | full)).any(), "a visible pair lies in no listed block"
+    assert torch.equal(listed_blocks(mask.q_num_blocks, mask.q_indices), masked.transpose(1, 2))
+    assert torch.equal(listed_blocks(mask.full_q_num_blocks, mask.full_q_indices), full.transpose(1, 2))
+    # Within a document, every tile of visible pairs skips the mask function.
+    assert torch.equal(full, whole)
+    return masked | full, needed
+
+
+def both_lists(mask: BlockMask) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which tiles are masked inside, and which are read whole, bool [B, N, M]; none is both."""
+    masked = listed_blocks(mask.kv_num_blocks, mask.kv_indices)
+    full = listed_blocks(mask.full_kv_num_blocks, mask.full_kv_indices)
+    assert not (masked & full).any()
+    return masked, full
 
 
 @pytest.mark.parametrize("S", [128, 512, 640, 100, 513, 700])
@@ -234,12 +256,13 @@ def test_causal_masks_of_a_part_of_the_row(part):
     doc_BS = rows_of_slices(200, 4)
     visible = dense_visible(doc_BS)[:, part.start : part.stop]
     dense = causal_mask(doc_BS, backend="sdpa", queries=part)
-    assert torch.equal(dense.visible[:, 0], visible)
+    assert torch.equal(dense.bias[:, 0] == 0, visible)
     with NoHostRead():
         mask = causal_mask(doc_BS, backend="flex", queries=part)
     # A padded query needs no key of another slice's padding.
     needed = visible & (doc_BS[:, part.start : part.stop, None] >= 0)
-    listed = listed_blocks(mask.kv_num_blocks, mask.kv_indices)
+    masked, full = both_lists(mask)
+    listed = masked | full
     padded = F.pad(needed, (0, -800 % FLEX_BLOCK, 0, -len(part) % FLEX_BLOCK))
     tiles = padded.unflatten(2, (-1, FLEX_BLOCK)).unflatten(1, (-1, FLEX_BLOCK)).any(4).any(2)
     assert not (tiles & ~listed).any(), "a visible pair lies in no listed block"
@@ -265,9 +288,9 @@ def test_unknown_backends_and_masks_are_refused():
 def eager_kernels(monkeypatch):
     """FlexAttention compiled as on CUDA up to the kernels, two variants of it at most."""
     compiled = partial(torch.compile, backend="eager")
-    monkeypatch.setattr(attention, "_compiled_flex_attention", cache(attention._compiled_flex_attention.__wrapped__))
+    monkeypatch.setattr(flex_attends, "_compiled_flex_attention", cache(flex_attends._compiled_flex_attention.__wrapped__))
     monkeypatch.setattr(torch, "compile", compiled)
-    monkeypatch.setattr(attention, "FLEX_VARIANTS", 2)
+    monkeypatch.setattr(flex_attends, "FLEX_VARIANTS", 2)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 from blt_titan.byte_vocab import document_ids
-from blt_titan.model import attention
+from blt_titan.model import flex
 from blt_titan.scoring.entropies import EntropyScorer, entropy_nats
 from tests.helpers.small_entropy_model import ARGS, ENTROPY_ATOL, model_of, scored_alone
 
@@ -104,7 +104,7 @@ def test_few_shapes_are_run_as_lanes_run_dry():
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_is_run_in_one_shape(monkeypatch):
     """Each further shape would be compiled anew, and a run has other uses for FlexAttention's few variants."""
-    monkeypatch.setattr(attention, "_compiled_flex_attention", lambda: flex_attention)
+    monkeypatch.setattr(flex, "_compiled_flex_attention", lambda: flex_attention)
     scorer = EntropyScorer(model_of(attention_backend="flex"), lanes=5, chunk=64)
     assert shapes_of_forwards(scorer, n_documents=9) == {(5, 64)}
 
