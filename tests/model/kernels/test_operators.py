@@ -1,0 +1,188 @@
+"""The operators on the CPU: values and gradients against dense masks and loops in fp64, and as nodes of a graph."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from blt_titan.model.kernels import gather_attention as gather
+from blt_titan.model.kernels import segment_attention as segment
+from blt_titan.model.kernels import segment_max as maximum
+from blt_titan.model.kernels.offsets import first_of_patches
+from tests.helpers.byte_runs import (
+    LEADING,
+    LONG,
+    ODD,
+    dense_gather_attention,
+    dense_segment_attention,
+    looped_segment_max,
+    patches_of,
+)
+
+FP64_ATOL = 1e-12
+"""fp64 sums of at most 512 terms of size 1, in another order."""
+
+FP32_TOL = 512 * 2**-24
+"""fp32 sums of at most 512 terms: each addition rounds to 2^-24 of what it gives, here at most all in one direction."""
+
+BF16_RTOL = 2**-7
+"""An output is rounded once, to 8 bits; inputs are the same numbers on both sides."""
+
+ROWS = {"odd": (ODD, 37, None), "led": (ODD, 40, LEADING), "long": (LONG, 546, None)}
+
+
+def drawn(shape, dtype=torch.float64, seed=0):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x.to(dtype).requires_grad_()
+
+
+def case(rows, H, K, N, dtype=torch.float64):
+    """Return the patch of each byte, first slots, and three tensors of bytes and three of slots."""
+    lengths, S, leading = ROWS[rows]
+    B, P = len(lengths), len(lengths[0])
+    patch_BS = patches_of(lengths, S, leading)
+    of_bytes = [drawn((B, S, H, K), dtype, seed) for seed in range(3)]
+    of_slots = [drawn((B, P, N, H, K), dtype, seed) for seed in range(3, 6)]
+    return patch_BS, first_of_patches(patch_BS, P), of_bytes, of_slots
+
+
+def run(op, rows, H, K, N, dtype=torch.float64):
+    """Return output and gradients of an attention, and those of its dense twin in fp64 on the same numbers."""
+    patch_BS, first, (b0, b1, b2), (s0, s1, s2) = case(rows, H, K, N, dtype)
+    if op == "segment":
+        inputs, upstream = (s0, b0, b1), s2
+        ours, dense = (lambda q, k, v: segment.segment_attention(q, k, v, first)), dense_segment_attention
+    else:
+        inputs, upstream = (b0, s0, s1), b2
+        ours, dense = (lambda q, k, v: gather.gather_attention(q, k, v, patch_BS, first)), dense_gather_attention
+    out = ours(*inputs)
+    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
+    exact = dense(*exact_inputs, patch_BS)
+    got = [out, *torch.autograd.grad(out, inputs, upstream)]
+    expected = [exact, *torch.autograd.grad(exact, exact_inputs, upstream.double())]
+    return got, expected
+
+
+@pytest.mark.parametrize(("H", "K", "N"), [(2, 32, 1), (3, 64, 2), (1, 5, 4), (2, 8, 3)])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("op", ["segment", "gather"])
+def test_attention_equals_a_dense_mask(op, rows, H, K, N):
+    for dtype, tolerance in (
+        (torch.float64, dict(atol=FP64_ATOL, rtol=0)),
+        (torch.float32, dict(atol=FP32_TOL, rtol=FP32_TOL)),
+        (torch.bfloat16, dict(atol=BF16_RTOL / 4, rtol=BF16_RTOL)),
+    ):
+        for got, exact in zip(*run(op, rows, H, K, N, dtype), strict=True):
+            assert got.dtype == dtype
+            torch.testing.assert_close(got.double(), exact, **tolerance)
+
+
+@pytest.mark.parametrize("op", ["segment", "gather"])
+def test_nothing_to_see_is_exactly_zero(op):
+    patch_BS, first, (b0, b1, _), (s0, s1, _) = case("led", 2, 8, 2)
+    if op == "segment":
+        inputs, nothing = (s0, b0, b1), first.diff() == 0
+        out = segment.segment_attention(*inputs, first)
+    else:
+        inputs, nothing = (b0, s0, s1), patch_BS < 0
+        out = gather.gather_attention(*inputs, patch_BS, first)
+    assert nothing.any()
+    assert not out[nothing].any()
+    for x, grad in zip(inputs, torch.autograd.grad(out.sum(), inputs), strict=True):
+        alone = first.diff() == 0 if x.ndim == 5 else patch_BS < 0
+        assert not grad[alone].any()
+        assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("op", ["segment", "gather"])
+def test_large_scores_do_not_overflow(op):
+    patch_BS, first, (b0, b1, _), (s0, s1, _) = case("odd", 2, 8, 2, torch.float32)
+    with torch.no_grad():
+        b0 *= 1e3
+    if op == "segment":
+        out = segment.segment_attention(s0, b0, b1, first)
+    else:
+        out = gather.gather_attention(b0, s0, s1, patch_BS, first)
+    for x in (out, *torch.autograd.grad(out.sum(), (b0, s0))):
+        assert x.isfinite().all()
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_maximum_equals_loops_with_ties(rows):
+    patch_BS, first, (x, *_), _ = case(rows, 1, 7, 1)
+    # Quarters: many bytes of a patch share a maximum.
+    x_BSX = (x.detach().flatten(2) * 2).round().div(2).requires_grad_()
+    ours, looped = maximum.segment_max(x_BSX, first), looped_segment_max(x_BSX, patch_BS, first.shape[1] - 1)
+    assert torch.equal(ours, looped)
+    upstream = torch.randn(ours.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    got, expected = (torch.autograd.grad(out, x_BSX, upstream)[0] for out in (ours, looped))
+    # Shares are made in fp64 here, by one division.
+    torch.testing.assert_close(got, expected, atol=FP64_ATOL, rtol=0)
+
+
+def test_gradients_are_those_of_differences():
+    patch_BS, first, (b0, b1, _), (s0, s1, _) = case("led", 1, 3, 2)
+    inputs = [x[:2].detach().clone().requires_grad_() for x in (b0, b1, s0, s1)]
+    b0, b1, s0, s1 = inputs
+    patch_BS, first = patch_BS[:2], first[:2]
+    assert torch.autograd.gradcheck(lambda *x: segment.segment_attention(*x, first), (s0, b0, b1))
+    assert torch.autograd.gradcheck(lambda *x: gather.gather_attention(*x, patch_BS, first), (b0, s0, s1))
+    assert torch.autograd.gradcheck(lambda x: maximum.segment_max(x, first), (b0.flatten(2),))
+
+
+def operators():
+    patch_BS, first, (b0, b1, _), (s0, s1, _) = case("led", 2, 8, 2, torch.float32)
+    return {
+        "segment": (segment._segment_attention, segment.segment_attention, (s0, b0, b1, first)),
+        "gather": (gather._gather_attention, gather.gather_attention, (b0, s0, s1, patch_BS, first)),
+        "max": (maximum._segment_max, maximum.segment_max, (b0.detach().flatten(2).requires_grad_(), first)),
+    }
+
+
+@pytest.mark.parametrize("name", ["segment", "gather", "max"])
+def test_operators_are_registered_soundly(name):
+    operator, _, args = operators()[name]
+    torch.library.opcheck(operator, args)
+
+
+@pytest.mark.parametrize("name", ["segment", "gather", "max"])
+def test_compile_sees_one_node(name):
+    _, function, args = operators()[name]
+    floating = [x for x in args if x.is_floating_point()]
+    compiled = torch.compile(lambda *x: function(*x) * 2, fullgraph=True, dynamic=False, backend="aot_eager")
+    eager, graph = function(*args) * 2, compiled(*args)
+    assert torch.equal(eager, graph)
+    for a, b in zip(
+        torch.autograd.grad(eager.square().sum(), floating),
+        torch.autograd.grad(graph.square().sum(), floating),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["segment", "gather", "max"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_fake_tensors_on_cuda_need_no_triton(name, dtype):
+    """Shapes and dtypes of a GPU's forward, where there is none."""
+    _, function, args = operators()[name]
+    with FakeTensorMode(), torch.no_grad():
+        fakes = [torch.empty(x.shape, dtype=dtype if x.is_floating_point() else x.dtype, device="cuda") for x in args]
+        out = function(*fakes)
+    assert out.dtype == dtype
+    assert out.device.type == "cuda"
+    assert out.shape == function(*args).shape
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    patch_BS, first, (b0, b1, _), (s0, s1, _) = case("odd", 2, 8, 2, torch.float32)
+    for call, says in (
+        (lambda: segment.segment_attention(s0, b0, b1[:, :-1], first), "values be shaped as keys"),
+        (lambda: segment.segment_attention(s0, b0, b1.double(), first), "share a floating dtype"),
+        (lambda: segment.segment_attention(s0, b0, b1, first.long()), "first_BP1 must be int32"),
+        (lambda: segment.segment_attention(b0, s0[:, :, 0], s1[:, :, 0], first), "slots of patches"),
+        (lambda: gather.gather_attention(b0, s0, s1, patch_BS[:, 1:], first), "source_BS must be int32"),
+        (lambda: gather.gather_attention(b0, s0, s1, patch_BS, first[:, 1:]), "first_reader_BP1 must be int32"),
+        (lambda: maximum.segment_max(b0, first), "must be .B, S, X."),
+        (lambda: maximum.segment_max(b0.flatten(2), first[:1]), "first_BP1 must be int32"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            call()
