@@ -27,7 +27,7 @@ from blt_titan.inference.caches import StackCache
 from blt_titan.inference.ledger import PatchLedger
 from blt_titan.inference.rows import MarkedIds, layout_rows, pad_ids
 from blt_titan.model.blt import BLT, StackAttends
-from blt_titan.model.cross_attention import KeysValues
+from blt_titan.model.cross_attention import KeysValues, patch_runs
 from blt_titan.model.entropy_model import EntropyModel
 from blt_titan.model.layers import run_blocks
 from blt_titan.patching.rule import PatchCursor, PatchRule
@@ -188,9 +188,10 @@ class CachedBLT:
         if ends.any():
             self._close_patches(ends, patch_bytes)
         rotation, mask = self._decoder_cache.step(pos_B)
-        source_B1 = torch.zeros(len(ids), 1, dtype=torch.int64, device=self.device)
+        # Each row's byte reads its only patch.
+        sources = patch_runs(torch.zeros(len(ids), 1, dtype=torch.int32, device=self.device), 1)
         to_cache = self._decoder_cache.to_cache
-        return self.model.decoder.read_and_decode(h_B1d, self._sources, source_B1, rotation, mask, to_cache)[:, 0]
+        return self.model.decoder.read_and_decode(h_B1d, self._sources, sources, rotation, mask, to_cache)[:, 0]
 
     def _encode(self, ids_B: torch.Tensor, pos_B: torch.Tensor) -> torch.Tensor:
         model = self.model
@@ -219,8 +220,9 @@ class CachedBLT:
         # As many bytes as the longest of them has, in powers of two: few shapes.
         slots = max(4, 1 << (int(patch_bytes[ends].max()) - 1).bit_length())
         slots = min(slots, self._bytes[0].shape[1])
-        patch_BM = (torch.arange(slots, device=self.device) >= self._on_device(patch_bytes)[:, None]).long()
-        p_B1G = model.encoder.patch_states([states_BMd[:, :slots] for states_BMd in self._bytes], patch_BM, 1)
+        is_held_BM = torch.arange(slots, device=self.device) < self._on_device(patch_bytes)[:, None]
+        runs = patch_runs(torch.where(is_held_BM, 0, -1), 1)
+        p_B1G = model.encoder.patch_states([states_BMd[:, :slots] for states_BMd in self._bytes], runs)
         patch_number = self.ledger.closed - ends
         self._global_cache.reserve(int(patch_number.max()) + 1)
         rotation, mask = self._global_cache.step(self._on_device(patch_number))

@@ -13,7 +13,7 @@ import torch.nn as nn
 from blt_titan.byte_vocab import VOCAB_SIZE
 from blt_titan.model.args import BLTArgs
 from blt_titan.model.attention import AttentionMask
-from blt_titan.model.cross_attention import BytesReadPatches, KeysValues
+from blt_titan.model.cross_attention import BytesReadPatches, KeysValues, PatchRuns, patch_runs
 from blt_titan.model.eager import RMSNorm
 from blt_titan.model.layers import NORM_EPS, Attend, Rotation, block_stack
 
@@ -58,9 +58,14 @@ class LocalDecoder(nn.Module):
             Logits, fp32 [B, S, V].
         """
         if before_B1G is not None:
-            p_BPG = torch.cat([p_BPG, before_B1G], dim=1)
+            # It comes first, so that the bytes which read a patch stay side by side.
+            n_patches = p_BPG.shape[1]
+            p_BPG = torch.cat([before_B1G, p_BPG], dim=1)
+            after_BS = source_patch_BS + (source_patch_BS >= 0)
+            source_patch_BS = torch.where(source_patch_BS == n_patches, 0, after_BS)
         patches = [self.patch_slots(p_BPG)] * len(self.cross_attention)
-        return self.read_and_decode(h_BSd, patches, source_patch_BS.long(), rotation, mask, attends)
+        sources = patch_runs(source_patch_BS, p_BPG.shape[1])
+        return self.read_and_decode(h_BSd, patches, sources, rotation, mask, attends)
 
     def patch_slots(self, p_BPG: torch.Tensor) -> torch.Tensor:
         """Cut patch states into what bytes read: [B, P, G] -> [B, P, k, d]."""
@@ -75,7 +80,7 @@ class LocalDecoder(nn.Module):
         self,
         h_BSd: torch.Tensor,
         patches: Sequence[torch.Tensor | KeysValues],
-        source_BS: torch.Tensor,
+        sources: PatchRuns,
         rotation: Rotation,
         mask: AttentionMask,
         attends: Sequence[Attend],
@@ -85,7 +90,7 @@ class LocalDecoder(nn.Module):
         Args:
             h_BSd: as in `forward`.
             patches: for each layer that reads them, `patch_slots` or `keys_values`.
-            source_BS: int64; the rest as in `forward`.
+            sources: the bytes that read each patch.
             rotation: as in `forward`.
             mask: as in `forward`.
             attends: as in `forward`.
@@ -96,6 +101,6 @@ class LocalDecoder(nn.Module):
         for i, (block, attend) in enumerate(zip(self.layers.values(), attends, strict=True)):
             if i < len(self.cross_attention):
                 # CrossAttention already added its queries: the residual is doubled here too.
-                h_BSd = h_BSd + self.cross_attention[i](h_BSd, patches[i], source_BS)
+                h_BSd = h_BSd + self.cross_attention[i](h_BSd, patches[i], sources)
             h_BSd = block(h_BSd, rotation, mask, attend)
         return self.output(self.norm(h_BSd)).float()

@@ -13,7 +13,8 @@ import torch.nn as nn
 from blt_titan.byte_vocab import VOCAB_SIZE
 from blt_titan.model.args import BLTArgs
 from blt_titan.model.attention import AttentionMask
-from blt_titan.model.cross_attention import PatchesReadBytes, max_bytes
+from blt_titan.model.cross_attention import PatchesReadBytes, PatchRuns, patch_runs
+from blt_titan.model.kernels.segment_max import segment_max
 from blt_titan.model.layers import Attend, Rotation, block_stack
 
 
@@ -65,11 +66,10 @@ class LocalEncoder(nn.Module):
             mask: window mask of the row.
             attends: attention of each layer.
         """
-        # Bytes that belong to no patch go to slot P, which the pooling drops.
-        patch_BS = torch.where(byte_patch_BS < 0, n_patches, byte_patch_BS).long()
+        runs = patch_runs(byte_patch_BS, n_patches)
         # Layer by layer: patches read the bytes before the next layer is run.
         read, kept = tee(self.byte_states(ids_BS, hash_embedding_BSd, rotation, mask, attends))
-        p_BPG = self.patch_states(read, patch_BS, n_patches)
+        p_BPG = self.patch_states(read, runs)
         return EncoderStates(tuple(kept), p_BPG)
 
     def byte_states(
@@ -88,13 +88,12 @@ class LocalEncoder(nn.Module):
             if i >= first_read:
                 yield h_BSd
 
-    def patch_states(self, states: Iterable[torch.Tensor], patch_BS: torch.Tensor, n_patches: int) -> torch.Tensor:
+    def patch_states(self, states: Iterable[torch.Tensor], runs: PatchRuns) -> torch.Tensor:
         """Pool the bytes of each patch, then let it read them.
 
         Args:
             states: what `byte_states` yields, or the same of some of the bytes.
-            patch_BS: the patch that holds each byte, int64 [B, S], P for none.
-            n_patches: P.
+            runs: the bytes that each patch holds.
 
         Returns:
             Patch states, [B, P, G].
@@ -102,10 +101,9 @@ class LocalEncoder(nn.Module):
         p_BPX = None
         for cross_attention, h_BSd in zip(self.cross_attention, states, strict=True):
             if p_BPX is None:
-                pooled_BPd = max_bytes(h_BSd, patch_BS, n_patches + 1)[:, :n_patches]
-                p_BPX = self.patch_projection(pooled_BPd)
+                p_BPX = self.patch_projection(segment_max(h_BSd, runs.first_BP1))
             slots_BPNd = p_BPX.unflatten(-1, (self.slots_per_patch, -1))
             # CrossAttention already added its queries: the residual is doubled, as the released weights expect.
-            p_BPX = p_BPX + cross_attention(slots_BPNd, h_BSd, patch_BS).flatten(2)
+            p_BPX = p_BPX + cross_attention(slots_BPNd, h_BSd, runs).flatten(2)
         assert p_BPX is not None
         return p_BPX if self.global_projection is None else self.global_projection(p_BPX)

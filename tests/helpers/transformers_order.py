@@ -1,9 +1,9 @@
 """Have a BLT compute as `transformers` does, operation by operation, so that the two round alike.
 
 Our layers and those of `transformers` are one function of the weights, but not one sequence of roundings: we cut the
-window into blocks, attend between bytes and patches by index, add up hash embeddings in one bag, and make rotary angles
-in fp64. In fp32 that leaves differences, which trained weights amplify (to 3e-5 in a small model) though nothing is
-wrong. With these four replaced by what `transformers` does, and nothing else, logits agree bit for bit on a CPU.
+window into blocks, attend between bytes and patches by index, add up hash embeddings in one bag, take norms in one
+pass, and make rotary angles in fp64. In fp32 that leaves differences, which trained weights amplify (to 3e-5 in a small
+model) though nothing is wrong. With these five replaced by what `transformers` does, and nothing else, logits agree bit for bit on a CPU.
 
 So what `blt-titan export --verify` does not hold to a tolerance, logits in fp32, is held to one here: `compare_fp32`.
 The masks made here are dense.
@@ -29,7 +29,8 @@ from blt_titan.hf.verify.precision import CastsTo, compute_in_both, largest_diff
 from blt_titan.hf.verify.verify import cut_text, longer_than_windows, run_transformers
 from blt_titan.model.attention import AttentionMask, attend, dense_mask
 from blt_titan.model.blt import BLT as BareBLT
-from blt_titan.model.cross_attention import CrossAttention
+from blt_titan.model.cross_attention import CrossAttention, PatchRuns
+from blt_titan.model.eager import RMSNorm
 from blt_titan.model.hash_embedding import HashEmbedding, ngram_hashes
 
 LOGITS_ATOL = 1e-5
@@ -96,6 +97,9 @@ def in_transformers_order(model: BareBLT) -> Any:
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     model = copy.deepcopy(model, memo={id(parameter): parameter for parameter in model.parameters()})
     model.args = replace(model.args, attention_backend="sdpa")
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.__class__ = nn.RMSNorm
     encoder: Any = model.encoder
     encoder.cross_attention = nn.ModuleList(_DensePatchesReadBytes(inner) for inner in encoder.cross_attention)
     decoder: Any = model.decoder
@@ -143,20 +147,20 @@ class _DenseCrossAttention(nn.Module):
 class _DensePatchesReadBytes(_DenseCrossAttention):
     """What `PatchesReadBytes` computes, under a [B, P * k, S] mask."""
 
-    def forward(self, patch_BPNd: torch.Tensor, byte_BSd: torch.Tensor, byte_patch_BS: torch.Tensor) -> torch.Tensor:
+    def forward(self, patch_BPNd: torch.Tensor, byte_BSd: torch.Tensor, runs: PatchRuns) -> torch.Tensor:
         P, N = patch_BPNd.shape[1:3]
-        patch_P1 = torch.arange(P, device=byte_patch_BS.device)[:, None]
-        visible_BQS = (byte_patch_BS[:, None] == patch_P1).repeat_interleave(N, dim=1)
+        patch_P1 = torch.arange(P, device=patch_BPNd.device)[:, None]
+        visible_BQS = (runs.patch_BS[:, None] == patch_P1).repeat_interleave(N, dim=1)
         return self.read(patch_BPNd.flatten(1, 2), byte_BSd, visible_BQS).unflatten(1, (P, N))
 
 
 class _DenseBytesReadPatches(_DenseCrossAttention):
     """What `BytesReadPatches` computes, under a [B, S, P * k] mask."""
 
-    def forward(self, byte_BSd: torch.Tensor, patch_BPNd: torch.Tensor, source_patch_BS: torch.Tensor) -> torch.Tensor:
+    def forward(self, byte_BSd: torch.Tensor, patch_BPNd: torch.Tensor, sources: PatchRuns) -> torch.Tensor:
         P, N = patch_BPNd.shape[1:3]
-        patch_P = torch.arange(P, device=source_patch_BS.device)
-        visible_BSR = (source_patch_BS[..., None] == patch_P).repeat_interleave(N, dim=2)
+        patch_P = torch.arange(P, device=byte_BSd.device)
+        visible_BSR = (sources.patch_BS[..., None] == patch_P).repeat_interleave(N, dim=2)
         return self.read(byte_BSd, patch_BPNd.flatten(1, 2), visible_BSR)
 
 

@@ -107,8 +107,11 @@ def test_window_attention_never_holds_S_x_S():
     doc_BS = (torch.arange(S) // 1500)[None]
     qkv = leaves(1, S, H=2, K=8)
     with LargestTensor() as made:
-        out = attend(*qkv, window_mask(doc_BS, window=window))
-        torch.autograd.grad(out, qkv, upstream_like(out))
+        mask = window_mask(doc_BS, window=window)
+        # Their implementations: inside of an operator the watch sees nothing.
+        with torch.no_grad():
+            out, sums = block_local.window_attention._init_fn(*qkv, mask.bias)
+            block_local.window_attention_backward._init_fn(upstream_like(out), *qkv, mask.bias, out, sums)
     assert any("backward" in name for name in made.seen), "the backward was not watched"
     assert made.numel < S * S / 2
     assert not [shape for shape in made.shapes if sum(size >= S for size in shape) > 1]
