@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from blt_titan.model.kernels import gather_attention as gather
 from blt_titan.model.kernels import segment_attention as segment
@@ -157,6 +158,47 @@ def test_compile_sees_one_node(name):
         strict=True,
     ):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["segment", "gather", "max"])
+def test_checkpointing_gives_the_same_gradients(name):
+    _, function, args = operators()[name]
+    floating = [x for x in args if x.is_floating_point()]
+    plain = torch.autograd.grad(function(*args).square().sum(), floating)
+    again = torch.autograd.grad(checkpoint(function, *args, use_reentrant=False).square().sum(), floating)
+    for a, b in zip(plain, again, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["segment", "gather"])
+def test_autocast_projections_go_in_and_out_as_bf16(name):
+    _, function, (q, k, v, *indices) = operators()[name]
+    linear = torch.nn.Linear(8, 8, bias=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = function(linear(q), linear(k), linear(v), *indices)
+    assert out.dtype == torch.bfloat16
+    out.float().square().sum().backward()
+    assert linear.weight.grad is not None
+    assert linear.weight.grad.any()
+
+
+@pytest.mark.parametrize("name", ["segment", "gather"])
+def test_backward_keeps_inputs_and_a_number_per_pair(name):
+    """Nothing as large as the slots of every byte, [B, S, k, d], which is what a gather would keep."""
+    _, function, args = operators()[name]
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = function(*args)
+    extra = [x for x in kept.values() if not any(x.data_ptr() == given.data_ptr() for given in args)]
+    (B, S, H, _), N = next(x for x in args if x.ndim == 4).shape, 2
+    assert out.grad_fn is not None
+    assert len(extra) == 1
+    assert extra[0].numel() <= B * S * H * N
 
 
 @pytest.mark.parametrize("name", ["segment", "gather", "max"])
