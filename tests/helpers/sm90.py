@@ -23,9 +23,9 @@ class Resources:
     """What a kernel takes of a multiprocessor, and what it does."""
 
     registers: int
-    """Of a thread."""
+    """How many a thread has."""
     stack_bytes: int
-    """Of a thread, in local memory: where registers are spilled to."""
+    """Local memory of a thread, where registers are spilled to."""
     shared_bytes: int
     atomics: int
     threads: int

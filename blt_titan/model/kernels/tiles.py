@@ -6,7 +6,7 @@ import triton.language as tl
 from blt_titan.model.kernels.checks import summing_dtype
 
 _ELEMENTS_PER_THREAD = 32
-"""Of the largest tile: a few such tiles live at a time, and a thread has 255 registers."""
+"""How much of the largest tile: a few such tiles live at a time, and a thread has 255 registers."""
 
 
 def sum_type(x: torch.Tensor) -> tl.dtype:
