@@ -11,37 +11,19 @@ import torch
 from blt_titan.model.kernels import gather_attention_triton, segment_attention_triton, segment_max_triton
 from blt_titan.model.kernels.offsets import first_of_patches
 from tests.helpers.byte_runs import (
-    LEADING,
-    LONG,
     ODD,
+    ROWS,
+    TOLERANCES,
     dense_gather_attention,
     dense_segment_attention,
+    drawn,
     looped_segment_max,
     patches_of,
 )
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_triton.py"
 
-FP64_ATOL = 1e-12
-"""fp64 sums of at most 512 terms of size 1, in another order."""
-
-FP32_TOL = 512 * 2**-24
-"""fp32 sums of at most 512 terms: each addition rounds to 2^-24 of what it gives, here at most all in one direction."""
-
-BF16_RTOL = 2**-7
-"""An output is rounded once, to 8 bits; inputs are the same numbers on both sides."""
-
-TOLERANCES = {
-    torch.float64: dict(atol=FP64_ATOL, rtol=0),
-    torch.float32: dict(atol=FP32_TOL, rtol=FP32_TOL),
-    torch.bfloat16: dict(atol=BF16_RTOL / 4, rtol=BF16_RTOL),
-}
-
-ODD_ROWS, LONG_ROWS = (ODD, 40, LEADING), (LONG, 546, None)
-
-
-def drawn(shape, dtype, seed):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+ODD_ROWS, LONG_ROWS = ROWS["led"], ROWS["long"]
 
 
 def compare(got, exact_function, inputs, upstream):
