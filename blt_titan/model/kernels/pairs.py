@@ -35,10 +35,9 @@ class Pairs:
         B, S = patch_BS.shape
         # int32 bags are several times as fast.
         dtype = torch.int32 if B * max(S, P * N) * H * N < 2**31 else torch.int64
-        b, s = torch.arange(B, dtype=dtype)[:, None], torch.arange(S, dtype=dtype)
-        h, n = torch.arange(H, dtype=dtype)[:, None], torch.arange(N, dtype=dtype)
-        byte_row = ((b * S + s)[..., None, None] * H + h).expand(B, S, H, N).contiguous()
-        slot_row = ((b * P + patch_BS.to(dtype))[..., None, None] * N + n) * H + h
+        byte_row = torch.arange(B * S * H, dtype=dtype).view(B, S, H, 1).expand(B, S, H, N).contiguous()
+        first_slot_BS = (patch_BS + torch.arange(B, dtype=dtype)[:, None] * P).to(dtype) * (N * H)
+        slot_row = first_slot_BS[..., None, None] + torch.arange(N * H, dtype=dtype).view(N, H).T.contiguous()
         return cls(is_real_BS[..., None, None], byte_row, slot_row)
 
     def dots(self, byte_BSHK: torch.Tensor, slot_BPNHK: torch.Tensor) -> torch.Tensor:

@@ -57,7 +57,7 @@ def _segment_max_backward(grad: torch.Tensor, x: torch.Tensor, first: torch.Tens
 
 
 def _rows(first: torch.Tensor, S: int) -> torch.Tensor:
-    """Number the patches of all rows one after another; the bytes that belong to none have the number after the last."""
+    """Number the patches of all rows one after another; bytes that belong to none have the number after the last."""
     B, P = len(first), first.shape[1] - 1
     patch_BS, is_held_BS = patch_of_bytes(first, S)
     return torch.where(is_held_BS, patch_BS + torch.arange(B)[:, None] * P, B * P)

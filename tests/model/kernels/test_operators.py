@@ -3,77 +3,20 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from blt_titan.model.kernels import gather_attention as gather
 from blt_titan.model.kernels import segment_attention as segment
 from blt_titan.model.kernels import segment_max as maximum
-from blt_titan.model.kernels.offsets import first_of_patches
-from tests.helpers.byte_runs import (
-    LEADING,
-    LONG,
-    ODD,
-    dense_gather_attention,
-    dense_segment_attention,
-    looped_segment_max,
-    patches_of,
-)
-
-FP64_ATOL = 1e-12
-"""fp64 sums of at most 512 terms of size 1, in another order."""
-
-FP32_TOL = 512 * 2**-24
-"""fp32 sums of at most 512 terms: each addition rounds to 2^-24 of what it gives, here at most all in one direction."""
-
-BF16_RTOL = 2**-7
-"""An output is rounded once, to 8 bits; inputs are the same numbers on both sides."""
-
-ROWS = {"odd": (ODD, 37, None), "led": (ODD, 40, LEADING), "long": (LONG, 546, None)}
-
-
-def drawn(shape, dtype=torch.float64, seed=0):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return x.to(dtype).requires_grad_()
-
-
-def case(rows, H, K, N, dtype=torch.float64):
-    """Return the patch of each byte, first slots, and three tensors of bytes and three of slots."""
-    lengths, S, leading = ROWS[rows]
-    B, P = len(lengths), len(lengths[0])
-    patch_BS = patches_of(lengths, S, leading)
-    of_bytes = [drawn((B, S, H, K), dtype, seed) for seed in range(3)]
-    of_slots = [drawn((B, P, N, H, K), dtype, seed) for seed in range(3, 6)]
-    return patch_BS, first_of_patches(patch_BS, P), of_bytes, of_slots
-
-
-def run(op, rows, H, K, N, dtype=torch.float64):
-    """Return output and gradients of an attention, and those of its dense twin in fp64 on the same numbers."""
-    patch_BS, first, (b0, b1, b2), (s0, s1, s2) = case(rows, H, K, N, dtype)
-    if op == "segment":
-        inputs, upstream = (s0, b0, b1), s2
-        ours, dense = (lambda q, k, v: segment.segment_attention(q, k, v, first)), dense_segment_attention
-    else:
-        inputs, upstream = (b0, s0, s1), b2
-        ours, dense = (lambda q, k, v: gather.gather_attention(q, k, v, patch_BS, first)), dense_gather_attention
-    out = ours(*inputs)
-    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
-    exact = dense(*exact_inputs, patch_BS)
-    got = [out, *torch.autograd.grad(out, inputs, upstream)]
-    expected = [exact, *torch.autograd.grad(exact, exact_inputs, upstream.double())]
-    return got, expected
+from tests.helpers.byte_runs import FP64_ATOL, ROWS, TOLERANCES, case, check_attention, looped_segment_max
 
 
 @pytest.mark.parametrize(("H", "K", "N"), [(2, 32, 1), (3, 64, 2), (1, 5, 4), (2, 8, 3)])
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("op", ["segment", "gather"])
 def test_attention_equals_a_dense_mask(op, rows, H, K, N):
-    for dtype, tolerance in (
-        (torch.float64, dict(atol=FP64_ATOL, rtol=0)),
-        (torch.float32, dict(atol=FP32_TOL, rtol=FP32_TOL)),
-        (torch.bfloat16, dict(atol=BF16_RTOL / 4, rtol=BF16_RTOL)),
-    ):
-        for got, exact in zip(*run(op, rows, H, K, N, dtype), strict=True):
-            assert got.dtype == dtype
-            torch.testing.assert_close(got.double(), exact, **tolerance)
+    for dtype in TOLERANCES:
+        check_attention(op, rows, H, K, N, dtype)
 
 
 @pytest.mark.parametrize("op", ["segment", "gather"])
@@ -157,6 +100,47 @@ def test_compile_sees_one_node(name):
         strict=True,
     ):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["segment", "gather", "max"])
+def test_checkpointing_gives_the_same_gradients(name):
+    _, function, args = operators()[name]
+    floating = [x for x in args if x.is_floating_point()]
+    plain = torch.autograd.grad(function(*args).square().sum(), floating)
+    again = torch.autograd.grad(checkpoint(function, *args, use_reentrant=False).square().sum(), floating)
+    for a, b in zip(plain, again, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["segment", "gather"])
+def test_autocast_projections_go_in_and_out_as_bf16(name):
+    _, function, (q, k, v, *indices) = operators()[name]
+    linear = torch.nn.Linear(8, 8, bias=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = function(linear(q), linear(k), linear(v), *indices)
+    assert out.dtype == torch.bfloat16
+    out.float().square().sum().backward()
+    assert linear.weight.grad is not None
+    assert linear.weight.grad.any()
+
+
+@pytest.mark.parametrize("name", ["segment", "gather"])
+def test_backward_keeps_inputs_and_a_number_per_pair(name):
+    """Nothing as large as the slots of every byte, [B, S, k, d], which is what a gather would keep."""
+    _, function, args = operators()[name]
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = function(*args)
+    extra = [x for x in kept.values() if not any(x.data_ptr() == given.data_ptr() for given in args)]
+    (B, S, H, _), N = next(x for x in args if x.ndim == 4).shape, 2
+    assert out.grad_fn is not None
+    assert len(extra) == 1
+    assert extra[0].numel() <= B * S * H * N
 
 
 @pytest.mark.parametrize("name", ["segment", "gather", "max"])
