@@ -58,6 +58,7 @@ def _rules(config: RunConfig, world_size: int) -> tuple[Iterator[str], ...]:
         operation.schedule(config.lr_scheduler, training),
         operation.profiling_cycle(config.profiling),
         operation.on_a_cpu(checkpoint, config.profiling, training),
+        operation.page_locked(training.dataloader),
         operation.packages(config.metrics),
         operation.exports(config.export, model, checkpoint),
         rows.text(training, data),
