@@ -40,6 +40,7 @@ def _rules(config: RunConfig, world_size: int) -> tuple[Iterator[str], ...]:
         effect.of_export_dtype(checkpoint),
         effect.of_initial_load(checkpoint),
         effect.of_checkpoints(checkpoint),
+        effect.of_determinism(config.debug),
         effect.of_memory_budget(config.activation_checkpoint),
         effect.of_float8(model, float8),
         effect.of_entropy_model(model, config.entropy_model),
