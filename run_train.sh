@@ -12,6 +12,8 @@
 # CONFIG_FILE  the run's TOML, or the name of a shipped one       default train_configs/debug.toml
 # LOG_RANK     ranks of this node that print, as in 0,1           default 0
 # PYTHON       the interpreter                                    default .venv/bin/python, where make setup made it
+# PYTORCH_ALLOC_CONF   of torch's GPU allocator                   default expandable_segments:True, unless this
+#              or PYTORCH_CUDA_ALLOC_CONF, its name of old, is set
 # "$@"         overrides, --section.key=value; `blt-titan config --keys` lists every key with what it means
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"

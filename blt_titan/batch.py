@@ -98,8 +98,18 @@ class Batch(NamedTuple):
         return Batch(change(self.ids_BS), self.layout.map(change), change(self.labels_BS))
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Return the batch on a device; copies from page-locked memory are not waited for."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+        """Return the batch on a device, see `to_device`."""
+        return self.map(lambda tensor: to_device(tensor, device))
+
+
+def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Return a tensor on a device; from the host to CUDA without the host waiting.
+
+    Only page-locked memory is copied so. Torch keeps it until the copy is done, whoever lets go of it.
+    """
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,22 @@ class Patching:
 
 
 @dataclass
+class DataLoader:
+    """Defaults that differ from torchtitan's."""
+
+    pin_memory: bool = True
+    """Batches are page-locked on their way to a GPU, so that no copy is waited for: only true there."""
+
+
+@dataclass
+class Training:
+    """Defaults that differ from torchtitan's."""
+
+    dataloader: DataLoader = field(default_factory=DataLoader)
+    """How rows reach the device."""
+
+
+@dataclass
 class Model:
     """Defaults that differ from torchtitan's."""
 
@@ -180,6 +196,7 @@ class JobConfig:
     """What is merged into torchtitan's JobConfig."""
 
     model: Model = field(default_factory=Model)
+    training: Training = field(default_factory=Training)
     data: Data = field(default_factory=Data)
     patching: Patching = field(default_factory=Patching)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

@@ -6,8 +6,8 @@ divided by their number; bits per byte leaves EOS out of both, so that it compar
 A step says what its sums are divided by, and gets the share of EOS back. Pipeline schedules call the loss themselves,
 on one micro-batch after another, so both pass through a context around them:
 
-    with loss.step(n_targets) as sums:      # targets of the global batch, whoever holds them
-        schedule.step(...)                  # calls loss(logits, labels), and backward on what that returns
+    with loss.step(1.0) as sums:            # not divided: targets are counted as micro-batches come, and gradients
+        schedule.step(...)                  # divided in the end; calls loss(logits, labels), and backward on that
     sums.eos_nats
 """
 

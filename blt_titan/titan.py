@@ -79,7 +79,7 @@ from torchtitan.config import (
     Training,
     Validation,
 )
-from torchtitan.config.job_config import Compile, DataLoader, Float8Linear
+from torchtitan.config.job_config import Compile, DataLoader, Debug, Float8Linear
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.pipeline_parallel import build_pipeline_schedule
@@ -102,6 +102,7 @@ __all__ = [
     "ConfigManager",
     "DataLoader",
     "DataloaderExhaustedError",
+    "Debug",
     "Float8Linear",
     "Float8LinearConverter",
     "JobConfig",

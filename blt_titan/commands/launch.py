@@ -24,6 +24,8 @@ _REFUSED = 2
 """How a rank ends when settings or data are at fault; its message is a sentence."""
 FAILED_WORK = ("NonFiniteLossError", "RowsDifferError", "ExportFailedError")
 """Errors of `blt_titan.train.FAILED_WORK` by name: exit code 1, as of a fault of the program, but with a sentence."""
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""What torch reads the settings of its GPU allocator from; the second is the name of old."""
 _TALKATIVE = ("agent.server.api", "multiprocessing.api")
 """Modules of torchrun's that warn of each process that they end."""
 
@@ -79,6 +81,9 @@ def launch(name: str, ranks: Ranks, arguments: Sequence[str]) -> int:
     os.environ.update(NGPU=str(ranks.nproc), NNODES=str(ranks.nnodes))
     # Threads that wait should sleep: spinning on cores that another process wants made steps 20 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if not any(name in os.environ for name in _ALLOCATOR):
+        # What one phase of a step frees can then serve another that asks for other sizes.
+        os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
     for module in _TALKATIVE:
         logging.getLogger(f"torch.distributed.elastic.{module}").setLevel(logging.ERROR)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from blt_titan.batch import Batch
+from blt_titan.data.rows.copies import copied_ahead
 from blt_titan.loss import ByteCrossEntropy, bits_per_byte, count_targets
 
 
@@ -72,8 +73,8 @@ def score_batches(
         reduce: sums a float64 [4] over the ranks that hold other batches; None for one rank.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=device)
-    for batch in batches:
-        sums += score(batch.to(device))
+    for batch in copied_ahead(batches, device):
+        sums += score(batch)
     if reduce is not None:
         sums = reduce(sums)
     byte_nats, eos_nats, n_bytes, n_eos = sums.tolist()

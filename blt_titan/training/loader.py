@@ -36,8 +36,6 @@ def build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: None, job_conf
         context_slice=context_slice(job_config),
         num_workers=0 if online else settings.num_workers,
         prefetch_factor=settings.prefetch_factor,
-        # Pinning is for copies to an accelerator, and needs one.
-        pin_memory=settings.pin_memory and device_type != "cpu",
         quarantine=job_config.data.on_damage == "quarantine",
         quarantine_log=Path(job_config.job.dump_folder) / "quarantined.jsonl",
         patching_may_change=job_config.patching.allow_change,

@@ -1,5 +1,6 @@
 """The trainer: torchtitan's, whose step counts bytes, waits for the device only to log, and stops on a bad loss."""
 
+import itertools
 import json
 import os
 import time
@@ -14,11 +15,12 @@ import torch
 import torch.distributed as dist
 
 import blt_titan.training.spec  # noqa: F401 (registers the models)
-from blt_titan.batch import IGNORE_LABEL, Batch
+from blt_titan.batch import IGNORE_LABEL, Batch, to_device
 from blt_titan.checkpoint.description import Description
 from blt_titan.checkpoint.steps import set_later_aside
 from blt_titan.config.resume import changed_settings, recorded_settings
 from blt_titan.config.run_config import RunConfig
+from blt_titan.data.rows.copies import copied_ahead
 from blt_titan.data.rows.loader import RowLoader
 from blt_titan.data.rows.patcher import EntropyPatcher
 from blt_titan.loss import ByteCrossEntropy, StepSums, bits_per_byte, count_targets
@@ -26,6 +28,7 @@ from blt_titan.scoring.online import OnlineEntropies
 from blt_titan.titan import DataloaderExhaustedError, Trainer, logger, set_pg_timeouts, use_checkpoint_manager
 from blt_titan.training.checkpointer import RunCheckpoints
 from blt_titan.training.failures import LossWatch
+from blt_titan.training.gradients import divide_gradients
 from blt_titan.training.log_lines import drop_misleading_lines
 from blt_titan.training.metrics import COUNTS, BLTMetrics
 from blt_titan.training.resumption import check_same_model, describe_model, set_learning_rate
@@ -112,30 +115,29 @@ class BLTTrainer(Trainer):
         """Make one step: accumulate, clip, update, and log where it is due."""
         self.optimizers.zero_grad()
         lr = float(self.lr_schedulers.schedulers[0].get_last_lr()[0])
-        batches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
-        # Targets and EOS targets of the global batch; the loss is divided by their number, whoever holds them.
-        targets = torch.stack([count_targets(batch.labels_BS) for batch in batches]).sum(0)
-        if self.device.type == "cuda":
-            targets = targets.pin_memory()  # else the copy would wait for the device
-        global_targets = self._sum_over_ranks(targets.to(self.device, non_blocking=True))
+        targets = torch.zeros(2, dtype=torch.int64)  # and those that are EOS: this rank's, counted as batches come
+        batches = _counted(itertools.islice(data_iterator, self.gradient_accumulation_steps), targets)
 
-        self._targets_seen = self._targets_seen + global_targets[0]
-
-        undivided = torch.ones((), device=self.device)  # torchtitan divides after a pipeline's backward; ours is done
+        undivided = torch.ones((), device=self.device)
         losses = []
-        with self.loss_fn.step(global_targets[0]) as sums:
-            for batch in batches:
-                ids_BS, layout, labels_BS = batch.to(self.device)
+        with self.loss_fn.step(1.0) as sums:
+            for batch in copied_ahead(batches, self.device):
+                ids_BS, layout, labels_BS = batch
                 # torchtitan hands its dict on to `post_dataloading_process`, and looks at nothing in it.
                 inputs: dict[str, Any] = {"ids": ids_BS, "layout": layout}
                 loss = self.forward_backward_step(input_dict=inputs, labels=labels_BS, global_valid_tokens=undivided)
                 losses.append(loss.detach())
+        # Of the global batch, whoever holds them; what the loss is divided by, once, so that a step can begin before
+        # its last micro-batch is there to be counted.
+        global_targets = self._sum_over_ranks(to_device(targets, self.device))
+        self._targets_seen = self._targets_seen + global_targets[0]
         parameters = [p for part in self.model_parts for p in part.parameters()]
         reduce_partial_gradients(parameters)
+        divide_gradients(parameters, global_targets[0])
         grad_norm = clip_grad_norm(
             parameters, self.job_config.training.max_norm, pp_mesh=self.parallel_dims.get_optional_mesh("pp")
         )
-        loss = torch.stack(losses).sum() if self._counts else torch.zeros((), device=self.device)
+        loss = torch.stack(losses).sum() / global_targets[0] if self._counts else torch.zeros((), device=self.device)
         self._loss_watch.note(self.step, loss, grad_norm)
         self.checkpointer.maybe_wait_for_staging()
         self.optimizers.step()
@@ -224,9 +226,9 @@ class BLTTrainer(Trainer):
     ) -> None:
         eos_nats = torch.zeros_like(loss) if sums.eos_nats is None else sums.eos_nats
         nats = torch.stack([loss, eos_nats]).double()
-        counts = self.metrics_processor.take_counts().to(self.device)
+        counts = to_device(self.metrics_processor.take_counts(), self.device)
+        dataset_ids = to_device(torch.from_numpy(self.dataloader.ids_by_dataset()), self.device)
         # The one place where the host waits for the device.
-        dataset_ids = torch.from_numpy(self.dataloader.ids_by_dataset()).to(self.device)
         summed = self._sum_over_ranks(torch.cat([nats, counts.double(), dataset_ids.double()])).tolist()
         n_targets, n_eos = global_targets.tolist()
         loss_nats, all_eos_nats, *rest = summed
@@ -251,3 +253,10 @@ class BLTTrainer(Trainer):
         return self.checkpointer.enable and (
             self.step == self.job_config.training.steps or self.step % self.job_config.checkpoint.interval == 0
         )
+
+
+def _counted(batches: Iterable[Batch], targets: torch.Tensor) -> Iterator[Batch]:
+    """Yield batches of the host, adding to `targets` what `count_targets` says of each."""
+    for batch in batches:
+        targets += count_targets(batch.labels_BS)
+        yield batch

@@ -254,3 +254,20 @@ def test_what_failed_is_known_by_name_to_the_launcher():
     from blt_titan.train import FAILED_WORK
 
     assert tuple(kind.__name__ for kind in FAILED_WORK) == launch.FAILED_WORK
+
+
+@pytest.mark.parametrize(
+    ("set_by_the_user", "expected"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": "backend:native"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}),
+    ],
+)
+def test_the_gpu_allocator_may_grow_segments_unless_the_user_says_how(set_by_the_user, expected, monkeypatch):
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k not in names} | set_by_the_user)
+    monkeypatch.setattr(launch.torchrun, "run", lambda _options: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert launch.launch("x", Ranks(1), []) == 0
+    assert {name: os.environ[name] for name in names if name in os.environ} == expected

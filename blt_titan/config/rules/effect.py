@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from blt_titan.config.rules.bounds import shown
 from blt_titan.job_config import EntropyModelSettings, HashEmbeddingSettings, LocalBlocks
-from blt_titan.titan import ActivationCheckpoint, Checkpoint, DataLoader, Float8Linear, Model
+from blt_titan.titan import ActivationCheckpoint, Checkpoint, DataLoader, Debug, Float8Linear, Model
 from parallelisms.float8 import CONVERTER
 
 
@@ -38,6 +38,12 @@ def of_checkpoints(checkpoint: Checkpoint) -> Iterator[str]:
         for key, default in (("load_step", -1), ("initial_load_path", None)):
             if (value := getattr(checkpoint, key)) != default:
                 yield f"checkpoint.{key} = {value!r} needs checkpoint.enable = true"
+
+
+def of_determinism(debug: Debug) -> Iterator[str]:
+    """What is done about operations without a deterministic way is a question of deterministic runs alone."""
+    if debug.deterministic_warn_only and not debug.deterministic:
+        yield "debug.deterministic_warn_only = true needs debug.deterministic = true"
 
 
 def of_memory_budget(activation_checkpoint: ActivationCheckpoint) -> Iterator[str]:

@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Iterator
 
 from blt_titan.job_config import Export
-from blt_titan.titan import Checkpoint, LRScheduler, Metrics, Model, Profiling, Training, device_type
+from blt_titan.titan import Checkpoint, DataLoader, LRScheduler, Metrics, Model, Profiling, Training, device_type
 
 
 def schedule(lr_scheduler: LRScheduler, training: Training) -> Iterator[str]:
@@ -56,6 +56,15 @@ def on_a_cpu(checkpoint: Checkpoint, profiling: Profiling, training: Training) -
 
 def _not_on_a_cpu(setting: str, why: str) -> str:
     return f"{setting} does not work on a CPU: {why}"
+
+
+def page_locked(dataloader: DataLoader) -> Iterator[str]:
+    """Batches for a GPU are page-locked whatever a setting says, so none may say otherwise."""
+    if device_type == "cuda" and not dataloader.pin_memory:
+        yield (
+            "training.dataloader.pin_memory = false: batches for a GPU are always page-locked, so that no copy is "
+            "waited for; leave it out"
+        )
 
 
 def packages(metrics: Metrics) -> Iterator[str]:

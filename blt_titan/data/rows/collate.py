@@ -28,16 +28,13 @@ from blt_titan.data.rows.packing import Row, RowShape
 from blt_titan.layout import lay_out
 
 
-def collate_rows(
-    rows: Sequence[Row], shape: RowShape, context_slice: ContextSlice = WHOLE_ROW, *, pin_memory: bool = False
-) -> Batch:
+def collate_rows(rows: Sequence[Row], shape: RowShape, context_slice: ContextSlice = WHOLE_ROW) -> Batch:
     """Make a batch of one slice of each row, int32.
 
     Args:
         rows: B packed rows.
         shape: their shape; `context_slice.count` divides its segments.
         context_slice: the slice; S is the byte slots of it, P the patch slots of the whole row.
-        pin_memory: page-locked tensors for faster copies to a GPU.
     """
     B, C = len(rows), context_slice.count
     S, slots = shape.n_bytes // C, shape.n_patches // C
@@ -68,8 +65,7 @@ def collate_rows(
     layout = lay_out(patch_len_BP, patch_doc_BP, S, context_slice=context_slice)
     if C > 1:
         layout = layout._replace(slice=SliceLayout(*(torch.from_numpy(field) for field in looked_back.values())))
-    batch = Batch(torch.from_numpy(ids_BS), layout, torch.from_numpy(labels_BS))
-    return batch.map(torch.Tensor.pin_memory) if pin_memory else batch
+    return Batch(torch.from_numpy(ids_BS), layout, torch.from_numpy(labels_BS))
 
 
 def _room_to_look_back(B: int, S: int, context_slice: ContextSlice) -> dict[str, np.ndarray]:

@@ -53,7 +53,6 @@ class RowLoader:
         context_slice: the part of each row that this rank takes; ranks with the same `dp_rank` read the same rows.
         num_workers: worker processes; lowered to a divisor of the rank's streams, so that no stream has two makers.
         prefetch_factor: batches that each worker makes ahead.
-        pin_memory: page-locked batches for faster copies to a GPU.
         quarantine: pass over record batches that cannot be used, name them in the log and count them in the state;
             else the first one ends the iteration with its error.
         quarantine_log: a file that gets a line for each of them, when it is read (workers read ahead).
@@ -76,7 +75,6 @@ class RowLoader:
         context_slice: ContextSlice = WHOLE_ROW,
         num_workers: int = 0,
         prefetch_factor: int | None = None,
-        pin_memory: bool = False,
         quarantine: bool = False,
         quarantine_log: Path | None = None,
         patching_may_change: bool = False,
@@ -99,7 +97,6 @@ class RowLoader:
             w for w in range(min(num_workers, own_streams), -1, -1) if w == 0 or own_streams % w == 0
         )
         self._prefetch_factor = prefetch_factor
-        self._pin_memory = pin_memory
         self._quarantine = quarantine
         # Of ranks that share rows, one writes.
         self._quarantine_log = quarantine_log if context_slice.index == 0 else None
@@ -115,7 +112,7 @@ class RowLoader:
         while True:
             taken = list(itertools.islice(rows, self.rows_per_batch))
             rows_taken = [row for row, _ in taken]
-            batch = collate_rows(rows_taken, self.source.shape, self.context_slice, pin_memory=self._pin_memory)
+            batch = collate_rows(rows_taken, self.source.shape, self.context_slice)
             for _, position in taken:
                 self._positions[(self._rows_served + self.dp_rank) % self.order.streams] = position
                 self._rows_served += self.dp_size

@@ -141,6 +141,7 @@ def test_all_faults_are_shown_at_once():
             "--export.hf_every=1 --export.force --checkpoint.load_only",
             r"hf_every = 1 with checkpoint\.load_only = true",
         ),
+        ("--debug.deterministic_warn_only", r"debug\.deterministic_warn_only = true needs debug\.deterministic = true"),
         ("--activation_checkpoint.memory_budget=0.3", r"memory_budget = 0\.3 needs activation_checkpoint\.mode"),
         ("--checkpoint.no-initial-load-model-only", r"model_only = false needs checkpoint\.initial_load_path"),
         ("--checkpoint.load_step=7", r"load_step = 7: .*checkpoint has no such step; it has none"),

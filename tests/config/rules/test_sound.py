@@ -4,6 +4,7 @@ import pytest
 
 from blt_titan.commands import config as config_command
 from blt_titan.config.read import load_run_config
+from blt_titan.config.rules import operation
 from blt_titan.config.rules.sound import sound
 
 DEBUG = "--job.config_file=train_configs/debug.toml"
@@ -56,3 +57,13 @@ def test_what_only_follows_from_a_fault_is_not_said(overrides, world_size, keys)
 
 def test_a_sound_run_has_no_fault():
     assert sound(load_run_config([DEBUG]), 1) == []
+
+
+@pytest.mark.parametrize(("device", "faults"), [("cpu", 0), ("cuda", 1)])
+def test_batches_for_a_gpu_are_page_locked_whatever_a_setting_says(device, faults, monkeypatch):
+    monkeypatch.setattr(operation, "device_type", device)
+    config = load_run_config([DEBUG, "--training.dataloader.no-pin-memory"])
+    found = [sentence for sentence in sound(config, 1) if "pin_memory" in sentence]
+    assert len(found) == faults
+    assert all("training.dataloader.pin_memory = false: batches for a GPU are always page-locked" in f for f in found)
+    assert load_run_config([DEBUG]).training.dataloader.pin_memory, "no word about it is no fault"
