@@ -49,7 +49,7 @@ class Graph:
     """Inputs whose sizes are symbols, or that are symbols."""
     kernels: list[Kernel]
     part: str
-    """Of the model that was running."""
+    """The part of the model that was running; for a backward, that of its forward."""
     after_first: bool
     """It was compiled after the first micro-batch, so a step compiles again."""
 
@@ -103,6 +103,7 @@ class Compiler:
         self.graphs: list[Graph] = []
         self.first_is_over = False
         self._made: list[Kernel] = []
+        self._part_of: dict[Any, str] = {}
 
     def install(self) -> None:
         """Stand in Inductor's place until the process ends."""
@@ -147,14 +148,17 @@ class Compiler:
         return [" ".join(str(reason).split())[:300] for reason in counters["graph_break"]]
 
     def _compile(self, inner: Any, module: torch.fx.GraphModule, inputs: Sequence[Any], options: Any) -> Any:
+        backward, graph_id = bool(options.get("is_backward")), options.get("graph_id")
+        part = self._part_of.get(graph_id, self.part()) if backward else self.part()
+        self._part_of[graph_id] = part
         graph = Graph(
             number=len(self.graphs),
-            backward=bool(options.get("is_backward")),
+            backward=backward,
             module=copy.deepcopy(module),
             inputs=[str(tuple(x.shape)) if isinstance(x, torch.Tensor) else str(x) for x in inputs],
             symbolic=[_shown(x) for x in inputs if _is_symbolic(x)],
             kernels=[],
-            part=self.part(),
+            part=part,
             after_first=self.first_is_over,
         )
         self.graphs.append(graph)

@@ -40,12 +40,12 @@ class DryRun:
     layout: dict[str, int]
     """Degrees of parallelism that are above 1."""
     parameters: int
-    """Of the whole model."""
+    """Number of parameters of the whole model."""
     memory: Memory
     host_reads: list[HostRead]
     graph_breaks: list[str]
     graphs: list[GraphResult]
-    """None where nothing is compiled."""
+    """Empty where nothing is compiled."""
     kernels_made: bool
     """Kernels were generated; else `graphs` have none, and there is no roofline."""
     roofline: Roofline | None

@@ -32,7 +32,7 @@ from parallelisms.meshes import Meshes, build_meshes
 from parallelisms.parallelize import parallelize_part
 
 MICRO_BATCHES = 2
-"""Of a step: the second adds to gradients that are there."""
+"""A step has two: the second adds to gradients that are there."""
 
 
 @dataclass

@@ -19,6 +19,8 @@ from blt_titan.dry_run.errors import DryRunError
 if TYPE_CHECKING:
     from blt_titan.dry_run.compiler import Graph
     from blt_titan.dry_run.result import DryRun
+    from blt_titan.dry_run.roofline import Roofline
+    from blt_titan.dry_run.traffic import Attention, Traffic
 
 STEPS = 2
 
@@ -69,22 +71,25 @@ def _measure(request: dict[str, Any]) -> "DryRun":
 
 
 def _run(config: Any, request: dict[str, Any], card: Card) -> dict[str, Any]:
+    from blt_titan.byte_vocab import VOCAB_SIZE
     from blt_titan.dry_run import step as steps
     from blt_titan.dry_run.compiler import Compiler
     from blt_titan.dry_run.host_reads import HostReads
     from blt_titan.dry_run.memory import LiveBytes
     from blt_titan.dry_run.result import GraphResult
+    from blt_titan.dry_run.traffic import Traffic
     from blt_titan.titan import logger
     from blt_titan.training.spec import TRAIN_SPECS
 
     logger.setLevel(logging.ERROR)
-    vocab_size = getattr(TRAIN_SPECS[config.model.name].model_args[config.model.flavor], "vocab_size", 260)
-    reads, memory = HostReads(), LiveBytes(vocab_size)
-    watch = steps.Watch([reads, memory])
+    args = TRAIN_SPECS[config.model.name].model_args[config.model.flavor]
+    reads, memory, traffic = HostReads(), LiveBytes(VOCAB_SIZE), Traffic(card, _attention(args))
+    watch = steps.Watch([reads, memory, traffic])
     for observer in watch.observers:
         observer.watch = watch  # pyright: ignore[reportAttributeAccessIssue]
 
     def around(graph: "Graph") -> AbstractContextManager[None]:
+        traffic.ran(graph)
         return watch.at(in_graph=True)
 
     compiler = Compiler(card, kernels=request["kernels"], around=around, part=lambda: watch.part, progress=_say)
@@ -98,6 +103,7 @@ def _run(config: Any, request: dict[str, Any], card: Card) -> dict[str, Any]:
         for number in range(1, STEPS + 1):
             _say(f"step {number} of {STEPS}")
             memory.forget_peaks()
+            traffic.forget()
             step.run()
             compiler.first_is_over = True
             between = memory.now()
@@ -117,8 +123,28 @@ def _run(config: Any, request: dict[str, Any], card: Card) -> dict[str, Any]:
             )
             for graph in compiler.graphs
         ],
-        "roofline": None,
+        "roofline": _roofline(traffic, config, args) if request["kernels"] else None,
     }
+
+
+def _attention(args: Any) -> dict[str, "Attention"]:
+    """Return how much of the scores each part of a model computes."""
+    from blt_titan.dry_run.traffic import Attention
+    from blt_titan.dry_run.watch import GLOBAL_PART, LOCAL_PARTS
+
+    if not hasattr(args, "local_window"):
+        return {GLOBAL_PART: Attention(args.window)}
+    return {GLOBAL_PART: Attention(None)} | dict.fromkeys(LOCAL_PARTS, Attention(args.local_window))
+
+
+def _roofline(traffic: "Traffic", config: Any, args: Any) -> "Roofline":
+    from blt_titan.dry_run.step import MICRO_BATCHES
+
+    parallelism, training, data = config.parallelism, config.training, config.data
+    row_ranks = parallelism.context_parallel_degree * parallelism.tensor_parallel_degree
+    n_bytes = training.local_batch_size * training.seq_len // row_ranks
+    flops = 3 * args.forward_flops_per_byte(training.seq_len, data.segment_bytes / data.segment_patches)
+    return traffic.result(micro_batches=MICRO_BATCHES, model_flops=flops * n_bytes, micro_batch_bytes=n_bytes)
 
 
 def _say(line: str) -> None:
