@@ -29,6 +29,8 @@ class MemoryBound:
     world_size: int
     most_gib: float
     overrides: tuple[str, ...] = ()
+    kernels: bool = False
+    """Generate and assemble the kernels too, which takes minutes."""
 
 
 def allowed_spills() -> list[AllowedSpill]:

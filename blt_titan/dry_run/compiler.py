@@ -156,7 +156,7 @@ class Compiler:
             backward=backward,
             module=copy.deepcopy(module),
             inputs=[str(tuple(x.shape)) if isinstance(x, torch.Tensor) else str(x) for x in inputs],
-            symbolic=[_shown(x) for x in inputs if _is_symbolic(x)],
+            symbolic=[_shown(x) for x in inputs if is_symbolic(x)],
             kernels=[],
             part=part,
             after_first=self.first_is_over,
@@ -171,7 +171,8 @@ class Compiler:
         return _Interpreted(graph, self.around)
 
 
-def _is_symbolic(value: Any) -> bool:
+def is_symbolic(value: Any) -> bool:
+    """Tell whether an input of a graph is a symbol, or a tensor with a size that is one."""
     if isinstance(value, torch.Tensor):
         return any(isinstance(size, torch.SymInt) for size in value.shape)
     return isinstance(value, torch.SymInt | torch.SymFloat)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from blt_titan.dry_run.watch import NO_ANSWER, Watch, tensors_of
 
@@ -52,13 +53,12 @@ class HostReads:
     def before(self, op: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """Note what reads, and answer in place of `.item()`."""
         name = op.removeprefix("aten.")
-        if self.watch.phase == "setup":
-            return NO_ANSWER
         if "output_size" in options:
             return NO_ANSWER
-        if name.startswith(_READS) and any(tensor.device.type == "cuda" for tensor in tensors_of(args)):
-            self._note(name)
-            if name.startswith("_local_scalar_dense"):
+        if name.startswith(_READS):
+            if any(tensor.device.type == "cuda" for tensor in tensors_of(args)):
+                self._note(name)
+            if name.startswith("_local_scalar_dense") and isinstance(args[0], FakeTensor):
                 return _one(args[0].dtype)
         elif name.startswith(("_to_copy", "copy_")):
             self._copy(name, args, options)
@@ -81,7 +81,8 @@ class HostReads:
             self._note(f"copy {source.type} to {target.type}")
 
     def _note(self, name: str) -> None:
-        self._found[name, f"{_line_of_ours()} ({self.watch.phase})"] += 1
+        if self.watch.phase != "setup":
+            self._found[name, f"{_line_of_ours()} ({self.watch.phase})"] += 1
 
 
 def _one(dtype: torch.dtype) -> bool | int | float:
@@ -92,14 +93,13 @@ def _one(dtype: torch.dtype) -> bool | int | float:
 
 def _line_of_ours() -> str:
     """Return the innermost line of this project, outside of the dry run itself; else of whoever called torch."""
-    frame, innermost = sys._getframe(1), ""
+    frame, caller = sys._getframe(1), ""
     while frame is not None:
         path = Path(frame.f_code.co_filename)
         inside = [room for room in _ROOMS if room in path.parts]
-        if "dry_run" not in path.parts and inside:
-            relative = path.parts[path.parts.index(inside[0]) :]
-            return f"{'/'.join(relative)}:{frame.f_lineno}"
-        if not innermost and "torch" in path.parts and path.name not in ("_ops.py", "_tensor.py", "watch.py"):
-            innermost = f"{path.name}:{frame.f_lineno}"
+        if inside and "dry_run" not in path.parts:
+            return f"{'/'.join(path.parts[path.parts.index(inside[0]) :])}:{frame.f_lineno}"
+        if not caller and not inside and "torch" not in path.parts:
+            caller = f"{path.name}:{frame.f_lineno}"
         frame = frame.f_back
-    return innermost or "?"
+    return caller or "?"

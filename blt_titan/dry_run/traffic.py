@@ -27,6 +27,8 @@ _VIEWS = re.compile(
 )
 """Operations that move no bytes, at the beginning of their names."""
 _COLLECTIVES = ("_c10d_functional.", "c10d.")
+_IN_PLACE = ("aten._fused_adam", "aten._foreach")
+"""Operations on lists of tensors, which return nothing."""
 _MATMULS = ("mm.", "addmm.", "bmm.", "_scaled_mm.")
 _UPDATE_PHASES = ("clip", "update")
 _BACKWARD_WORK = 3.5
@@ -83,7 +85,9 @@ class Traffic:
     def after(self, op: str, inputs: tuple[Any, ...], options: dict[str, Any], result: Any) -> None:
         """Count an operation outside of compiled graphs."""
         results = tensors_of(result)
-        if self.watch.in_graph or not results or results[0].device.type != "cuda":
+        if self.watch.in_graph or not (results or op.startswith(_IN_PLACE)):
+            return
+        if results and results[0].device.type != "cuda":
             return
         if op.startswith(_COLLECTIVES):
             if not op.startswith("_c10d_functional.wait_tensor") and self.watch.phase not in _UPDATE_PHASES:
@@ -168,6 +172,11 @@ class Traffic:
 
 def _moved(name: str, read: list[torch.Tensor], results: list[torch.Tensor]) -> tuple[str, float, int]:
     """Return the kind of an operation that is no matrix multiplication, the bytes that it moves, and its launches."""
+    if name.startswith("_fused_adam"):
+        # Parameters and two moments are read and written, gradients are read.
+        return "optimizer", 1.75 * sum(map(_bytes, read)), 20
+    if not results:
+        return "elementwise", 2 * sum(map(_bytes, read)), 4
     written = sum(map(_bytes, results))
     if name.startswith("embedding."):
         return "gathers", 2 * written, 1
