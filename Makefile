@@ -1,13 +1,14 @@
 # make setup   .venv with what running needs        make test    the whole CPU test suite
 # make demo    from raw text to a trained BLT       make check   format, lint, types, import contracts
+# make check-cuda  one step on CUDA without a GPU: shipped configurations against bounds on memory (TORCH=2.13.0)
 # make test-full   every layout too, about an hour      make test-oldest   interop with the oldest transformers
-.PHONY: help setup setup-dev demo test test-full test-oldest check format
+.PHONY: help setup setup-dev demo test test-full test-oldest check check-cuda format
 
 VENV_PYTHON := .venv/bin/python
 OLDEST := from blt_titan.hf.model_card import OLDEST_TRANSFORMERS; print(OLDEST_TRANSFORMERS)
 
 help:
-	@sed -n '1,3s/^# //p' Makefile
+	@sed -n '1,4s/^# //p' Makefile
 
 setup: .venv/.installed-demo
 setup-dev: .venv/.installed-dev
@@ -41,6 +42,10 @@ check: setup-dev
 	.venv/bin/pyright --pythonpath $(VENV_PYTHON)
 	.venv/bin/lint-imports
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict
+
+TORCH ?= 2.13.0
+check-cuda:
+	@TORCH=$(TORCH) scripts/check_cuda.sh
 
 format: setup-dev
 	.venv/bin/ruff format .

@@ -28,6 +28,7 @@ VERBS = {
     "harness": ("harness", "tasks of EleutherAI's evaluation harness"),
     "plots": ("plots", "serve a page with the curves of all runs"),
     "demo": ("demo", "from text to a trained BLT, in about ten minutes on two CPU cores"),
+    "check-cuda": ("check_cuda", "one step on CUDA without a GPU: memory, host reads, kernels, time"),
     "doctor": ("doctor", "versions, devices, and what is missing for what"),
 }
 """Verb: its module in this package, and what it does in a line."""
