@@ -85,6 +85,7 @@ from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.pipeline_parallel import build_pipeline_schedule
 from torchtitan.distributed.utils import set_pg_timeouts
 from torchtitan.protocols import model_converter
+from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 from torchtitan.tools.logging import init_logger, logger
 from torchtitan.tools.utils import device_type, get_peak_flops, has_cuda_capability
@@ -118,6 +119,7 @@ __all__ = [
     "Validation",
     "apply_ac",
     "build_lr_schedulers",
+    "build_model_converters",
     "build_optimizers",
     "build_pipeline_schedule",
     "device_type",

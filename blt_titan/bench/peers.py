@@ -35,7 +35,7 @@ class PeerSpec:
     work: Work
     device: str
     dtype: str = "float32"
-    """Of the computation; weights are fp32."""
+    """Number format of the computation; weights are fp32."""
     threads: int = 1
     seed: int = 0
     gives_back: bool = False
