@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.generation import PROMPT, time_ours
 from benchmarks.result_file import write_result
+from blt_titan.bench.generation import PROMPT, time_ours
 from blt_titan.data.prepare.documents import read_documents
 from blt_titan.evaluation.documents import evaluate_documents
 from blt_titan.hf.load import load_for_inference

@@ -26,6 +26,7 @@ VERBS = {
     "generate": ("generate", "continue prompts"),
     "evaluate": ("evaluate", "bits per byte of documents"),
     "harness": ("harness", "tasks of EleutherAI's evaluation harness"),
+    "bench": ("bench", "measure this code beside its peers, on this machine"),
     "plots": ("plots", "serve a page with the curves of all runs"),
     "demo": ("demo", "from text to a trained BLT, in about ten minutes on two CPU cores"),
     "check-cuda": ("check_cuda", "one step on CUDA without a GPU: memory, host reads, kernels, time"),

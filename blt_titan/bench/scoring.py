@@ -1,33 +1,33 @@
-"""Compare scoring in lanes with the plain scorer: one document at a time, cut and padded to 8,192 bytes.
-
-    python -m benchmarks.scoring_throughput --out benchmarks/results/scoring_throughput.json
+"""Suite of scoring: lanes, against the plain scorer, which takes one document at a time, cut and padded to 8,192 bytes.
 
 Three sets of documents: random words of mean 500 bytes, the same of mean 5 KB, and the standard library's sources. Both
 ways score the same documents with the same model, in alternating measurements; figures are medians. What lanes can win
 is what the plain way pads, so the measure is the speed-up over its padded slots per real byte; the goal is 0.8.
 """
 
-import argparse
 import statistics
-import sys
 import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from benchmarks.result_file import write_result
+from blt_titan.bench.options import Options, Suite
+from blt_titan.bench.table import Table, times
 from blt_titan.byte_vocab import document_ids
 from blt_titan.layout import layout_without_patches
 from blt_titan.model.entropy_model import EntropyModel
 from blt_titan.model.flavors import ENTROPY_FLAVORS
+from blt_titan.progress import ProgressBar
 from blt_titan.scoring.entropies import CHUNK, LANES, EntropyScorer, entropy_nats
 
 PLAIN_BYTES = 8192
 GOAL = 0.8
+FLAVOR = "debug"
+SET_BYTES, TINY_SET_BYTES = 400_000, 12_000
 
 
 def document_sets(total_bytes: int) -> dict[str, list[np.ndarray]]:
@@ -49,6 +49,7 @@ def document_sets(total_bytes: int) -> dict[str, list[np.ndarray]]:
 
 
 def plain_slots(documents: list[np.ndarray]) -> int:
+    """Count the slots of the plain way, padding included."""
     return sum(-(-len(ids) // PLAIN_BYTES) * PLAIN_BYTES for ids in documents)
 
 
@@ -65,61 +66,65 @@ def score_plainly(model: EntropyModel, documents: list[np.ndarray]) -> None:
             entropy_nats(model(row, layout_without_patches(doc))).cpu()
 
 
-def seconds_of(work: Callable[[list[np.ndarray]], object], documents: list[np.ndarray]) -> float:
-    began = time.perf_counter()
+def seconds_of(work: Callable[[list[np.ndarray]], object], documents: list[np.ndarray], device: str) -> float:
+    """Return the processor time of some work on a CPU, the time by the clock on a GPU; the work ends with a copy."""
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    began = clock()
     work(documents)
-    return time.perf_counter() - began
+    return clock() - began
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--flavor", choices=ENTROPY_FLAVORS, default="debug", help="default %(default)s")
-    parser.add_argument("--kilobytes", type=int, default=150, help="of each set (default %(default)s)")
-    parser.add_argument("--repetitions", type=int, default=3, help="measurements of each way (default %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the figures as JSON")
-    args = parser.parse_args(arguments)
-    plain, in_lanes = (EntropyModel(ENTROPY_FLAVORS[args.flavor]).to(args.device).eval() for _ in range(2))
+def scoring(options: Options) -> dict[str, Any]:
+    """Measure both ways on all sets."""
+    torch.set_num_threads(options.threads)
+    plain, in_lanes = (EntropyModel(ENTROPY_FLAVORS[FLAVOR]).to(options.device).eval() for _ in range(2))
     with torch.no_grad():
         plain.init_weights()
         in_lanes.init_weights()
     scorer = EntropyScorer(in_lanes)
-    results = {}
-    print(f"{'':<18}{'plain B/s':>12}{'lanes B/s':>12}{'speed-up':>10}{'slots/byte':>12}{'share of it':>12}")
-    for name, documents in document_sets(args.kilobytes * 1000).items():
+    ways: dict[str, Callable[[list[np.ndarray]], object]] = {
+        "plain": lambda documents: score_plainly(plain, documents),
+        "lanes": lambda documents: list(scorer.score_all(enumerate(documents))),
+    }
+    sets = {}
+    for name, documents in document_sets(TINY_SET_BYTES if options.tiny else SET_BYTES).items():
         n_ids = sum(map(len, documents))
-        seconds: dict[str, list[float]] = {"plain": [], "lanes": []}
-        for _ in tqdm(range(args.repetitions), desc=name, leave=False):
-            seconds["plain"].append(seconds_of(lambda docs: score_plainly(plain, docs), documents))
-            seconds["lanes"].append(seconds_of(lambda docs: list(scorer.score_all(enumerate(docs))), documents))
-        medians = {way: statistics.median(measured) for way, measured in seconds.items()}
+        taken: dict[str, list[float]] = {way: [] for way in ways}
+        for _ in ProgressBar(range(options.repeats), desc=name, leave=False, disable=not options.progress):
+            for way, work in ways.items():
+                taken[way].append(seconds_of(work, documents, options.device))
+        medians = {way: statistics.median(measured) for way, measured in taken.items()}
         slots_per_byte = plain_slots(documents) / n_ids
         speed_up = medians["plain"] / medians["lanes"]
-        results[name] = {
+        sets[name] = {
             "documents": len(documents),
             "bytes": n_ids,
-            "seconds": seconds,
+            "seconds": taken,
+            "median_s": medians,
             "bytes_per_s": {way: n_ids / median for way, median in medians.items()},
             "speed_up": speed_up,
             "plain_slots_per_byte": slots_per_byte,
             "share_of_possible": speed_up / slots_per_byte,
         }
-        rates = results[name]["bytes_per_s"]
-        print(
-            f"{name:<18}{rates['plain']:>12,.0f}{rates['lanes']:>12,.0f}{speed_up:>10.2f}{slots_per_byte:>12.2f}"
-            f"{speed_up / slots_per_byte:>12.2f}"
-        )
-    figures = {
-        "device": args.device,
-        "flavor": args.flavor,
-        "lanes": LANES,
-        "chunk": CHUNK,
-        "goal_share_of_possible": GOAL,
-        "sets": results,
-    }
-    write_result(args.out, "scoring_throughput", arguments, **figures)
-    return 0
+    settings = options.settings() | {"shape": f"entropy {FLAVOR}", "lanes": LANES, "chunk": CHUNK}
+    return {"settings": settings, "goal_share_of_possible": GOAL, "sets": sets}
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def scoring_table(result: dict[str, Any]) -> Table:
+    """Show rates and speed-ups."""
+    rows = [
+        [
+            name,
+            f"{found['bytes_per_s']['plain']:,.0f}",
+            f"{found['bytes_per_s']['lanes']:,.0f}",
+            times(found["speed_up"]),
+            f"{found['plain_slots_per_byte']:.2f}",
+            f"{found['share_of_possible']:.2f}",
+        ]
+        for name, found in result["sets"].items()
+    ]
+    header = ["documents", "plain bytes/s", "lanes bytes/s", "speed-up", "padded slots per byte", "share of it"]
+    return Table(f"scoring, {result['settings']['shape']}", header, rows)
+
+
+SUITE = Suite("entropies in lanes, against one padded document at a time", scoring, scoring_table)

@@ -1,33 +1,28 @@
-"""Measure how fast rows come out of the loader: real bytes per second, in the process and through a worker.
+"""Suite of data: how fast rows come out of the loader, in the process and through a worker, real bytes per second.
 
-    python -m benchmarks.loader_throughput --out benchmarks/results/loader_throughput.json
-    python -m benchmarks.loader_throughput --scored --out benchmarks/results/loader_throughput_scored.json
-
-It writes synthetic documents (random words, exponential lengths of mean 5 KB) as shards into a temporary directory and
-reads rows of 16,384 byte slots, cut at spaces, or by entropies from a sidecar of made-up values. A figure is the median
-over repetitions, which alternate between the two ways because the machine may be shared. Starting the worker and
-opening the streams are not measured. A CPU-second is one of this process or of its worker, so the second figure of
-`num_workers_1` holds the transfer on both its ends.
+It writes documents (random words, exponential lengths of mean 5 KB) as shards into a temporary directory and reads rows
+of 16,384 byte slots, cut at spaces, and by entropies from a sidecar of made-up values. A figure is the median over
+repetitions, which alternate between the two ways because the machine may be shared. Starting the worker and opening the
+streams are not measured. A CPU-second is one of this process or of its worker, so the second figure of `num_workers_1`
+holds the transfer on both its ends.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
 import time
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from benchmarks.result_file import write_result
 from blt_titan.batch import PADDING, Batch
+from blt_titan.bench.options import Options, Suite
+from blt_titan.bench.table import Table
 from blt_titan.data.prepare.job import prepare
 from blt_titan.data.rows.loader import RowLoader
 from blt_titan.data.rows.order import StreamOrder
@@ -45,6 +40,7 @@ from blt_titan.data.store.sidecars import (
     sidecar_directory,
 )
 from blt_titan.patching.rule import PatchRule
+from blt_titan.progress import ProgressBar
 from blt_titan.scoring.calibration import calibrate, read_sample
 
 MEAN_DOCUMENT_BYTES = 5000
@@ -55,6 +51,9 @@ STREAMS = 16
 ROWS_PER_BATCH = 4
 WARM_UP_BATCHES = 40
 TARGET_BYTES_PER_S_AND_CORE = 15e6
+TEXT_BYTES, TINY_TEXT_BYTES = 40_000_000, 6_000_000
+SECONDS, TINY_SECONDS = 3.0, 0.2
+"""Length of one measurement."""
 
 
 def write_documents(directory: Path, total_bytes: int, seed: int) -> Path:
@@ -137,66 +136,61 @@ def padding_shares(batches: list[Batch]) -> dict[str, float]:
     }
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=float, default=40, help="text to read (default %(default)s)")
-    parser.add_argument("--seconds", type=float, default=3, help="length of one measurement (default %(default)s)")
-    parser.add_argument("--repetitions", type=int, default=5, help="measurements of each way (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the documents and their order (default %(default)s)")
-    parser.add_argument("--scored", action="store_true", help="cut by entropies from a sidecar instead of at spaces")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the figures as JSON")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    args = parse_args(arguments)
-    torch.set_num_threads(1)  # a figure per core; the training process has other work for the rest
+def measure_rows(written: Path, options: Options, *, scored: bool) -> dict[str, Any]:
+    """Measure both ways on rows that are cut by entropies (`scored`) or at spaces."""
+    source = source_of(written, scored=scored)
+    order = StreamOrder(len(source.shards), STREAMS, options.seed)
     rates: dict[int, list[Rates]] = {0: [], 1: []}
     kept: list[Batch] = []
-    load_before = os.getloadavg()[0]
-    with tempfile.TemporaryDirectory() as directory:
-        written = write_documents(Path(directory), int(args.megabytes * 1e6), args.seed)
-        if args.scored:
-            write_entropies(written, args.seed)
-        source = source_of(written, scored=args.scored)
-        shards = source.shards
-        order = StreamOrder(len(shards), STREAMS, args.seed)
-        for num_workers in tqdm([0, 1] * args.repetitions, desc="measuring"):
-            loader = RowLoader(source, order, rows_per_batch=ROWS_PER_BATCH, num_workers=num_workers)
-            rate, kept = measure(loader, args.seconds)
-            rates[num_workers].append(rate)
-        data = {"documents": shards.documents, "text_bytes": shards.text_bytes, "record_batches": len(shards)}
-
-    shares = padding_shares(kept)
+    for num_workers in ProgressBar([0, 1] * options.repeats, desc="rows", leave=False, disable=not options.progress):
+        loader = RowLoader(source, order, rows_per_batch=ROWS_PER_BATCH, num_workers=num_workers)
+        rate, kept = measure(loader, TINY_SECONDS if options.tiny else SECONDS)
+        rates[num_workers].append(rate)
     by_way = {
         f"num_workers_{n}": {name: [getattr(rate, name) for rate in measured] for name in Rates._fields}
         for n, measured in rates.items()
     }
-    figures = {
-        "load_average_before": round(load_before, 2),
-        "data": data,
-        "row": {"segments": SHAPE.segments, "bytes": SHAPE.n_bytes, "patches": SHAPE.n_patches},
-        "rule": {"rule": "global" if args.scored else "space", "max_patch_bytes": MAX_PATCH_BYTES},
-        "rows_per_batch": ROWS_PER_BATCH,
+    return {
         "median": {way: {k: round(statistics.median(v)) for k, v in by.items()} for way, by in by_way.items()},
         "all": {way: {k: [round(x) for x in v] for k, v in by.items()} for way, by in by_way.items()},
-        "target_bytes_per_s_and_core": TARGET_BYTES_PER_S_AND_CORE,
-        **{key: round(value, 4) for key, value in shares.items()},
+        **{key: round(value, 4) for key, value in padding_shares(kept).items()},
     }
-    print(f"{'':<16}{'MB/s: median':>14}{'slowest':>10}{'fastest':>10}{'MB per CPU-second: median':>28}")
-    for way, by in by_way.items():
-        by_clock, by_cpu = ([rate / 1e6 for rate in by[name]] for name in Rates._fields)
-        print(
-            f"{way:<16}{statistics.median(by_clock):>14.1f}{min(by_clock):>10.1f}{max(by_clock):>10.1f}"
-            f"{statistics.median(by_cpu):>28.1f}"
-        )
-    print(
-        f"padding: {shares['byte_slots_padded']:.1%} of byte slots, {shares['patch_slots_padded']:.1%} of patch slots; "
-        f"{shares['bytes_per_patch']:.2f} bytes per patch"
-    )
-    write_result(args.out, "loader_throughput", arguments, **figures)
-    return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def data(options: Options) -> dict[str, Any]:
+    """Measure rows of both kinds."""
+    torch.set_num_threads(1)  # a figure per core; the training process has other work for the rest
+    with tempfile.TemporaryDirectory() as directory:
+        written = write_documents(Path(directory), TINY_TEXT_BYTES if options.tiny else TEXT_BYTES, options.seed)
+        write_entropies(written, options.seed)
+        rules = {rule: measure_rows(written, options, scored=rule == "global") for rule in ("space", "global")}
+        shards = ShardSet(written, "train")
+        text = {"documents": shards.documents, "text_bytes": shards.text_bytes, "record_batches": len(shards)}
+    return {
+        "settings": {"repeats": options.repeats, "seed": options.seed, "rows_per_batch": ROWS_PER_BATCH},
+        "data": text,
+        "row": {"segments": SHAPE.segments, "bytes": SHAPE.n_bytes, "patches": SHAPE.n_patches},
+        "max_patch_bytes": MAX_PATCH_BYTES,
+        "target_bytes_per_s_and_core": TARGET_BYTES_PER_S_AND_CORE,
+        "rules": rules,
+    }
+
+
+def data_table(result: dict[str, Any]) -> Table:
+    """Show rates and what is padding."""
+    rows = [
+        [
+            f"{rule}, {way.removeprefix('num_workers_')} workers",
+            f"{found['bytes_per_s'] / 1e6:.1f}",
+            f"{found['bytes_per_cpu_s'] / 1e6:.1f}",
+            f"{of_rule['byte_slots_padded']:.1%}",
+            f"{of_rule['patch_slots_padded']:.1%}",
+        ]
+        for rule, of_rule in result["rules"].items()
+        for way, found in of_rule["median"].items()
+    ]
+    header = ["patches by", "MB/s by the clock", "MB per CPU-second", "byte slots padded", "patch slots padded"]
+    return Table(f"rows out of the loader, medians of {result['settings']['repeats']}", header, rows)
+
+
+SUITE = Suite("rows out of the loader", data, data_table)
