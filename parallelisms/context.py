@@ -19,7 +19,7 @@ from parallelisms.meshes import Meshes
 
 
 class HaloAttention:
-    """Windowed attention of a slice: brings the keys of the W bytes before it (the first is zeros), then attends as on one device."""
+    """Windowed attention of a slice: brings the keys of the W - 1 bytes before it, then attends as on one device."""
 
     def __init__(self, attend: Any, mesh: DeviceMesh, halo_slices: int):
         self.attend = attend

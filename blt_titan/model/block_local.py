@@ -35,7 +35,7 @@ def block_bias(doc_BS: torch.Tensor, *, window: int, before_doc_BW: torch.Tensor
         window: W.
         before_doc_BW: documents of the slots before the first, at most W, whose keys precede the slots' own.
     """
-    B, S = doc_BS.shape
+    S = doc_BS.shape[1]
     C = min(window, S, MOST_QUERIES)
     N = -(-S // C)
     before = 0 if before_doc_BW is None else before_doc_BW.shape[1]
@@ -183,7 +183,7 @@ def _overlapping(x_THK: torch.Tensor, N: int, C: int, R: int) -> torch.Tensor:
 
 def _folded(x_NHRK: torch.Tensor, C: int) -> torch.Tensor:
     """Add up what `_overlapping` views more than once: [N, H, R, K] -> [R - C + N C or more, H, K]."""
-    N, H, R, K = x_NHRK.shape
+    N, H, _, K = x_NHRK.shape
     parts = x_NHRK.transpose(1, 2).split(C, dim=1)
     total_MCHK = x_NHRK.new_zeros(N + len(parts) - 1, C, H, K)
     for i, part_NCHK in enumerate(parts):

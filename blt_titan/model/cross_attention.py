@@ -57,6 +57,9 @@ class CrossAttention(nn.Module):
         self.wv = nn.Linear(dim, dim, bias=False)
         self.wo = nn.Linear(dim, dim, bias=False)
 
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (self.n_heads, -1))
+
 
 class KeysValues(NamedTuple):
     """Keys and values of patches: all that bytes which read them need."""
@@ -80,8 +83,9 @@ class PatchesReadBytes(CrossAttention):
             patch + attention, [B, P, k, d].
         """
         normed_BSd = self.kv_norm(byte_BSd)
-        q, k, v = self.wq(self.q_norm(patch_BPNd)), self.wk(normed_BSd), self.wv(normed_BSd)
-        out = segment_attention(*(x.unflatten(-1, (self.n_heads, -1)) for x in (q, k, v)), runs.first_BP1)
+        q_BPNHK = self._heads(self.wq(self.q_norm(patch_BPNd)))
+        k_BSHK, v_BSHK = self._heads(self.wk(normed_BSd)), self._heads(self.wv(normed_BSd))
+        out = segment_attention(q_BPNHK, k_BSHK, v_BSHK, runs.first_BP1)
         return patch_BPNd + self.wo(out.flatten(3))
 
 
@@ -99,9 +103,10 @@ class BytesReadPatches(CrossAttention):
         Returns:
             byte + attention, [B, S, d].
         """
-        keys_values = patches if isinstance(patches, KeysValues) else self.keys_values(patches)
-        q = self.wq(self.q_norm(byte_BSd))
-        out = gather_attention(*(x.unflatten(-1, (self.n_heads, -1)) for x in (q, *keys_values)), *sources)
+        k_BPNd, v_BPNd = patches if isinstance(patches, KeysValues) else self.keys_values(patches)
+        q_BSHK = self._heads(self.wq(self.q_norm(byte_BSd)))
+        k_BPNHK, v_BPNHK = self._heads(k_BPNd), self._heads(v_BPNd)
+        out = gather_attention(q_BSHK, k_BPNHK, v_BPNHK, sources.patch_BS, sources.first_BP1)
         return byte_BSd + self.wo(out.flatten(2))
 
     def keys_values(self, patch_BPNd: torch.Tensor) -> KeysValues:

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 
 
 def is_plain(*tensors: torch.Tensor) -> bool:
-    """Tell whether nothing but eager PyTorch looks at these: no compiler, and no tensors that are spread over ranks."""
+    """Tell whether nothing but eager PyTorch looks at these: no compiler, no tensors that are spread over ranks."""
     return not torch.compiler.is_compiling() and all(type(x) in (torch.Tensor, nn.Parameter) for x in tensors)
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / root(mean(x^2) + eps) * weight over the last dim. On a CPU PyTorch would keep two tensors more of x's size."""
+    """x / root(mean(x^2) + eps) * weight over the last dim. PyTorch on a CPU would keep two more of x's size."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., D] -> [..., D]."""

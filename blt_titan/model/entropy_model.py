@@ -21,8 +21,8 @@ from blt_titan.batch import PADDING, PatchLayout
 from blt_titan.byte_vocab import NEWLINE_ID, VOCAB_SIZE
 from blt_titan.model.args import EntropyModelArgs
 from blt_titan.model.attention import AttentionMask, window_mask
-from blt_titan.model.initialization import initialize
 from blt_titan.model.eager import RMSNorm
+from blt_titan.model.initialization import initialize
 from blt_titan.model.layers import NORM_EPS, Attend, Rotation, block_stack, rotary_angles, run_blocks
 from blt_titan.model.placement import Placement
 

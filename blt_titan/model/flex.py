@@ -1,8 +1,8 @@
 """FlexAttention: block lists made by arithmetic, and one compiled kernel for each combination of shapes.
 
 A block mask lists for each tile of queries the tiles of keys that it reads, in two lists: those of which every pair is
-visible, and those of which the mask function decides. Both come from the first and last key of a tile and from whether a
-tile lies in one document: S x S entries are never looked at, and the host reads nothing.
+visible, and those of which the mask function decides. Both come from the first and last key of a tile and from whether
+a tile lies in one document: S x S entries are never looked at, and the host reads nothing.
 
 Letters: B rows, S slots, Q queries, T keys, N query tiles, M key tiles.
 """
@@ -42,10 +42,9 @@ def attend_flex(q_BSHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHK: torch.Tensor
         FlexVariantsError: outside a compiled region, and one shape too many.
     """
     q, k, v = (x.transpose(1, 2) for x in (q_BSHK, k_BTHK, v_BTHK))
-    options = {"fwd_BLOCK_M": FLEX_BLOCK, "fwd_BLOCK_N": 64} if q.is_cuda and q.shape[-1] <= NARROW_HEAD else None
-    call = flex_attention if torch.compiler.is_compiling() else _attend_fused
-    out: Any = call(q, k, v, block_mask=mask, kernel_options=options)
-    return out.transpose(1, 2)
+    options: Any = {"fwd_BLOCK_M": FLEX_BLOCK, "fwd_BLOCK_N": 64} if q.is_cuda and q.shape[-1] <= NARROW_HEAD else None
+    call: Any = flex_attention if torch.compiler.is_compiling() else _attend_fused
+    return call(q, k, v, block_mask=mask, kernel_options=options).transpose(1, 2)
 
 
 def window_block_mask(doc_BS: torch.Tensor, *, window: int, before_doc_BW: torch.Tensor | None) -> BlockMask:

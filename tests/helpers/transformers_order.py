@@ -3,7 +3,8 @@
 Our layers and those of `transformers` are one function of the weights, but not one sequence of roundings: we cut the
 window into blocks, attend between bytes and patches by index, add up hash embeddings in one bag, take norms in one
 pass, and make rotary angles in fp64. In fp32 that leaves differences, which trained weights amplify (to 3e-5 in a small
-model) though nothing is wrong. With these five replaced by what `transformers` does, and nothing else, logits agree bit for bit on a CPU.
+model) though nothing is wrong. With these five replaced by what `transformers` does, and nothing else, logits agree bit
+for bit on a CPU.
 
 So what `blt-titan export --verify` does not hold to a tolerance, logits in fp32, is held to one here: `compare_fp32`.
 The masks made here are dense.

@@ -291,7 +291,8 @@ def test_unknown_backends_and_masks_are_refused():
 def eager_kernels(monkeypatch):
     """FlexAttention compiled as on CUDA up to the kernels, two variants of it at most."""
     compiled = partial(torch.compile, backend="eager")
-    monkeypatch.setattr(flex_attends, "_compiled_flex_attention", cache(flex_attends._compiled_flex_attention.__wrapped__))
+    fresh = cache(flex_attends._compiled_flex_attention.__wrapped__)
+    monkeypatch.setattr(flex_attends, "_compiled_flex_attention", fresh)
     monkeypatch.setattr(torch, "compile", compiled)
     monkeypatch.setattr(flex_attends, "FLEX_VARIANTS", 2)
     torch._dynamo.reset()
