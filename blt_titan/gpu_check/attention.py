@@ -60,11 +60,11 @@ def _work(shape: Shape, slots: int, backend: Any, place: Place) -> Callable[[], 
     draw = torch.Generator().manual_seed(0)
     size = (1, slots, shape.heads, shape.head_dim)
     q, k, v, g = (torch.randn(size, generator=draw).to(place.device, torch.bfloat16) for _ in range(4))
-    inputs = [x.requires_grad_() for x in (q, k, v)]
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
 
     def work() -> list[torch.Tensor]:
-        out = attend(*inputs, mask)
-        return [out.detach(), *torch.autograd.grad(out, inputs, g)]
+        out = attend(q, k, v, mask)
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), g)]
 
     return work
 

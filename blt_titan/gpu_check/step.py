@@ -90,7 +90,7 @@ def plan_config(plan: StepPlan, place: Place) -> RunConfig:
 @contextmanager
 def rank_alone(place: Place) -> Iterator[None]:
     """Make this process a group of one rank, on a port of its own."""
-    store = dist.HashStore()
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("nccl" if place.is_cuda else "gloo", store=store, rank=0, world_size=1)
     try:
         yield

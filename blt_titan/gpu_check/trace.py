@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from blt_titan.bench.table import Table
@@ -23,7 +22,7 @@ CLASSES = (
     ("fused (compiled)", r"^triton_(?!tem_)|cpp_fused"),
     ("communication", r"nccl|gloo|all_gather|reduce_scatter|all_to_all|allreduce"),
     ("attention", r"flex|flash|fmha|attention|attn|varlen|triton_tem_(?!.*_(mm|addmm|bmm))"),
-    ("matmul", r"triton_tem_|gemm|cutlass|nvjet|cublas|xmma|scaled_mm|aten::(mm|addmm|bmm|matmul|_scaled_mm)$"),
+    ("matmul", r"triton_tem_|gemm|cutlass|nvjet|cublas|xmma|scaled_mm|aten::(mm|addmm|bmm|matmul|linear|_scaled_mm)$"),
     ("optimizer", r"adam|multi_tensor|foreach"),
     ("copies", r"memcpy|memset|copy_|aten::(copy|fill|zero)"),
     ("index and sort", r"index|gather|scatter|embedding|sort|segment|searchsorted|blt::"),
@@ -138,11 +137,18 @@ def profile_step(plan: StepPlan, place: Place) -> dict[str, Any]:
             step.run()
         wait(place)
     events: Any = profiler.events() or []
-    on_device = DeviceType.CUDA if place.is_cuda else DeviceType.CPU
-    kernels = [e for e in events if e.device_type == on_device and not e.is_user_annotation and not e.cpu_children]
-    calls = [e for e in events if e.device_type == DeviceType.CPU]
+    calls = [e for e in events if e.device_type.name == "CPU"]
+    if place.is_cuda:
+        kernels = [e for e in events if e.device_type.name == "CUDA" and not e.is_user_annotation]
+    else:
+        # A CPU has no kernels to trace: operators that no other operator called stand for them.
+        kernels = [e for e in calls if _is_operator(e) and not _is_operator(e.cpu_parent)]
     found = reduce_trace([_span(e) for e in kernels], [_span(e) for e in calls])
     return {"steps": STEPS, **found, "table": trace_table(found).text()}
+
+
+def _is_operator(event: Any) -> bool:
+    return event is not None and event.name.startswith("aten::")
 
 
 def _span(event: Any) -> Span:

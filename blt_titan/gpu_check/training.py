@@ -104,10 +104,10 @@ def train_8b(place: Place) -> Iterator[dict[str, Any]]:
                 plan = _plan(replace(args, global_layers=layers), place, *overrides, config="blt_8b")
                 parts[f"{precision}_{layers}"] = attempt(lambda plan=plan: measure_step(plan, place), place)
                 yield {"ok": ok(parts), "steps": parts, "whole": whole, "target_float8": TARGET_8B_FLOAT8}
-            times = [parts[f"{precision}_{layers}"].get("median_s") for layers in SLICES]
-            if all(times):
-                layer_s = (times[1] - times[0]) / (more - few)
-                seconds = times[0] + (args.global_layers - few) * layer_s
+            few_s, more_s = (parts[f"{precision}_{layers}"].get("median_s") for layers in SLICES)
+            if few_s and more_s:
+                layer_s = (more_s - few_s) / (more - few)
+                seconds = few_s + (args.global_layers - few) * layer_s
                 n_bytes = parts[f"{precision}_{few}"]["row_bytes"]
                 whole[precision] = {"layer_s": layer_s, "step_s": seconds, "bytes_per_s": n_bytes / seconds}
                 yield {"ok": ok(parts), "steps": parts, "whole": whole, "target_float8": TARGET_8B_FLOAT8}
