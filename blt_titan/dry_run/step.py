@@ -143,7 +143,8 @@ def make_step(config: RunConfig, place: Place, watch: Watch, memory: LiveBytes) 
     spec = TRAIN_SPECS[config.model.name]
     args = spec.model_args[config.model.flavor]
     args.update_from_config(config)
-    with torch.device("meta"):
+    # A module that is not split cannot change a meta parameter for one without data.
+    with torch.device("meta" if place.meshes is not None else "cuda"):
         model: Any = spec.model_cls(args)
     converters = build_model_converters(config, place.dims)
     converters.convert(model)
@@ -151,7 +152,8 @@ def make_step(config: RunConfig, place: Place, watch: Watch, memory: LiveBytes) 
     watch.follow(model)
     memory.follow_fsdp()
     with watch:
-        model.to_empty(device="cuda")
+        if place.meshes is not None:
+            model.to_empty(device="cuda")
         memory.name(model.parameters(), PARAMETERS)
         optimizers = build_optimizers([model], config.optimizer, place.dims)
         optimizers.register_step_post_hook(lambda *_: converters.post_optimizer_hook([model]))
