@@ -187,8 +187,8 @@ class Parallelism:
 class Compile:
     """Defaults that differ from torchtitan's."""
 
-    components: list[Literal["model", "loss"]] = field(default_factory=lambda: ["model"])
-    """Each transformer block is compiled on its own; the loss is not: only ["model"]."""
+    components: list[Literal["model", "loss"]] = field(default_factory=lambda: ["model", "loss"])
+    """"model": each transformer block, each cross-attention and the hashes of n-grams, one by one; "loss": the loss."""
 
 
 @dataclass

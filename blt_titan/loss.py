@@ -32,9 +32,16 @@ class StepSums:
 
 
 class ByteCrossEntropy:
-    """Nats over targets, [B, S, V] and [B, S] in, a scalar out; to be called within `step`."""
+    """Nats over targets, [B, S, V] and [B, S] in, a scalar out; to be called within `step`.
 
-    def __init__(self):
+    Args:
+        compile_backend: of torch.compile; None for not compiled.
+    """
+
+    def __init__(self, compile_backend: str | None = None):
+        self._add_nats = sum_nats
+        if compile_backend is not None:
+            self._add_nats = torch.compile(sum_nats, backend=compile_backend, fullgraph=True, dynamic=False)
         self._n_targets: torch.Tensor | float = math.nan
         self._sums: StepSums | None = None
 
@@ -54,13 +61,18 @@ class ByteCrossEntropy:
     def __call__(self, logits_BSV: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
         """Return the sum of nats over all targets, divided by the step's number of targets, fp32."""
         assert self._sums is not None, "the loss is called outside of a step"
-        labels = labels_BS.long()
-        nats_BS = F.cross_entropy(
-            logits_BSV.float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORE_LABEL
-        ).view_as(labels)
-        eos_nats = (nats_BS.detach() * (labels == EOS_ID)).sum()
+        nats, eos_nats = self._add_nats(logits_BSV, labels_BS)
         self._sums.eos_nats = eos_nats if self._sums.eos_nats is None else self._sums.eos_nats + eos_nats
-        return nats_BS.sum() / self._n_targets
+        return nats / self._n_targets
+
+
+def sum_nats(logits_BSV: torch.Tensor, labels_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum nats over all targets, and over those that are EOS (without gradient), fp32 scalars."""
+    labels = labels_BS.long()
+    nats_BS = F.cross_entropy(
+        logits_BSV.float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORE_LABEL
+    ).view_as(labels)
+    return nats_BS.sum(), (nats_BS.detach() * (labels == EOS_ID)).sum()
 
 
 def count_targets(labels_BS: torch.Tensor) -> torch.Tensor:

@@ -95,20 +95,24 @@ def compiles_model(settings: Compile) -> bool:
 
 
 def apply_compile(model: nn.Module, *, backend: str) -> None:
-    """Compile each transformer block on its own, global and local: one graph per kind of block, no recompilation.
+    """Compile blocks, cross-attentions and hashes on their own: one graph of each kind, no recompilation.
 
-    All blocks share one code object, of which Dynamo compiles at most eight variants
+    What is left between them are embeddings, the decoder's norm and output, and the pooling of patches, of one kernel
+    each. All blocks share one code object, of which Dynamo compiles at most eight variants
     (`torch._dynamo.config.recompile_limit`; one more is an error, by `fullgraph`). A run has four: local and global
     blocks, in training and in validation, each of one shape; checkpointed blocks have a code object of their own.
     `dynamic=False`, because Dynamo would take what differs between the two kinds, sizes of heads included, for
     symbols: kernels without aligned loads, and FlexAttention, whose scale is then a symbol, fails to compile.
     """
-    parts = [getattr(model, name, None) for name in ("encoder", "decoder")]
-    stacks = [model.get_submodule("layers"), *(part.get_submodule("layers") for part in parts if part is not None)]
-    for stack in stacks:
-        for block in stack.children():
-            # In place: the block keeps its name, and with it its parameters' names.
-            block.compile(backend=backend, fullgraph=True, dynamic=False)
+    parts = [part for name in ("encoder", "decoder") if (part := getattr(model, name, None)) is not None]
+    stacks = [model.get_submodule("layers")]
+    stacks += [part.get_submodule(name) for part in parts for name in ("layers", "cross_attention")]
+    compiled = [module for stack in stacks for module in stack.children()]
+    if (table := getattr(model, "hash_embedding", None)) is not None:
+        compiled.append(table.hashes)
+    for module in compiled:
+        # In place: it keeps its name, and with it its parameters' names.
+        module.compile(backend=backend, fullgraph=True, dynamic=False)
 
 
 def run_halo_slices(job_config: RunConfig, window_bytes: int) -> int:

@@ -73,7 +73,7 @@ def run_overrides(place: Place, steps: int) -> list[str]:
         *("--training.seq_len=16384", "--data.segment_bytes=4096", "--data.segment_patches=768"),
         *("--training.local_batch_size=4", "--training.global_batch_size=4"),
         *("--training.mixed_precision_param=bfloat16", "--optimizer.lr=4e-4"),
-        *("--training.dataloader.num_workers=4", "--compile.enable", "--compile.components=model"),
+        *("--training.dataloader.num_workers=4", "--compile.enable"),
     ]
 
 

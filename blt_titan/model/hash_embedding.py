@@ -31,6 +31,19 @@ HASH_PRIMES = (
 """One polynomial base per hash function, in the released models' order."""
 
 
+class NgramHashes(nn.Module):
+    """`ngram_hashes` as a module, which can be compiled by itself: some sixty operations on ids, and no weight."""
+
+    def __init__(self, *, ngrams: Sequence[int], n_functions: int, n_rows: int):
+        super().__init__()
+        self.ngrams, self.n_functions, self.n_rows = tuple(ngrams), n_functions, n_rows
+
+    def forward(self, ids_BS: torch.Tensor, doc_BS: torch.Tensor) -> torch.Tensor:
+        """Hash; the result numbers rows of the stacked tables, int64 [B, S, T]."""
+        rows_BST = ngram_hashes(ids_BS, doc_BS, ngrams=self.ngrams, n_functions=self.n_functions, n_rows=self.n_rows)
+        return rows_BST + torch.arange(rows_BST.shape[-1], device=ids_BS.device) * self.n_rows
+
+
 LookUp = Callable[["HashEmbedding", torch.Tensor, torch.Tensor, int], torch.Tensor]
 """Sums of the tables' rows, [B, S, d], for ids and documents [B, T] but for their first T - S, which are only read."""
 
@@ -88,6 +101,7 @@ class HashEmbedding(nn.Module):
         self.n_functions = n_functions
         self.n_rows = n_rows
         self.n_tables = n_functions * len(self.ngrams)
+        self.hashes = NgramHashes(ngrams=ngrams, n_functions=n_functions, n_rows=n_rows)
         self.weight = nn.Parameter(torch.empty(self.n_tables * n_rows, dim))
 
     @property
@@ -124,9 +138,7 @@ class HashEmbedding(nn.Module):
 
     def sum_rows(self, ids_BT: torch.Tensor, doc_BT: torch.Tensor, skip: int, weight: torch.Tensor) -> torch.Tensor:
         """Sum the rows of `weight`, which may hold only some columns, for all but the first `skip` bytes."""
-        rows_BST = ngram_hashes(ids_BT, doc_BT, ngrams=self.ngrams, n_functions=self.n_functions, n_rows=self.n_rows)
-        rows_BST = rows_BST[:, skip:]
-        first_row_T = torch.arange(self.n_tables, device=rows_BST.device) * self.n_rows
+        rows_BST = self.hashes(ids_BT, doc_BT)[:, skip:]
         # A bag sums as it reads: [B, S, T, d] is never written.
-        summed = F.embedding_bag((rows_BST + first_row_T).flatten(0, 1), weight, mode="sum")
+        summed = F.embedding_bag(rows_BST.flatten(0, 1), weight, mode="sum")
         return summed.view(*rows_BST.shape[:2], -1)

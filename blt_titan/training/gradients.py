@@ -15,7 +15,10 @@ def divide_gradients(parameters: Iterable[nn.Parameter], divisor: torch.Tensor) 
         parameters: of all model parts of this rank; sharded ones in their own part.
         divisor: scalar on the device, so that nothing waits; the same on every rank.
     """
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
     for parameter in parameters:
         if (gradient := parameter.grad) is not None:
             local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-            local.div_(divisor.to(local.device))
+            by_device.setdefault(local.device, []).append(local)
+    for device, gradients in by_device.items():
+        torch._foreach_div_(gradients, divisor.to(device))

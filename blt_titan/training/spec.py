@@ -18,7 +18,8 @@ from parallelisms.pipeline import pipeline
 
 
 def _build_loss(job_config: JobConfig, **context: Any) -> ByteCrossEntropy:
-    return ByteCrossEntropy()
+    settings = job_config.compile
+    return ByteCrossEntropy(settings.backend if settings.enable and "loss" in settings.components else None)
 
 
 def _spec(model_cls: Any, flavors: Any, pipelining_fn: Any = None) -> TrainSpec:

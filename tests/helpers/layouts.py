@@ -73,7 +73,7 @@ class Layout:
             "data.segment_patches": 12 if self.short else 20,
             "patching.max_patch_bytes": 16 if self.short else 32,
         }
-        compiled = ["--compile.enable", "--compile.components=model", "--activation_checkpoint.mode=none"]
+        compiled = ["--compile.enable", "--activation_checkpoint.mode=none"]
         return [*(f"--{key}={value}" for key, value in lines.items()), *(compiled if self.compiled else [])]
 
 
