@@ -165,7 +165,7 @@ def test_a_number_does_not_stand_for_a_large_tensor(sound, tmp_path):
         ({"a": 5}, "a is no tensor"),
         ([1], "holds list"),
         ({"a": torch.ones(2, dtype=torch.int8)}, "a is no tensor of floating-point numbers"),
-        ({"a": torch.ones(2, 2).to_sparse()}, "a is no tensor of floating-point numbers"),
+        ({"a": torch.ones(2, 2).to_sparse()}, "a is no tensor|cannot be read"),  # by torch itself since 2.15
         ({"a": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])}, "a is no tensor|cannot be read"),
         ({"a": torch.ones(2, 2, device="meta")}, "a is no tensor|cannot be read"),
     ):
