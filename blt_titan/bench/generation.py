@@ -99,8 +99,8 @@ def time_theirs(directory: Path, prompt: bytes, max_bytes: int, device: str) -> 
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    load: Any = transformers.AutoModelForCausalLM.from_pretrained
-    theirs = load(directory).to(device)
+    read: Any = transformers.AutoModelForCausalLM.from_pretrained
+    theirs = read(directory).to(device)
     ids = torch.tensor([[1, *(byte + 4 for byte in prompt)]], device=device)
     began = time.perf_counter()
     out = theirs.generate(

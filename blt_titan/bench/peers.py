@@ -102,8 +102,8 @@ def _transformers(spec: PeerSpec) -> Peer:
     with tempfile.TemporaryDirectory() as folder:
         _model(spec).save_pretrained(folder)
         transformers.utils.logging.disable_progress_bar()
-        load: Any = transformers.BltForCausalLM.from_pretrained
-        model = load(folder, attn_implementation="sdpa").train().to(spec.device)
+        read: Any = transformers.BltForCausalLM.from_pretrained
+        model = read(folder, attn_implementation="sdpa").train().to(spec.device)
     drawn = draw_rows(spec.work, seed=spec.seed)
     ids_BS, labels_BS = (x.long().to(spec.device) for x in (drawn.batch.ids_BS, drawn.batch.labels_BS))
     patch_lengths_BP = drawn.patch_lengths_BP.to(spec.device)

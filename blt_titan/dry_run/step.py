@@ -69,7 +69,8 @@ class Step:
 
     def _micro_batch(self) -> None:
         with self.watch.at(phase="batch"):
-            batch = self.batch.to("cuda")
+            # Fake tensors cannot be page-locked, as `Batch.to` has them.
+            batch = self.batch.map(lambda tensor: tensor.to("cuda", non_blocking=True))
             self.memory.name([batch.ids_BS, batch.labels_BS], BATCH)
         with self.watch.at(phase="forward"), self.autocast():
             logits = self.model(batch.ids_BS, batch.layout)

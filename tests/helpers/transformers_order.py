@@ -1,10 +1,10 @@
 """Have a BLT compute as `transformers` does, operation by operation, so that the two round alike.
 
 Our layers and those of `transformers` are one function of the weights, but not one sequence of roundings: we cut the
-window into blocks, attend between bytes and patches by index, add up hash embeddings in one bag, take norms in one
-pass, and make rotary angles in fp64. In fp32 that leaves differences, which trained weights amplify (to 3e-5 in a small
-model) though nothing is wrong. With these five replaced by what `transformers` does, and nothing else, logits agree bit
-for bit on a CPU.
+window into blocks, leave out the patches after a query, attend between bytes and patches by index, add up hash
+embeddings in one bag, take norms in one pass, rotate by complex numbers, and make the angles in fp64. In fp32 that
+leaves differences, which trained weights amplify (to 3e-5 in a small model) though nothing is wrong. With these seven
+replaced by what `transformers` does, and nothing else, logits agree bit for bit on a CPU.
 
 So what `blt-titan export --verify` does not hold to a tolerance, logits in fp32, is held to one here: `compare_fp32`.
 The masks made here are dense.
@@ -28,11 +28,12 @@ from blt_titan.byte_vocab import EOS_ID
 from blt_titan.hf.pretrained import Pretrained
 from blt_titan.hf.verify.precision import CastsTo, compute_in_both, largest_difference
 from blt_titan.hf.verify.verify import cut_text, longer_than_windows, run_transformers
-from blt_titan.model.attention import AttentionMask, attend, dense_mask
+from blt_titan.model.attention import AttentionMask, DenseMask, attend, dense_mask
 from blt_titan.model.blt import BLT as BareBLT
 from blt_titan.model.cross_attention import CrossAttention, PatchRuns
 from blt_titan.model.eager import RMSNorm
 from blt_titan.model.hash_embedding import HashEmbedding, ngram_hashes
+from blt_titan.model.layers import Attention, Rotation
 
 LOGITS_ATOL = 1e-5
 """How far logits in fp32 may be apart in the order of operations of transformers on both sides; 0 is usual."""
@@ -101,13 +102,18 @@ def in_transformers_order(model: BareBLT) -> Any:
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.__class__ = nn.RMSNorm
+        elif isinstance(module, Attention):
+            module.__class__ = _AttentionOfReals
     encoder: Any = model.encoder
     encoder.cross_attention = nn.ModuleList(_DensePatchesReadBytes(inner) for inner in encoder.cross_attention)
     decoder: Any = model.decoder
     decoder.cross_attention = nn.ModuleList(_DenseBytesReadPatches(inner) for inner in decoder.cross_attention)
     encoder.tok_embeddings = _SequentialEmbeddings(encoder.tok_embeddings, model.hash_embedding)
     model.placement = replace(
-        model.placement, attend_bytes=_DenseWindowAttention(model.args.local_window), look_up=_added_to_bytes
+        model.placement,
+        attend_bytes=_DenseWindowAttention(model.args.local_window),
+        attend_patches=_attend_to_all,
+        look_up=_added_to_bytes,
     )
     return model
 
@@ -115,6 +121,25 @@ def in_transformers_order(model: BareBLT) -> Any:
 def _added_to_bytes(embedding: HashEmbedding, ids_BS: torch.Tensor, doc_BS: torch.Tensor, skip: int) -> torch.Tensor:
     """Look up nothing: `_SequentialEmbeddings` has added the tables' rows already."""
     return torch.zeros((), device=ids_BS.device)
+
+
+def _attend_to_all(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: DenseMask) -> torch.Tensor:
+    """Attend to all patches under the mask, where ours leaves out those after the query: its sums are shorter."""
+    return attend(q, k, v, replace(mask, is_causal=False))
+
+
+class _AttentionOfReals(Attention):
+    """Rotates pairs as real numbers, where ours multiplies complex ones."""
+
+    def forward(self, x_BSD: torch.Tensor, rotation: Rotation, mask: AttentionMask, attend: Any) -> torch.Tensor:
+        cos, sin = rotation
+
+        def rotated(x_BSHK: torch.Tensor) -> torch.Tensor:
+            even, odd = x_BSHK.unflatten(-1, (-1, 2)).unbind(-1)
+            return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+
+        q, k, v = (w(x_BSD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        return self.wo(attend(rotated(q), rotated(k), v, mask).flatten(-2))
 
 
 class _DenseWindowAttention:

@@ -108,7 +108,7 @@ def test_weights_that_amplify_rounding(tmp_path, monkeypatch):
     [
         ("torch.nn.functional", "embedding_bag", False),
         ("blt_titan.model.cross_attention", "gather_attention", False),
-        ("blt_titan.model.encoder", "segment_max", False),
+        ("blt_titan.model.cross_attention", "segment_attention", False),
         ("blt_titan.model.attention", "attend_in_blocks", True),
         ("blt_titan.model.layers", "rotate", True),
     ],

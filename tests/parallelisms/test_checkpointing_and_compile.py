@@ -138,7 +138,9 @@ def test_no_compiled_graph_has_symbolic_inputs():
             if training:
                 logits.sum().backward()
     torch._dynamo.reset()
-    assert graphs == [[]] * 10, "hashes, local, encoder's and decoder's cross-attention, global; in training, in validation"
+    assert graphs == [[]] * 10, (
+        "hashes, local, encoder's and decoder's cross-attention, global; in training, in validation"
+    )
 
 
 COMPILE_VARIANTS = {
