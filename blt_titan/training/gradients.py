@@ -21,4 +21,4 @@ def divide_gradients(parameters: Iterable[nn.Parameter], divisor: torch.Tensor) 
             local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
             by_device.setdefault(local.device, []).append(local)
     for device, gradients in by_device.items():
-        torch._foreach_div_(gradients, divisor.to(device))
+        torch._foreach_div_(gradients, divisor.to(device))  # pyright: ignore[reportPrivateImportUsage]

@@ -73,7 +73,7 @@ def memory_budget(config: RunConfig) -> Iterator[str]:
 def components(compile: Compile) -> Iterator[str]:
     """What is compiled is said."""
     if compile.enable and not compile.components:
-        yield "compile.components = [] with compile.enable = true: nothing would be compiled; allowed are 'model', 'loss'"
+        yield "compile.components = []: nothing would be compiled; allowed are 'model', 'loss' or both"
 
 
 def only_blt_is_split(config: RunConfig) -> Iterator[str]:
