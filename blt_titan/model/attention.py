@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
-from blt_titan.model.block_local import attend_in_blocks, block_bias
+from blt_titan.model.block_local import BlockBias, attend_in_blocks, block_bias
 from blt_titan.model.flex import attend_flex, causal_block_mask, window_block_mask
 
 AttentionBackend = Literal["auto", "sdpa", "flex"]
@@ -29,9 +29,9 @@ AttentionBackend = Literal["auto", "sdpa", "flex"]
 
 @dataclass(frozen=True)
 class BlockLocalMask:
-    """Visibility inside blocks of queries: 0 where a key is seen, else -inf, fp32 [B, N, 1, C, R]."""
+    """Visibility of a window, block of queries by block."""
 
-    bias: torch.Tensor
+    bias: BlockBias
 
 
 @dataclass(frozen=True)

@@ -110,8 +110,9 @@ def test_window_attention_never_holds_S_x_S():
         mask = window_mask(doc_BS, window=window)
         # Their implementations: inside of an operator the watch sees nothing.
         with torch.no_grad():
-            out, sums = block_local.window_attention._init_fn(*qkv, mask.bias)
-            block_local.window_attention_backward._init_fn(upstream_like(out), *qkv, mask.bias, out, sums)
+            given = (*qkv, *mask.bias)
+            out, *sums = block_local.window_attention._init_fn(*given)
+            block_local.window_attention_backward._init_fn(upstream_like(out), *given, out, *sums)
     assert any("backward" in name for name in made.seen), "the backward was not watched"
     assert made.numel < S * S / 2
     assert not [shape for shape in made.shapes if sum(size >= S for size in shape) > 1]
