@@ -119,6 +119,7 @@ class Compiler:
         settings: Any = inductor_config
         settings.compile_threads = 1
         settings.joint_graph_constant_folding = False  # it would compute on the device
+        settings.shape_padding = False  # whether it pays is found by timing products
         settings.fx_graph_cache = settings.fx_graph_remote_cache = False
         settings.benchmark_kernel = True  # then kernels say how many bytes they move
         torch._functorch.config.enable_autograd_cache = False  # pyright: ignore[reportAttributeAccessIssue]
