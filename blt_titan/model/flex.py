@@ -25,7 +25,14 @@ and the entropy scorer's. The rest is for programs that call models themselves; 
 """
 
 NARROW_HEAD = 64
-"""Heads up to this size take key tiles of 64 in the forward kernel: with 128 by 128 its registers spill on sm_90."""
+"""Heads up to this size take `NARROW_TILES`, wider ones `WIDE_TILES`."""
+
+NARROW_TILES = {"fwd_BLOCK_M": FLEX_BLOCK, "fwd_BLOCK_N": 64}
+"""With torch's own choice of 128 x 128 the forward kernel spills 184 bytes a thread on sm_90."""
+
+WIDE_TILES = {"bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 128, "bwd_BLOCK_M2": 128, "bwd_BLOCK_N2": 32}
+"""With torch's own choice of 64 x 128 the backward kernel spills 64 bytes a thread; 64 x 64 does not either, but leaves
+one of two warp groups without rows."""
 
 _OUTSIDE = -2
 """Document of slots outside the row, which real tiles never have."""
@@ -42,7 +49,9 @@ def attend_flex(q_BSHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHK: torch.Tensor
         FlexVariantsError: outside a compiled region, and one shape too many.
     """
     q, k, v = (x.transpose(1, 2) for x in (q_BSHK, k_BTHK, v_BTHK))
-    options: Any = {"fwd_BLOCK_M": FLEX_BLOCK, "fwd_BLOCK_N": 64} if q.is_cuda and q.shape[-1] <= NARROW_HEAD else None
+    options: Any = None
+    if q.is_cuda:
+        options = NARROW_TILES if q.shape[-1] <= NARROW_HEAD else WIDE_TILES
     call: Any = flex_attention if torch.compiler.is_compiling() else _attend_fused
     return call(q, k, v, block_mask=mask, kernel_options=options).transpose(1, 2)
 

@@ -209,6 +209,20 @@ def test_flex_computes_what_sdpa_does(S):
         torch.testing.assert_close(flex, attend(*qkv, of("sdpa")).detach(), atol=CPU_ATOL, rtol=CPU_ATOL)
 
 
+def test_flex_takes_queries_and_keys_where_they_lie(monkeypatch):
+    """Views of what the projections wrote: a copy would be one more kernel for each of q, k and v in each layer."""
+    q, k, v = (x.detach() for x in leaves(1, 256))
+    taken = []
+
+    def look(*qkv, **_):
+        taken.extend(qkv)
+        return qkv[0]
+
+    monkeypatch.setattr(flex_attends, "_attend_fused", look)
+    attend(q, k, v, window_mask(documents(256)[:1], window=40, backend="flex"))
+    assert [x.data_ptr() for x in taken] == [x.data_ptr() for x in (q, k, v)]
+
+
 SLICES = [(64, 20, 16, 16), (64, 40, 24, 16), (64, 16, 48, 16), (50, 33, 9, 16), (50, 15, 7, 16), (40, 20, 20, 1)]
 
 

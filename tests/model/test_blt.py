@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from blt_titan.batch import IGNORE_LABEL
+from blt_titan.batch import IGNORE_LABEL, PADDING, PatchLayout, SliceLayout
 from blt_titan.byte_vocab import BYTE_OFFSET, EOS_ID, VOCAB_SIZE, document_ids
 from blt_titan.data.rows.packing import RowShape, empty_row
 from blt_titan.model.blt import BLT
@@ -325,3 +325,21 @@ def test_cuda_forward_and_backward_never_wait_for_the_device():
     finally:
         torch.cuda.set_sync_debug_mode(mode)
     assert loss.isfinite()
+
+
+def test_the_keys_of_a_slice_are_aligned():
+    """W - 1 keys before a slice would make every row of a tile begin at an odd address: W are there, one never seen."""
+    S, W = 256, 128
+    model = small_blt(local_window=W, attention_backend="flex")
+    slots = torch.arange(S)[None].int()
+    halo = torch.arange(W - 1)[None].int()
+    before = SliceLayout(halo * 0 + 5, halo * 0, slots[:, : W - 1], halo, slots[:, :1])
+    layout = PatchLayout(slots + W, slots * 0, slots // 4, slots // 4, slots, slots * 0, before)
+    _, mask = model._byte_context(layout)
+    assert mask.inner.seq_lengths == (S, W + S)
+    assert mask.halo_BW.shape == (1, W)
+    assert mask.halo_BW[0, 0] == PADDING
+    # The added one is seen by nobody, though a document reaches beyond it.
+    b, h = torch.tensor(0), torch.tensor(0)
+    assert not any(bool(mask.inner.mask_mod(b, h, torch.tensor(q), torch.tensor(0))) for q in range(S))
+    assert bool(mask.inner.mask_mod(b, h, torch.tensor(0), torch.tensor(1)))
