@@ -129,7 +129,7 @@ def test_a_forward_reads_nothing_and_stays_on_its_device(small, reads, device):
     memory = LiveBytes(VOCAB)
     watch = watching(reads, memory)
     watch.follow(model)
-    batch = batch.to("cuda")
+    batch = batch.map(lambda tensor: tensor.to("cuda"))
     with watch, watch.at(phase="forward"):
         logits = model(batch.ids_BS, batch.layout)
     assert logits.device.type == "cuda"
