@@ -33,9 +33,9 @@ class BlockBias(NamedTuple):
     """What is added to scores: 0 where a key is seen, else -inf, fp32."""
 
     blocks_BN1CR: torch.Tensor
-    """Of the blocks."""
+    """For the blocks."""
     head_B1QQ: torch.Tensor | None
-    """Of the head, causality left out; None where keys precede the first slot, which then is in a block."""
+    """For the head, causality left out; None where keys precede the first slot, which then is in a block."""
 
 
 def block_bias(doc_BS: torch.Tensor, *, window: int, before_doc_BW: torch.Tensor | None = None) -> BlockBias:
