@@ -99,6 +99,13 @@ class Model:
     """The Byte Latent Transformer, or the byte-level entropy model that decides its patches."""
     flavor: str = "debug"
     """Size: debug, 20M, 100M, 400M, 1B, 2B, 4B, 8B for blt; debug, 100M for blt_entropy."""
+    attention_backend: Literal["auto", "sdpa", "flex", "varlen"] = "auto"
+    """
+    How self-attention is computed, not what: 'auto' takes 'flex' on a GPU and 'sdpa' on a CPU. 'flex' is FlexAttention
+    by block masks, 'varlen' torch's FlashAttention over runs of documents; both need a GPU.
+    """
+    varlen_documents: int = 16
+    """Documents of a row that 'varlen' has room for; a row of more ends the run. Room that is not used costs time."""
     hf_assets_path: str = "."
     """Unused: bytes need no tokenizer. (torchtitan warns when its own default does not exist.)"""
 

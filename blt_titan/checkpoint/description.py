@@ -9,7 +9,7 @@ guessed. So a new argument of a model is a new version.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
 from blt_titan.checkpoint.json_fields import (
@@ -67,7 +67,7 @@ class Description:
             {
                 "version": VERSION,
                 "name": self.name,
-                "args": asdict(self.args),
+                "args": stored(self.args),
                 "patching": None if self.rule is None else self.rule.as_dict(),
                 "entropies": self.entropies,
             }
@@ -105,6 +105,12 @@ class Description:
         return next((Difference(key, saved[key], wanted[key]) for key in wanted if saved[key] != wanted[key]), None)
 
 
+def stored(args: BLTArgs | EntropyModelArgs) -> dict[str, Any]:
+    """Return the arguments that a checkpoint holds: all but those marked `stored: False` (model/args.py)."""
+    alone = {field.name for field in fields(args) if not field.metadata.get("stored", True)}
+    return {name: value for name, value in asdict(args).items() if name not in alone}
+
+
 def identity(args: BLTArgs | EntropyModelArgs) -> dict[str, Any]:
     """Return the arguments that make the model what it is: all but those marked `identity: False` (model/args.py)."""
     return {field.name: getattr(args, field.name) for field in fields(args) if field.metadata.get("identity", True)}
@@ -131,7 +137,9 @@ def _read(content: Mapping[str, Any], where: str) -> dict[str, Any]:
     rule = None if patching is None else read_rule(patching, f"{where}: patching")
     if missing := [field.name for field in fields(PatchRule) if patching is not None and field.name not in patching]:
         raise FieldError(f"{where}: patching.{missing[0]} is missing")
-    return found | {"args": read_args(kind, args, f"{where}: args."), "rule": rule}
+    # How the run attended that wrote it, on its devices: whoever reads it has others.
+    read = replace(read_args(kind, args, f"{where}: args."), attention_backend="auto")
+    return found | {"args": read, "rule": rule}
 
 
 def _plain(value: Any) -> Any:

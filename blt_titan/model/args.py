@@ -10,6 +10,7 @@ from blt_titan.model.attention import AttentionBackend
 from blt_titan.model.flops import PartFlops, blt_flops, entropy_model_flops
 from blt_titan.model.initialization import DepthScaling
 from blt_titan.model.layers import swiglu_hidden
+from blt_titan.model.varlen import DOCUMENTS
 
 
 def _require_divides(heads_name: str, heads: int, width_name: str, width: int) -> None:
@@ -26,12 +27,21 @@ def _require_choices(args: "BLTArgs | EntropyModelArgs") -> None:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(args, name)!r}")
 
 
+def _take_attention(args: "BLTArgs | EntropyModelArgs", model: Any) -> None:
+    # What a flavour says stays, where the run says nothing.
+    if model.attention_backend != "auto":
+        args.attention_backend = model.attention_backend
+    args.varlen_documents = model.varlen_documents
+
+
 def _count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 NOT_THE_MODEL = {"identity": False}
 """Marks arguments that change neither the shape of weights nor what is computed with them: `checkpoint.identity`."""
+THE_RUN_ALONE = {"identity": False, "stored": False}
+"""Marks those of them that no checkpoint holds."""
 
 
 @dataclass
@@ -75,7 +85,9 @@ class BLTArgs:
     rope_theta: float = 500_000.0
     """RoPE base of the local and global stacks."""
     attention_backend: AttentionBackend = field(default="auto", metadata=NOT_THE_MODEL)
-    """"auto": FlexAttention on CUDA, block-local SDPA elsewhere."""
+    """"auto": FlexAttention on CUDA, block-local SDPA elsewhere; "varlen": FlashAttention over runs of documents."""
+    varlen_documents: int = field(default=DOCUMENTS, metadata=THE_RUN_ALONE)
+    """Documents of a row that "varlen" has room for."""
     init_depth_scaling: DepthScaling = field(default="none", metadata=NOT_THE_MODEL)
     """Divide the initial std of block outputs by nothing, sqrt(2 (l + 1)) or sqrt(2 (L + 1))."""
     init_seed: int = field(default=0, metadata=NOT_THE_MODEL)
@@ -113,8 +125,9 @@ class BLTArgs:
         _require_choices(self)
 
     def update_from_config(self, job_config: Any, **kwargs: Any) -> None:
-        """Take over what a run decides: the seed (torchtitan's hook; reads `debug.seed` only)."""
+        """Take over what a run decides: seed and attention (torchtitan's hook; reads `debug.seed` and `model`)."""
         self.init_seed = job_config.debug.seed or 0
+        _take_attention(self, job_config.model)
 
     @property
     def vocab_size(self) -> int:
@@ -155,7 +168,9 @@ class EntropyModelArgs:
     reset_at_newline: bool = False
     """A byte sees nothing from before its line; a run sets it from `entropy_model.reset_at_newline`."""
     attention_backend: AttentionBackend = field(default="auto", metadata=NOT_THE_MODEL)
-    """"auto": FlexAttention on CUDA, block-local SDPA elsewhere."""
+    """"auto": FlexAttention on CUDA, block-local SDPA elsewhere; "varlen": FlashAttention over runs of documents."""
+    varlen_documents: int = field(default=DOCUMENTS, metadata=THE_RUN_ALONE)
+    """Documents of a row that "varlen" has room for."""
     init_depth_scaling: DepthScaling = field(default="none", metadata=NOT_THE_MODEL)
     """As in `BLTArgs`."""
     init_seed: int = field(default=0, metadata=NOT_THE_MODEL)
@@ -173,8 +188,9 @@ class EntropyModelArgs:
         _require_choices(self)
 
     def update_from_config(self, job_config: Any, **kwargs: Any) -> None:
-        """Take over what a run decides: seed and context (torchtitan's hook; `debug.seed`, `entropy_model`)."""
+        """Take over what a run decides (torchtitan's hook; reads `debug.seed`, `model` and `entropy_model`)."""
         self.init_seed = job_config.debug.seed or 0
+        _take_attention(self, job_config.model)
         self.reset_at_newline = job_config.entropy_model.reset_at_newline
 
     def forward_flops_per_byte(self, context_bytes: int, patch_bytes: float) -> float:

@@ -2,9 +2,9 @@
 
 Enters: queries, keys, values [B, S, H, K] and a mask made once per forward; leaves: [B, S, H, K]. The choice that
 is not obvious: nothing local ever has S x S entries. On a CPU a window is computed in blocks of queries, each with the
-keys that it reaches (`block_local.py`); on CUDA the same rule is a FlexAttention block mask (`flex.py`). Both rely on
-the batch contract that real bytes lie side by side (padding only at the end), so that the distance of two slots is the
-distance of two bytes.
+keys that it reaches (`block_local.py`); on CUDA the same rule is a FlexAttention block mask (`flex.py`), or documents
+are runs of slots without a mask (`varlen.py`). All rely on the batch contract that real bytes lie side by side (padding
+only at the end), so that the distance of two slots is the distance of two bytes.
 
 A slice of a row sees more keys than it has queries: over bytes the W that precede it, put before its own (the oldest
 lies outside of every window, but W keys are aligned in memory and W - 1 are not); over patches those of the whole row.
@@ -23,8 +23,9 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from blt_titan.model.block_local import BlockBias, attend_in_blocks, block_bias
 from blt_titan.model.flex import attend_flex, causal_block_mask, window_block_mask
+from blt_titan.model.varlen import DOCUMENTS, VarlenMask, attend_varlen, varlen_mask
 
-AttentionBackend = Literal["auto", "sdpa", "flex"]
+AttentionBackend = Literal["auto", "sdpa", "flex", "varlen"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class SlicedMask:
     """As in `batch.SliceLayout`, after one that is always PADDING, integer [B, W]."""
 
 
-AttentionMask = BlockLocalMask | DenseMask | BlockMask | SlicedMask
+AttentionMask = BlockLocalMask | DenseMask | BlockMask | VarlenMask | SlicedMask
 
 
 def window_mask(
@@ -65,7 +66,8 @@ def window_mask(
     window: int,
     backend: AttentionBackend = "auto",
     before_doc_BW: torch.Tensor | None = None,
-) -> BlockLocalMask | BlockMask:
+    documents: int = DOCUMENTS,
+) -> BlockLocalMask | BlockMask | VarlenMask:
     """Build the mask of a local stack: j is seen from i iff i - window < j <= i and both lie in one document.
 
     Args:
@@ -73,19 +75,27 @@ def window_mask(
         window: W, in bytes.
         backend: "auto" takes FlexAttention on CUDA and SDPA elsewhere.
         before_doc_BW: documents of up to W bytes before the first slot, whose keys then precede the slots' own.
+        documents: of a row, at most; only "varlen" asks.
     """
     match resolve_backend(backend, doc_BS.device):
         case "sdpa":
             return BlockLocalMask(block_bias(doc_BS, window=window, before_doc_BW=before_doc_BW))
         case "flex":
             return window_block_mask(doc_BS, window=window, before_doc_BW=before_doc_BW)
+        case "varlen":
+            _require_whole_rows(before_doc_BW is None)
+            return varlen_mask(doc_BS, window=window, documents=documents)
         case other:
             raise ValueError(f"unknown attention backend {other!r}")
 
 
 def causal_mask(
-    doc_BS: torch.Tensor, *, backend: AttentionBackend = "auto", queries: range | None = None
-) -> DenseMask | BlockMask:
+    doc_BS: torch.Tensor,
+    *,
+    backend: AttentionBackend = "auto",
+    queries: range | None = None,
+    documents: int = DOCUMENTS,
+) -> DenseMask | BlockMask | VarlenMask:
     """Build the mask of the global stack: j is seen from i iff j <= i and both lie in one document.
 
     Args:
@@ -93,6 +103,7 @@ def causal_mask(
             row. Padding sees padding only.
         backend: "auto" takes FlexAttention on CUDA and SDPA elsewhere.
         queries: the slots that ask; None for all. All are keys.
+        documents: of a row, at most; only "varlen" asks.
     """
     asking = queries or range(doc_BS.shape[1])
     match resolve_backend(backend, doc_BS.device):
@@ -104,6 +115,9 @@ def causal_mask(
             return DenseMask(mask.bias, is_causal=not asking.start)
         case "flex":
             return causal_block_mask(doc_BS, asking)
+        case "varlen":
+            _require_whole_rows(len(asking) == doc_BS.shape[1])
+            return varlen_mask(doc_BS, window=None, documents=documents)
         case other:
             raise ValueError(f"unknown attention backend {other!r}")
 
@@ -121,6 +135,7 @@ def attend(q_BSHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHK: torch.Tensor, mas
 
     Raises:
         FlexVariantsError: the mask is FlexAttention's, outside a compiled region, and of one shape too many.
+        TypeError: the mask is of documents as runs, and the numbers are of 32 bits.
     """
     match mask:
         case BlockLocalMask():
@@ -129,6 +144,8 @@ def attend(q_BSHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHK: torch.Tensor, mas
             return _attend_dense(q_BSHK, k_BTHK, v_BTHK, mask)
         case BlockMask():
             return attend_flex(q_BSHK, k_BTHK, v_BTHK, mask)
+        case VarlenMask():
+            return attend_varlen(q_BSHK, k_BTHK, v_BTHK, mask)
         case other:
             raise TypeError(f"attend() knows no mask of type {type(other).__name__}")
 
@@ -138,6 +155,11 @@ def resolve_backend(backend: AttentionBackend, device: torch.device) -> str:
     if backend == "auto":
         return "flex" if device.type == "cuda" else "sdpa"
     return backend
+
+
+def _require_whole_rows(whole: bool) -> None:
+    if not whole:
+        raise ValueError("attention_backend = 'varlen' is for whole rows: a slice has padding amid its documents")
 
 
 def _attend_dense(q_BSHK, k_BTHK, v_BTHK, mask: DenseMask) -> torch.Tensor:

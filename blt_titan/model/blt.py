@@ -94,7 +94,12 @@ class _Parts(nn.Module):
         args, split = self.args, self.placement.split
         n_queries = layout.patch_pos_BP.shape[1] // split.query_parts
         queries = range(split.query_part * n_queries, (split.query_part + 1) * n_queries)
-        mask = causal_mask(layout.patch_doc_BP, backend=args.attention_backend, queries=queries)
+        mask = causal_mask(
+            layout.patch_doc_BP,
+            backend=args.attention_backend,
+            queries=queries,
+            documents=args.varlen_documents,
+        )
         patch_pos_BQ = layout.patch_pos_BP[:, queries.start : queries.stop]
         rotation = rotary_angles(patch_pos_BQ, head_dim=args.global_head_dim, theta=args.rope_theta)
         attends = attends or [self.placement.attend_patches] * len(self.layers)
@@ -123,7 +128,12 @@ class _Parts(nn.Module):
         rotation = rotary_angles(layout.byte_pos_BS, head_dim=args.local_head_dim, theta=args.rope_theta)
         sliced = layout.slice
         if not isinstance(sliced, SliceLayout):
-            mask = window_mask(layout.byte_doc_BS, window=args.local_window, backend=args.attention_backend)
+            mask = window_mask(
+                layout.byte_doc_BS,
+                window=args.local_window,
+                backend=args.attention_backend,
+                documents=args.varlen_documents,
+            )
             return rotation, mask
         # One more, which nobody sees: W keys lie aligned in memory.
         reach = args.local_window - 1

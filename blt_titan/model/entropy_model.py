@@ -89,7 +89,11 @@ class EntropyModel(nn.Module):
         args = self.args
         rotation = rotary_angles(pos_BS, head_dim=args.dim // args.n_heads, theta=args.rope_theta)
         mask = window_mask(
-            context_BS, window=args.window, backend=args.attention_backend, before_doc_BW=before_context_BW
+            context_BS,
+            window=args.window,
+            backend=args.attention_backend,
+            before_doc_BW=before_context_BW,
+            documents=args.varlen_documents,
         )
         return rotation, mask
 

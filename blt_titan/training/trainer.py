@@ -21,6 +21,7 @@ from blt_titan.checkpoint.steps import set_later_aside
 from blt_titan.config.resume import changed_settings, recorded_settings
 from blt_titan.config.run_config import RunConfig
 from blt_titan.data.rows.copies import copied_ahead
+from blt_titan.data.rows.documents import few_documents
 from blt_titan.data.rows.loader import RowLoader
 from blt_titan.data.rows.patcher import EntropyPatcher
 from blt_titan.loss import ByteCrossEntropy, StepSums, bits_per_byte, count_targets
@@ -93,7 +94,9 @@ class BLTTrainer(Trainer):
 
     def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:
         """Yield batches, counting their real bytes and the time spent waiting for them."""
-        batches = iter(data_iterable)
+        model = self.job_config.model
+        bounded = model.attention_backend == "varlen"
+        batches = iter(few_documents(data_iterable, model.varlen_documents) if bounded else data_iterable)
         while True:
             began = time.perf_counter()
             try:

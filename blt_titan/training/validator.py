@@ -10,6 +10,7 @@ import torch.nn as nn
 
 from blt_titan.batch import Batch
 from blt_titan.config.run_config import RunConfig
+from blt_titan.data.rows.documents import few_documents
 from blt_titan.data.rows.held_out import HeldOutRows
 from blt_titan.evaluation.rows import batch_scorer, batch_sums, score_batches
 from blt_titan.loss import ByteCrossEntropy
@@ -51,12 +52,14 @@ class BLTValidator(BaseValidator):
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
         """Score the held-out rows and log the figure; collective over ranks."""
         began = time.perf_counter()
+        settings = self.job_config.model
+        bounded = settings.attention_backend == "varlen"
         for model in model_parts:
             model.eval()
         with self.autocast:
             score = score_batches(
                 self._score_by_schedule if self.pp_schedule is not None else batch_scorer(model_parts[0]),
-                self.rows,
+                few_documents(self.rows, settings.varlen_documents) if bounded else self.rows,
                 device=device_type,
                 reduce=self._sum_over_ranks if self.n_ranks > 1 else None,
             )

@@ -64,6 +64,8 @@ KEYS: dict[str, dict[str, Rule]] = {
     "model": {
         "name": ANY,
         "flavor": TEXT,
+        "attention_backend": ANY,
+        "varlen_documents": whole(1, 2**20),
         "hf_assets_path": unused("bytes need no tokenizer"),
         "tokenizer_path": unused("bytes need no tokenizer"),
         "converters": some_of("quantize.linear.float8"),

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from blt_titan.config.rules.ranks import data_parallel
 from blt_titan.config.run_config import RunConfig
-from blt_titan.model.args import BLTArgs
+from blt_titan.model.args import BLTArgs, EntropyModelArgs
 from blt_titan.model.flavors import BLT_FLAVORS, ENTROPY_FLAVORS
+from blt_titan.model.varlen import HEAD_MULTIPLE, MOST_HEAD
 from blt_titan.titan import Compile, Model, device_type, has_cuda_capability
 from parallelisms.float8 import CONVERTER, uses_float8
 from parallelisms.parallelize import compiles_model
@@ -38,6 +39,7 @@ def rules(config: RunConfig, world_size: int) -> tuple[Iterator[str], ...]:
         float8_all_gather(config, world_size),
         float8_rows(config),
         float8_widths(config),
+        attention(config),
         compiled_pipeline(config),
         compiled_tensor_parallel(config),
     )
@@ -286,6 +288,39 @@ def float8_widths(config: RunConfig) -> Iterator[str]:
         yield f"{TENSOR} = {tp} with float8: widths of {width} per rank are not multiples of 16"
 
 
+def attention(config: RunConfig) -> Iterator[str]:
+    """Kernels of attention run where they can, on what they can."""
+    backend, said = config.model.attention_backend, f"model.attention_backend = {config.model.attention_backend!r}"
+    if backend in ("flex", "varlen") and device_type == "cpu":
+        yield f"{said} needs a GPU; 'sdpa' and 'auto' run on a CPU"
+    if backend != "varlen":
+        return
+    if (degree := config.parallelism.context_parallel_degree) > 1:
+        yield f"{said} with {CONTEXT} = {degree}: slices of a row have padding amid its documents; use 'flex'"
+    if config.training.mixed_precision_param != "bfloat16":
+        yield (
+            f"{said} with training.mixed_precision_param = {config.training.mixed_precision_param!r}: FlashAttention "
+            "computes in bfloat16"
+        )
+    if config.model.name == "blt_entropy" and config.entropy_model.reset_at_newline:
+        yield f"{said} with entropy_model.reset_at_newline = true: lines of a row have no such bound; use 'flex'"
+    flavors = ENTROPY_FLAVORS if config.model.name == "blt_entropy" else BLT_FLAVORS
+    for name, size in _head_sizes(flavors.get(config.model.flavor)):
+        if size % HEAD_MULTIPLE or size > MOST_HEAD:
+            yield (
+                f"{said} with model.flavor = {config.model.flavor!r}: its {name} heads are {size} wide, and "
+                f"FlashAttention takes multiples of {HEAD_MULTIPLE} up to {MOST_HEAD}"
+            )
+
+
+def _head_sizes(args: BLTArgs | EntropyModelArgs | None) -> list[tuple[str, int]]:
+    if args is None:
+        return []
+    if isinstance(args, EntropyModelArgs):
+        return [("attention", args.dim // args.n_heads)]
+    return [("local", args.local_head_dim), ("global", args.global_head_dim)]
+
+
 def compiled_pipeline(config: RunConfig) -> Iterator[str]:
     """Compiled blocks have one backward."""
     schedule = config.parallelism.pipeline_parallel_schedule
@@ -308,11 +343,12 @@ def compiled_tensor_parallel(config: RunConfig) -> Iterator[str]:
             f"compile.enable = true with {TENSOR} = {tp} and activation_checkpoint.mode = 'memory_budget': torch "
             "cannot weigh what tensor-parallel blocks keep; use another mode"
         )
-    backend = args.attention_backend
-    if backend == "flex" or (backend == "auto" and device_type == "cuda"):
+    chosen = config.model.attention_backend
+    backend = args.attention_backend if chosen == "auto" else chosen
+    if backend in ("flex", "varlen") or (backend == "auto" and device_type == "cuda"):
         return
     # torch sorts the random state that it keeps for such an SDPA, dropout or not, behind the tensor-parallel mesh.
-    why = "torch cannot compile an SDPA that backward computes again, and FlexAttention needs a GPU"
+    why = "torch cannot compile an SDPA that backward computes again, and other attention needs a GPU"
     if cp > 1:
         yield f"compile.enable = true with {TENSOR} = {tp} and {CONTEXT} = {cp}: {why}; turn compile off"
     elif checkpointing.mode == "full" or (

@@ -3,7 +3,10 @@
 import pytest
 
 from blt_titan.config.check import RunConfigError, check_run, load_run_config
+from blt_titan.config.rules import parallel
 from blt_titan.config.rules.sound import sound
+from blt_titan.model.args import BLTArgs
+from blt_titan.model.flavors import BLT_FLAVORS
 from parallelisms.parallelize import run_halo_slices
 from tests.helpers.layouts import LAYOUTS, SHORT_LAYOUTS
 
@@ -28,6 +31,9 @@ def check(settings: list[str], small_run: list[str], ranks: int) -> None:
          ["hash_embedding.sharding = 'columns'", "local width 96", "data_parallel_replicate_degree"]),
         (["parallelism.context_parallel_degree=2", "model.name=blt_entropy"], 2,
          ["context_parallel_degree = 2", "model.name = 'blt_entropy'"]),
+        (["model.attention_backend=flex"], 1, ["model.attention_backend = 'flex'", "needs a GPU"]),
+        (["model.attention_backend=varlen"], 1, ["model.attention_backend = 'varlen'", "needs a GPU"]),
+        (["model.varlen_documents=0"], 1, ["model.varlen_documents = 0"]),
         (["parallelism.expert_parallel_degree=2"], 2, ["expert_parallel_degree = 2"]),
         (["parallelism.context_parallel_rotate_method=alltoall"], 1, ["context_parallel_rotate_method = 'alltoall'"]),
         (["parallelism.context_parallel_load_balancer=headtail"], 1, ["context_parallel_load_balancer = 'headtail'"]),
@@ -84,6 +90,25 @@ def test_refusals_name_the_settings(settings, ranks, named, small_run):
         check(settings, small_run, ranks)
     for words in named:
         assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (["parallelism.context_parallel_degree=2"], ["parallelism.context_parallel_degree = 2", "use 'flex'"]),
+        (["training.mixed_precision_param=float32"], ["training.mixed_precision_param = 'float32'", "bfloat16"]),
+        (["model.name=blt_entropy", "entropy_model.reset_at_newline"], ["entropy_model.reset_at_newline = true"]),
+        (["model.flavor=odd"], ["local heads are 12 wide", "multiples of 8"]),
+    ],
+)
+def test_what_runs_of_documents_cannot_do(settings, named, monkeypatch):
+    monkeypatch.setattr(parallel, "device_type", "cuda")
+    monkeypatch.setitem(BLT_FLAVORS, "odd", BLTArgs(local_dim=24, local_heads=2))
+    base = ["--model.attention_backend=varlen", "--training.mixed_precision_param=bfloat16"]
+    assert not list(parallel.attention(load_run_config(base)))
+    (sentence,) = parallel.attention(load_run_config([*base, *(f"--{setting}" for setting in settings)]))
+    for words in ["model.attention_backend = 'varlen'", *named]:
+        assert words in sentence
 
 
 @pytest.mark.parametrize("also", [[], [*FLOAT8, "quantize.linear.float8.emulate"]], ids=["plain", "float8"])
