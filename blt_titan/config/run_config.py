@@ -5,12 +5,18 @@ that need the whole run are annotated with. Functions that need one section take
 """
 
 from blt_titan.job_config import Data, EntropyModelSettings, Export, HashEmbeddingSettings, LocalBlocks, Patching
-from blt_titan.titan import JobConfig
+from blt_titan.job_config import Model as OurModel
+from blt_titan.titan import JobConfig, Model
+
+
+class ModelSettings(OurModel, Model):
+    """torchtitan's section with our keys."""
 
 
 class RunConfig(JobConfig):
     """All settings of a run; `config.read.load_run_config` makes it."""
 
+    model: ModelSettings  # pyright: ignore[reportIncompatibleVariableOverride]
     data: Data
     patching: Patching
     hash_embedding: HashEmbeddingSettings

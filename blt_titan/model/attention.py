@@ -49,7 +49,7 @@ class DenseMask:
 class SlicedMask:
     """The mask of a slice whose attention must first bring keys from other devices (see `Placement.attend_bytes`)."""
 
-    inner: BlockLocalMask | DenseMask | BlockMask
+    inner: BlockLocalMask | DenseMask | BlockMask | VarlenMask
     """Over the slice's queries and all keys that they may see."""
     tail_BT: torch.Tensor
     """As in `batch.SliceLayout`."""

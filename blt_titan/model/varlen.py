@@ -59,7 +59,9 @@ def varlen_mask(doc_BS: torch.Tensor, *, window: int | None, documents: int) -> 
     runs = documents + _RUN_OF_PADDING
     begins_BS = F.pad(doc_BS[:, 1:] != doc_BS[:, :-1], (1, 0), value=True)
     run_BS = begins_BS.cumsum(1, dtype=torch.int32)
-    torch._assert_async((run_BS[:, -1] <= runs).all(), f"a row has more than {documents} documents: varlen_documents")
+    torch.ops.aten._assert_async.msg(
+        (run_BS[:, -1] <= runs).all(), f"a row has more than {documents} documents: varlen_documents"
+    )
     # The first slot of run r or of a later one: S, the end of the row, where there is none.
     wanted_BR = torch.arange(1, runs + 1, dtype=torch.int32, device=doc_BS.device).expand(B, runs).contiguous()
     start_BR = torch.searchsorted(run_BS, wanted_BR, out_int32=True)

@@ -83,3 +83,9 @@ def merge_positions(positions: torch.Tensor) -> torch.Tensor:
     table = positions.to(device_type)
     dist.all_reduce(table, op=dist.ReduceOp.MAX)
     return table.cpu()
+
+
+def most_documents(job_config: RunConfig) -> int | None:
+    """Return the bound on the documents of a row; None if attention asks for none."""
+    model = job_config.model
+    return model.varlen_documents if model.attention_backend == "varlen" else None

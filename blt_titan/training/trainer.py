@@ -30,6 +30,7 @@ from blt_titan.titan import DataloaderExhaustedError, Trainer, logger, set_pg_ti
 from blt_titan.training.checkpointer import RunCheckpoints
 from blt_titan.training.failures import LossWatch
 from blt_titan.training.gradients import divide_gradients
+from blt_titan.training.loader import most_documents
 from blt_titan.training.log_lines import drop_misleading_lines
 from blt_titan.training.metrics import COUNTS, BLTMetrics
 from blt_titan.training.resumption import check_same_model, describe_model, set_learning_rate
@@ -76,6 +77,7 @@ class BLTTrainer(Trainer):
         self._loss_watch = LossWatch(self.device)
         quarantines = job_config.data.on_damage == "quarantine"
         self._row_ranks = row_ranks(job_config.parallelism) if quarantines else None
+        self._most_documents = most_documents(job_config)
         self._first_step = 1
         self.checkpointer.on_loaded = self._begin_after_load
         self._checkpoints = Path(job_config.job.dump_folder) / job_config.checkpoint.folder
@@ -94,9 +96,7 @@ class BLTTrainer(Trainer):
 
     def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:
         """Yield batches, counting their real bytes and the time spent waiting for them."""
-        model = self.job_config.model
-        bounded = model.attention_backend == "varlen"
-        batches = iter(few_documents(data_iterable, model.varlen_documents) if bounded else data_iterable)
+        batches = iter(few_documents(data_iterable, self._most_documents))
         while True:
             began = time.perf_counter()
             try:

@@ -15,7 +15,7 @@ from blt_titan.data.rows.held_out import HeldOutRows
 from blt_titan.evaluation.rows import batch_scorer, batch_sums, score_batches
 from blt_titan.loss import ByteCrossEntropy
 from blt_titan.titan import BaseValidator, ParallelDims, device_type, logger
-from blt_titan.training.loader import context_slice, split_source
+from blt_titan.training.loader import context_slice, most_documents, split_source
 from blt_titan.training.metrics import BLTMetrics
 
 
@@ -37,6 +37,7 @@ class BLTValidator(BaseValidator):
     ):
         super().__init__(job_config)
         self.rows = rows
+        self.most_documents = most_documents(job_config)
         self.n_ranks = parallel_dims.world_size
         self.metrics = metrics
         self.autocast = autocast
@@ -52,14 +53,12 @@ class BLTValidator(BaseValidator):
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
         """Score the held-out rows and log the figure; collective over ranks."""
         began = time.perf_counter()
-        settings = self.job_config.model
-        bounded = settings.attention_backend == "varlen"
         for model in model_parts:
             model.eval()
         with self.autocast:
             score = score_batches(
                 self._score_by_schedule if self.pp_schedule is not None else batch_scorer(model_parts[0]),
-                few_documents(self.rows, settings.varlen_documents) if bounded else self.rows,
+                few_documents(self.rows, self.most_documents),
                 device=device_type,
                 reduce=self._sum_over_ranks if self.n_ranks > 1 else None,
             )

@@ -6,12 +6,15 @@ from blt_titan.batch import Batch
 from blt_titan.data.store.errors import DataError
 
 
-def few_documents(batches: Iterable[Batch], most: int) -> Iterator[Batch]:
-    """Yield batches on the host, none of whose rows holds more documents than `most`.
+def few_documents(batches: Iterable[Batch], most: int | None) -> Iterator[Batch]:
+    """Yield batches on the host, none of whose rows holds more documents than `most`; None allows any number.
 
     Raises:
         DataError: at the first that does.
     """
+    if most is None:
+        yield from batches
+        return
     for batch in batches:
         # Counted from 0 in each row.
         found = int(batch.layout.byte_doc_BS.max()) + 1
