@@ -14,6 +14,7 @@ from blt_titan.config.read import RunConfigError, load_run_config
 from blt_titan.config.refer import refer
 from blt_titan.config.rules.ranks import data_parallel
 from blt_titan.config.rules.sound import sound
+from blt_titan.config.rules.target import Target
 from blt_titan.config.run_config import RunConfig
 from blt_titan.custom_import import CustomImportError, import_custom
 from blt_titan.data.store.errors import DataError
@@ -24,7 +25,14 @@ from blt_titan.training.run_folder import RunFolderError, try_folder
 __all__ = ["RunConfigError", "check_run", "load_run_config"]
 
 
-def check_run(config: RunConfig, *, world_size: int, verify_data: bool, look_at_disk: bool = True) -> None:
+def check_run(
+    config: RunConfig,
+    *,
+    world_size: int,
+    verify_data: bool,
+    look_at_disk: bool = True,
+    target: Target | None = None,
+) -> None:
     """Check that the settings fit each other, the number of ranks, and what they refer to.
 
     Args:
@@ -32,6 +40,7 @@ def check_run(config: RunConfig, *, world_size: int, verify_data: bool, look_at_
         world_size: ranks of the whole job.
         verify_data: also read small data in full (`data.verify_bytes_at_start`); once per node is enough.
         look_at_disk: also look at data and checkpoints; likewise.
+        target: what the run shall compute on; None for this machine.
 
     Raises:
         RunConfigError: a sentence for each fault, naming the keys, their values and what is allowed.
@@ -44,7 +53,9 @@ def check_run(config: RunConfig, *, world_size: int, verify_data: bool, look_at_
             import_custom(module)
         except CustomImportError as error:
             raise RunConfigError(f"experimental.custom_import = {error}") from error
-    faults = sound(config, world_size) or [f"patching.{fault}" for fault in trial_faults(PatchRule.of(config.patching))]
+    faults = sound(config, world_size, target) or [
+        f"patching.{fault}" for fault in trial_faults(PatchRule.of(config.patching))
+    ]
     if faults:
         raise RunConfigError(*faults)
     dp = data_parallel(config.parallelism, world_size)

@@ -17,6 +17,7 @@ import torch
 
 from blt_titan.config.check import check_run
 from blt_titan.config.effective import effective_settings
+from blt_titan.config.rules.target import CARD
 from blt_titan.config.run_config import RunConfig
 from blt_titan.dry_run.errors import DryRunError, NoCudaBuildError
 from blt_titan.dry_run.result import DryRun
@@ -44,7 +45,7 @@ def dry_run(
         DryRunError: the step cannot be made here.
     """
     check_cuda_build()
-    check_run(config, world_size=world_size, verify_data=False, look_at_disk=False)
+    check_run(config, world_size=world_size, verify_data=False, look_at_disk=False, target=CARD)
     if (pp := config.parallelism.pipeline_parallel_degree) > 1:
         raise DryRunError(
             f"parallelism.pipeline_parallel_degree = {pp}: a dry run makes the step of one stage and knows no "

@@ -40,9 +40,13 @@ def check_cuda(*arguments: str, beside: Path | None = None) -> tuple[int, dict, 
         ("--world-size", "1"),
         ("--world-size", "4", "--parallelism.context_parallel_degree=2"),
         ("--world-size", "4", "--parallelism.tensor_parallel_degree=2", "--compile.enable"),
+        (
+            *("--world-size", "2", "--model.attention_backend=varlen", "--training.mixed_precision_param=bfloat16"),
+            "--compile.enable",
+        ),
         ("--world-size", "4", "--parallelism.data_parallel_replicate_degree=2", "--training.global_batch_size=8"),
     ],
-    ids=["one", "cp2", "tp2 compiled", "replicas"],
+    ids=["one", "cp2", "tp2 compiled", "varlen compiled", "replicas"],
 )
 def test_the_debug_model_is_sound(layout):
     code, said, errors = check_cuda("--config", "debug", *layout)

@@ -3,8 +3,9 @@
 import importlib.util
 from collections.abc import Iterator
 
+from blt_titan.config.rules.target import Target
 from blt_titan.job_config import Export
-from blt_titan.titan import Checkpoint, DataLoader, LRScheduler, Metrics, Model, Profiling, Training, device_type
+from blt_titan.titan import Checkpoint, DataLoader, LRScheduler, Metrics, Model, Profiling, Training
 
 
 def schedule(lr_scheduler: LRScheduler, training: Training) -> Iterator[str]:
@@ -40,9 +41,9 @@ def exports(export: Export, model: Model, checkpoint: Checkpoint) -> Iterator[st
         yield f"{key} with checkpoint.load_only = true: no checkpoint is written to export"
 
 
-def on_a_cpu(checkpoint: Checkpoint, profiling: Profiling, training: Training) -> Iterator[str]:
+def on_a_cpu(checkpoint: Checkpoint, profiling: Profiling, training: Training, target: Target) -> Iterator[str]:
     """Some features need an accelerator."""
-    if device_type != "cpu":
+    if target.device_type != "cpu":
         return
     if checkpoint.async_mode == "async_with_pinned_mem":
         yield _not_on_a_cpu("checkpoint.async_mode = 'async_with_pinned_mem'", "it pins memory; use 'async'")
@@ -58,9 +59,9 @@ def _not_on_a_cpu(setting: str, why: str) -> str:
     return f"{setting} does not work on a CPU: {why}"
 
 
-def page_locked(dataloader: DataLoader) -> Iterator[str]:
+def page_locked(dataloader: DataLoader, target: Target) -> Iterator[str]:
     """Batches for a GPU are page-locked whatever a setting says, so none may say otherwise."""
-    if device_type == "cuda" and not dataloader.pin_memory:
+    if target.device_type == "cuda" and not dataloader.pin_memory:
         yield (
             "training.dataloader.pin_memory = false: batches for a GPU are always page-locked, so that no copy is "
             "waited for; leave it out"

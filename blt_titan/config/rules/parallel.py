@@ -5,11 +5,12 @@ import math
 from collections.abc import Iterator
 
 from blt_titan.config.rules.ranks import data_parallel
+from blt_titan.config.rules.target import Target
 from blt_titan.config.run_config import RunConfig
 from blt_titan.model.args import BLTArgs, EntropyModelArgs
 from blt_titan.model.flavors import BLT_FLAVORS, ENTROPY_FLAVORS
 from blt_titan.model.varlen import HEAD_MULTIPLE, MOST_HEAD
-from blt_titan.titan import Compile, Model, device_type, has_cuda_capability
+from blt_titan.titan import Compile, Model
 from parallelisms.float8 import CONVERTER, uses_float8
 from parallelisms.parallelize import compiles_model
 from parallelisms.pipeline import SCHEDULES, SPLIT_BACKWARD_SCHEDULES, V_SCHEDULES, n_stages
@@ -17,12 +18,13 @@ from parallelisms.pipeline import SCHEDULES, SPLIT_BACKWARD_SCHEDULES, V_SCHEDUL
 TENSOR, CONTEXT, PIPELINE = (f"parallelism.{axis}_parallel_degree" for axis in ("tensor", "context", "pipeline"))
 
 
-def rules(config: RunConfig, world_size: int) -> tuple[Iterator[str], ...]:
+def rules(config: RunConfig, world_size: int, target: Target) -> tuple[Iterator[str], ...]:
     """Return the rules, none of which has begun.
 
     Args:
         config: the run's settings.
         world_size: ranks of the whole job.
+        target: what it shall run on.
     """
     return (
         memory_budget(config),
@@ -32,16 +34,16 @@ def rules(config: RunConfig, world_size: int) -> tuple[Iterator[str], ...]:
         hash_columns(config, world_size),
         segments(config),
         reshard(config),
-        pipeline_schedule(config),
+        pipeline_schedule(config, target),
         micro_batches(config),
         pipeline_validation(config),
-        float8(config),
+        float8(config, target),
         float8_all_gather(config, world_size),
         float8_rows(config),
         float8_widths(config),
-        attention(config),
+        attention(config, target),
         compiled_pipeline(config),
-        compiled_tensor_parallel(config),
+        compiled_tensor_parallel(config, target),
     )
 
 
@@ -149,7 +151,7 @@ def reshard(config: RunConfig) -> Iterator[str]:
         )
 
 
-def pipeline_schedule(config: RunConfig) -> Iterator[str]:
+def pipeline_schedule(config: RunConfig, target: Target) -> Iterator[str]:
     """A schedule has as many stages per rank as it is made for, and the model layers enough for them."""
     if not _is_pipelined(config):
         return
@@ -158,7 +160,7 @@ def pipeline_schedule(config: RunConfig) -> Iterator[str]:
     if name not in SCHEDULES:
         yield f"parallelism.pipeline_parallel_schedule = {name!r}: must be one of {', '.join(SCHEDULES)}"
         return
-    if name in V_SCHEDULES and device_type == "cpu":
+    if name in V_SCHEDULES and target.device_type == "cpu":
         yield f"parallelism.pipeline_parallel_schedule = {name!r} needs an accelerator: on gloo it sends to itself"
     if (args := _blt_args(config.model)) is None:
         return
@@ -225,7 +227,7 @@ def _wanted_micro_batches(schedule: str, micro_batches: int, pp: int) -> str | N
     return None
 
 
-def float8(config: RunConfig) -> Iterator[str]:
+def float8(config: RunConfig, target: Target) -> Iterator[str]:
     """Float8 needs its package, and a GPU that multiplies it or an emulation."""
     if not uses_float8(config.model):
         return
@@ -236,7 +238,7 @@ def float8(config: RunConfig) -> Iterator[str]:
         yield f"model.converters = ['{CONVERTER}'] needs the package torchao: pip install 'blt_titan[float8]'"
     if settings.emulate and compiles_model(config.compile):
         yield "quantize.linear.float8.emulate = true with compile.enable = true: emulation is for eager runs"
-    if not settings.emulate and not has_cuda_capability(8, 9):
+    if not settings.emulate and not target.multiplies_float8:
         yield (
             "quantize.linear.float8.emulate = false needs a GPU of compute capability 8.9 or later; emulate = true "
             "runs anywhere"
@@ -288,10 +290,10 @@ def float8_widths(config: RunConfig) -> Iterator[str]:
         yield f"{TENSOR} = {tp} with float8: widths of {width} per rank are not multiples of 16"
 
 
-def attention(config: RunConfig) -> Iterator[str]:
+def attention(config: RunConfig, target: Target) -> Iterator[str]:
     """Kernels of attention run where they can, on what they can."""
     backend, said = config.model.attention_backend, f"model.attention_backend = {config.model.attention_backend!r}"
-    if backend in ("flex", "varlen") and device_type == "cpu":
+    if backend in ("flex", "varlen") and target.device_type == "cpu":
         yield f"{said} needs a GPU; 'sdpa' and 'auto' run on a CPU"
     if backend != "varlen":
         return
@@ -332,7 +334,7 @@ def compiled_pipeline(config: RunConfig) -> Iterator[str]:
         )
 
 
-def compiled_tensor_parallel(config: RunConfig) -> Iterator[str]:
+def compiled_tensor_parallel(config: RunConfig, target: Target) -> Iterator[str]:
     """Tensor-parallel blocks are compiled where torch can."""
     cp, tp, _ = _degrees(config)
     if not compiles_model(config.compile) or tp == 1 or (args := _blt_args(config.model)) is None:
@@ -345,7 +347,7 @@ def compiled_tensor_parallel(config: RunConfig) -> Iterator[str]:
         )
     chosen = config.model.attention_backend
     backend = args.attention_backend if chosen == "auto" else chosen
-    if backend in ("flex", "varlen") or (backend == "auto" and device_type == "cuda"):
+    if backend in ("flex", "varlen") or (backend == "auto" and target.device_type == "cuda"):
         return
     # torch sorts the random state that it keeps for such an SDPA, dropout or not, behind the tensor-parallel mesh.
     why = "torch cannot compile an SDPA that backward computes again, and other attention needs a GPU"

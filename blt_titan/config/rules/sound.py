@@ -12,25 +12,27 @@ from typing import Any, cast
 
 from blt_titan.config.rules import effect, operation, parallel, ranks, rows
 from blt_titan.config.rules.keys import refused_keys
+from blt_titan.config.rules.target import Target, this_machine
 from blt_titan.config.run_config import RunConfig
 
 
-def sound(config: RunConfig, world_size: int) -> list[str]:
+def sound(config: RunConfig, world_size: int, target: Target | None = None) -> list[str]:
     """Return a sentence for each fault of a run's settings, empty if there is none; looks at no file.
 
     Args:
         config: as `load_run_config` returns it.
         world_size: ranks of the whole job.
+        target: what it shall run on; None for this machine.
     """
     refused = refused_keys(config)
     within_bounds = cast(RunConfig, _WithinBounds(config, refused, ""))
     found = list(refused.values())
-    for rule in _rules(within_bounds, world_size):
+    for rule in _rules(within_bounds, world_size, target or this_machine()):
         found += _sentences(rule)
     return found
 
 
-def _rules(config: RunConfig, world_size: int) -> tuple[Iterator[str], ...]:
+def _rules(config: RunConfig, world_size: int, target: Target) -> tuple[Iterator[str], ...]:
     """Return the rules, none of which has begun."""
     model, training, validation, data = config.model, config.training, config.validation, config.data
     parallelism, checkpoint, patching = config.parallelism, config.checkpoint, config.patching
@@ -55,11 +57,11 @@ def _rules(config: RunConfig, world_size: int) -> tuple[Iterator[str], ...]:
         rows.patches(patching, data),
         rows.patch_rule(patching),
         rows.entropies(patching),
-        *parallel.rules(config, world_size),
+        *parallel.rules(config, world_size, target),
         operation.schedule(config.lr_scheduler, training),
         operation.profiling_cycle(config.profiling),
-        operation.on_a_cpu(checkpoint, config.profiling, training),
-        operation.page_locked(training.dataloader),
+        operation.on_a_cpu(checkpoint, config.profiling, training, target),
+        operation.page_locked(training.dataloader, target),
         operation.packages(config.metrics),
         operation.exports(config.export, model, checkpoint),
         rows.text(training, data),

@@ -5,6 +5,7 @@ import pytest
 from blt_titan.config.check import RunConfigError, check_run, load_run_config
 from blt_titan.config.rules import parallel
 from blt_titan.config.rules.sound import sound
+from blt_titan.config.rules.target import CARD
 from blt_titan.model.args import BLTArgs
 from blt_titan.model.flavors import BLT_FLAVORS
 from parallelisms.parallelize import run_halo_slices
@@ -102,11 +103,10 @@ def test_refusals_name_the_settings(settings, ranks, named, small_run):
     ],
 )
 def test_what_runs_of_documents_cannot_do(settings, named, monkeypatch):
-    monkeypatch.setattr(parallel, "device_type", "cuda")
     monkeypatch.setitem(BLT_FLAVORS, "odd", BLTArgs(local_dim=24, local_heads=2))
     base = ["--model.attention_backend=varlen", "--training.mixed_precision_param=bfloat16"]
-    assert not list(parallel.attention(load_run_config(base)))
-    (sentence,) = parallel.attention(load_run_config([*base, *(f"--{setting}" for setting in settings)]))
+    assert not list(parallel.attention(load_run_config(base), CARD))
+    (sentence,) = parallel.attention(load_run_config([*base, *(f"--{setting}" for setting in settings)]), CARD)
     for words in ["model.attention_backend = 'varlen'", *named]:
         assert words in sentence
 

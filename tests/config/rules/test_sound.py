@@ -4,8 +4,8 @@ import pytest
 
 from blt_titan.commands import config as config_command
 from blt_titan.config.read import load_run_config
-from blt_titan.config.rules import operation
 from blt_titan.config.rules.sound import sound
+from blt_titan.config.rules.target import Target
 
 DEBUG = "--job.config_file=train_configs/debug.toml"
 FIVE_ROOMS = {
@@ -60,10 +60,10 @@ def test_a_sound_run_has_no_fault():
 
 
 @pytest.mark.parametrize(("device", "faults"), [("cpu", 0), ("cuda", 1)])
-def test_batches_for_a_gpu_are_page_locked_whatever_a_setting_says(device, faults, monkeypatch):
-    monkeypatch.setattr(operation, "device_type", device)
+def test_batches_for_a_gpu_are_page_locked_whatever_a_setting_says(device, faults):
     config = load_run_config([DEBUG, "--training.dataloader.no-pin-memory"])
-    found = [sentence for sentence in sound(config, 1) if "pin_memory" in sentence]
+    target = Target(device, multiplies_float8=False)
+    found = [sentence for sentence in sound(config, 1, target) if "pin_memory" in sentence]
     assert len(found) == faults
     assert all("training.dataloader.pin_memory = false: batches for a GPU are always page-locked" in f for f in found)
     assert load_run_config([DEBUG]).training.dataloader.pin_memory, "no word about it is no fault"
