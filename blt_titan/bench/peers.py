@@ -82,12 +82,13 @@ def _of_model(spec: PeerSpec, model: torch.nn.Module, loss_of: Callable[[], torc
 
 def _ours(spec: PeerSpec) -> Peer:
     model = _model(spec).train().to(spec.device)
-    if spec.name == "compiled":
+    backend = "inductor" if spec.name == "compiled" else None
+    if backend:
         from parallelisms.parallelize import apply_compile  # imports what the others do without
 
-        apply_compile(model, backend="inductor")
+        apply_compile(model, backend=backend)
     batch = draw_rows(spec.work, seed=spec.seed).batch.to(spec.device)
-    loss_fn, n_targets = ByteCrossEntropy(), float(spec.work.total_bytes)
+    loss_fn, n_targets = ByteCrossEntropy(backend), float(spec.work.total_bytes)
 
     def loss_of() -> torch.Tensor:
         with loss_fn.step(n_targets):
