@@ -17,7 +17,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_s
 
 from blt_titan.config.run_config import RunConfig
 from blt_titan.titan import TORCH_DTYPE_MAP, ParallelDims, Parallelism, build_pipeline_schedule, logger
-from parallelisms.meshes import build_meshes
+from parallelisms.meshes import Meshes, build_meshes
 from parallelisms.parallelize import parallelize_part
 
 SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
@@ -97,7 +97,19 @@ def pipeline(
     Returns:
         The schedule, this rank's stages as models, and whether it has the first and the last stage.
     """
-    meshes = build_meshes(parallel_dims)
+    return schedule_stages(model, build_meshes(parallel_dims), parallel_dims, job_config, device, model_args, loss_fn)
+
+
+def schedule_stages(
+    model: Any,
+    meshes: Meshes,
+    parallel_dims: ParallelDims,
+    job_config: RunConfig,
+    device: torch.device,
+    model_args: Any,
+    loss_fn: Callable,
+) -> tuple[Any, list[nn.Module], bool, bool]:
+    """Do as `pipeline` does, with meshes that were built before."""
     pp_mesh = parallel_dims.get_mesh("pp")
     pp_rank, pp = pp_mesh.get_local_rank(), pp_mesh.size()
     schedule_name = job_config.parallelism.pipeline_parallel_schedule

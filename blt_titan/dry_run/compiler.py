@@ -105,8 +105,26 @@ class Compiler:
         self._made: list[Kernel] = []
         self._part_of: dict[Any, str] = {}
 
-    def install(self) -> None:
-        """Stand in Inductor's place until the process ends."""
+    def install(self, device: str = "cuda") -> None:
+        """Stand in Inductor's place until the process ends; on "cpu" no kernels are generated."""
+        if device == "cuda":
+            self._install_device()
+        settings: Any = inductor_config
+        settings.joint_graph_constant_folding = False  # it would compute on the device
+        settings.fx_graph_cache = settings.fx_graph_remote_cache = False
+        torch._functorch.config.enable_autograd_cache = False  # pyright: ignore[reportAttributeAccessIssue]
+        inner, outer = compile_fx.compile_fx_inner, compile_fx.compile_fx
+
+        def compile_graph(module: torch.fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
+            return self._compile(inner, module, inputs, options)
+
+        def compile_any(*args: Any, **options: Any) -> Any:
+            options.setdefault("inner_compile", compile_graph)
+            return outer(*args, **options)
+
+        compile_fx.compile_fx = compile_any  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _install_device(self) -> None:
         functions = device_functions(self.card)
         for name in _ASKED_OF_THE_INTERFACE:
             setattr(device_interface.CudaInterface, name, staticmethod(functions[name]))
@@ -118,23 +136,10 @@ class Compiler:
         triton_helpers.set_driver_to_gpu = lambda: None
         settings: Any = inductor_config
         settings.compile_threads = 1
-        settings.joint_graph_constant_folding = False  # it would compute on the device
         settings.shape_padding = False  # whether it pays is found by timing products
-        settings.fx_graph_cache = settings.fx_graph_remote_cache = False
         settings.benchmark_kernel = True  # then kernels say how many bytes they move
-        torch._functorch.config.enable_autograd_cache = False  # pyright: ignore[reportAttributeAccessIssue]
         if hasattr(settings, "use_static_cuda_launcher"):
             settings.use_static_cuda_launcher = False
-        inner, outer = compile_fx.compile_fx_inner, compile_fx.compile_fx
-
-        def compile_graph(module: torch.fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
-            return self._compile(inner, module, inputs, options)
-
-        def compile_any(*args: Any, **options: Any) -> Any:
-            options.setdefault("inner_compile", compile_graph)
-            return outer(*args, **options)
-
-        compile_fx.compile_fx = compile_any  # pyright: ignore[reportAttributeAccessIssue]
         note = self._made.append
 
         def precompile(tuner: Any, *args: Any, **options: Any) -> None:

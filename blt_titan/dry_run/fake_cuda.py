@@ -163,10 +163,10 @@ def install(card: Card, *, stub: str) -> None:
     torch.cuda.Stream, torch.cuda.Event = _Stream, _Event  # pyright: ignore[reportAttributeAccessIssue]
     for name, answer in (("getCurrentRawStream", 0), ("exchangeDevice", 0), ("maybeExchangeDevice", 0)):
         setattr(torch._C, f"_cuda_{name}", _always(answer))
-    _let_meshes_be_real()
+    let_meshes_be_real()
 
 
-def _let_meshes_be_real() -> None:
+def let_meshes_be_real() -> None:
     """Make device meshes outside of the fake mode: they hold ranks, which must be numbers that can be read."""
     make = DeviceMesh.__init__
 

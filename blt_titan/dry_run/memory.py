@@ -47,12 +47,14 @@ class LiveBytes:
 
     Args:
         vocab_size: width by which logits are known.
+        device: type of the device whose tensors count.
     """
 
     watch: Watch
 
-    def __init__(self, vocab_size: int):
+    def __init__(self, vocab_size: int, device: str = "cuda"):
         self.vocab_size = vocab_size
+        self.device = device
         self.live = 0
         self.by_kind: Counter[str] = Counter()
         self._of_storage: dict[int, tuple[int, str]] = {}
@@ -73,7 +75,7 @@ class LiveBytes:
         phase = self.watch.phase
         self.by_phase[phase] = max(self.by_phase.get(phase, 0), self.live)
         for tensor in tensors_of(result):
-            if tensor.device.type == "cuda":
+            if tensor.device.type == self.device:
                 self.count(tensor, None, op)
 
     def count(self, tensor: torch.Tensor, kind: str | None, op: str = "") -> None:
@@ -96,7 +98,7 @@ class LiveBytes:
                 self._of_storage[key] = (size, kind)
                 self.by_kind[before] -= size
                 self.by_kind[kind] += size
-            elif tensor.device.type == "cuda":
+            elif tensor.device.type == self.device:
                 self.count(tensor, kind)
 
     def result(self, between_steps: dict[str, int]) -> Memory:

@@ -11,6 +11,7 @@ from blt_titan.dry_run.host_reads import HostRead
 from blt_titan.dry_run.kernels import Kernel
 from blt_titan.dry_run.memory import Memory
 from blt_titan.dry_run.roofline import Roofline
+from blt_titan.dry_run.sent import Collective
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,12 @@ class DryRun:
     """Kernels were generated; else `graphs` have none, and there is no roofline."""
     roofline: Roofline | None
     seconds: float
+    rank: int | None = None
+    """Whose step it is; None for the one in the middle of those that share the first row."""
+    device: str = "cuda"
+    """"cpu": of a run on CPUs, or an estimate by a CPU's operators."""
+    sent: list[Collective] = field(default_factory=list)
+    """What it moves over the network."""
     allowed_spills: list[AllowedSpill] = field(default_factory=list)
 
     @property
@@ -120,6 +127,7 @@ class DryRun:
             "memory": Memory(**said["memory"]),
             "host_reads": [HostRead(**read) for read in said["host_reads"]],
             "graphs": graphs,
+            "sent": [Collective(**collective) for collective in said["sent"]],
             "roofline": None if roofline is None else Roofline.from_json(roofline),
             "allowed_spills": [AllowedSpill(**spill) for spill in said["allowed_spills"]],
         }

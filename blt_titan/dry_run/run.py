@@ -17,7 +17,7 @@ import torch
 
 from blt_titan.config.check import check_run
 from blt_titan.config.effective import effective_settings
-from blt_titan.config.rules.target import CARD
+from blt_titan.config.rules.target import CARD, Target
 from blt_titan.config.run_config import RunConfig
 from blt_titan.dry_run.errors import DryRunError, NoCudaBuildError
 from blt_titan.dry_run.result import DryRun
@@ -27,7 +27,16 @@ __all__ = ["DryRun", "DryRunError", "dry_run"]
 
 
 def dry_run(
-    config: RunConfig, world_size: int, gpu: str = "h100", *, name: str = "", kernels: bool = True, quiet: bool = False
+    config: RunConfig,
+    world_size: int,
+    gpu: str = "h100",
+    *,
+    name: str = "",
+    kernels: bool = True,
+    quiet: bool = False,
+    rank: int | None = None,
+    device: str = "cuda",
+    target: Target = CARD,
 ) -> DryRun:
     """Make one training step of a run on tensors without data.
 
@@ -38,19 +47,19 @@ def dry_run(
         name: what the run is called in what is said.
         kernels: also generate and assemble kernels, which takes minutes, and estimate times.
         quiet: say nothing on standard error.
+        rank: whose step is made; None for the one in the middle of those that share the first row.
+        device: "cuda"; or "cpu", which any build of torch can: the memory and collectives of a run on CPUs, without
+            kernels, and nearly those of one on GPUs.
+        target: what settings are checked for.
 
     Raises:
         RunConfigError: the settings are not sound on so many ranks.
-        NoCudaBuildError: the torch of this Python is no CUDA build.
+        NoCudaBuildError: the torch of this Python is no CUDA build, and device is "cuda".
         DryRunError: the step cannot be made here.
     """
-    check_cuda_build()
-    check_run(config, world_size=world_size, verify_data=False, look_at_disk=False, target=CARD)
-    if (pp := config.parallelism.pipeline_parallel_degree) > 1:
-        raise DryRunError(
-            f"parallelism.pipeline_parallel_degree = {pp}: a dry run makes the step of one stage and knows no "
-            "pipeline; give 1"
-        )
+    if device == "cuda":
+        check_cuda_build()
+    check_run(config, world_size=world_size, verify_data=False, look_at_disk=False, target=target)
     if config.training.enable_cpu_offload:
         raise DryRunError("training.enable_cpu_offload = true: a dry run sees no copies to host memory; give false")
     with tempfile.TemporaryDirectory(prefix="blt-titan-") as folder:
@@ -61,11 +70,14 @@ def dry_run(
             "world_size": world_size,
             "gpu": gpu,
             "name": name or config.job.description,
-            "kernels": kernels,
+            "kernels": kernels and device == "cuda",
+            "rank": rank,
+            "device": device,
             "answer": str(answer),
         }
-        environment = stub_environment() | {"LOCAL_RANK": "0", "RANK": "0", "TOKENIZERS_PARALLELISM": "false"}
-        request.write_text(json.dumps(asked | {"stub": load_path()}), encoding="utf-8")
+        stubs = stub_environment() if device == "cuda" else dict(os.environ)
+        environment = stubs | {"LOCAL_RANK": "0", "RANK": "0", "TOKENIZERS_PARALLELISM": "false"}
+        request.write_text(json.dumps(asked | ({"stub": load_path()} if device == "cuda" else {})), encoding="utf-8")
         said = _call(request, environment, quiet)
         if not answer.exists():
             raise DryRunError(said)

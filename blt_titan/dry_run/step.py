@@ -22,7 +22,7 @@ from blt_titan.config.run_config import RunConfig
 from blt_titan.data.rows.collate import collate_rows
 from blt_titan.data.rows.packing import Row, RowShape
 from blt_titan.dry_run.memory import BATCH, GRADIENTS, OPTIMIZER, PARAMETERS, LiveBytes
-from blt_titan.dry_run.watch import Watch
+from blt_titan.dry_run.watch import SCHEDULE, Watch
 from blt_titan.titan import TORCH_DTYPE_MAP, ParallelDims, build_model_converters, build_optimizers
 from blt_titan.training.loader import context_slice
 from blt_titan.training.spec import TRAIN_SPECS
@@ -30,6 +30,7 @@ from parallelisms.clipping import clip_grad_norm
 from parallelisms.hash_tables import reduce_partial_gradients
 from parallelisms.meshes import Meshes, build_meshes
 from parallelisms.parallelize import parallelize_part
+from parallelisms.pipeline import schedule_stages
 
 MICRO_BATCHES = 2
 """A step has two: the second adds to gradients that are there."""
@@ -39,7 +40,13 @@ MICRO_BATCHES = 2
 class Step:
     """A model with its optimizer, ready to be stepped."""
 
-    model: Any
+    parts: list[Any]
+    """The model, or this rank's stages of it."""
+    schedule: Any
+    """Of a pipeline; None without one."""
+    is_first: bool
+    is_last: bool
+    """Whether this rank has the pipeline's first and its last stage."""
     optimizers: Any
     batch: Batch
     loss_fn: Any
@@ -47,12 +54,14 @@ class Step:
     autocast: Callable[[], AbstractContextManager[Any]]
     watch: Watch
     memory: LiveBytes
+    device: str
+    pp_mesh: Any
 
     def run(self) -> None:
         """Make one step."""
         watch, memory = self.watch, self.memory
-        parameters = list(self.model.parameters())
-        n_targets = torch.ones((), device="cuda")
+        parameters = self.parameters()
+        n_targets = torch.ones((), device=self.device)
         with watch:
             with self.loss_fn.step(n_targets):
                 for _ in range(MICRO_BATCHES):
@@ -61,25 +70,39 @@ class Step:
             with watch.at(phase="clip"):
                 reduce_partial_gradients(parameters)
                 memory.name([p.grad for p in parameters if p.grad is not None], GRADIENTS)
-                clip_grad_norm(parameters, self.max_norm, pp_mesh=None)
+                clip_grad_norm(parameters, self.max_norm, pp_mesh=self.pp_mesh)
             with watch.at(phase="update"):
                 self.optimizers.step()
                 memory.name(self._optimizer_state(), OPTIMIZER)
                 self.optimizers.zero_grad()
 
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Return this rank's parameters."""
+        return [parameter for part in self.parts for parameter in part.parameters()]
+
     def _micro_batch(self) -> None:
         with self.watch.at(phase="batch"):
             # Fake tensors cannot be page-locked, as `Batch.to` has them.
-            batch = self.batch.map(lambda tensor: tensor.to("cuda", non_blocking=True))
+            batch = self.batch.map(lambda tensor: tensor.to(self.device, non_blocking=True))
             self.memory.name([batch.ids_BS, batch.labels_BS], BATCH)
+        if self.schedule is not None:
+            self._by_schedule(batch)
+            return
         with self.watch.at(phase="forward"), self.autocast():
-            logits = self.model(batch.ids_BS, batch.layout)
+            logits = self.parts[0](batch.ids_BS, batch.layout)
         with self.watch.at(phase="loss"), self.autocast():
             loss = self.loss_fn(logits, batch.labels_BS)
             del logits
         self.memory.after_forward = self.memory.now()
         with self.watch.at(phase="backward"):
             loss.backward()
+
+    def _by_schedule(self, batch: Batch) -> None:
+        """Run the schedule: what would be received is there, and what is sent goes nowhere."""
+        target, losses = (batch.labels_BS, []) if self.is_last else (None, None)
+        inputs = (batch.ids_BS,) if self.is_first else ()
+        with self.watch.at(phase=SCHEDULE):
+            self.schedule.step(*inputs, layout=batch.layout, target=target, losses=losses, return_outputs=False)
 
     def _optimizer_state(self) -> list[torch.Tensor]:
         states = (state for optimizer in self.optimizers for state in optimizer.state.values())
@@ -95,7 +118,7 @@ def _parallel_dims(config: RunConfig, world_size: int) -> ParallelDims:
         dp_shard=dp.shard,
         cp=config.parallelism.context_parallel_degree,
         tp=config.parallelism.tensor_parallel_degree,
-        pp=1,
+        pp=config.parallelism.pipeline_parallel_degree,
         ep=1,
         etp=1,
         world_size=world_size,
@@ -108,19 +131,27 @@ class Place:
 
     dims: ParallelDims
     meshes: Meshes | None
+    pp_mesh: Any
+    """None without a pipeline."""
     batch: Batch
     """On the CPU."""
 
 
-def take_place(config: RunConfig, world_size: int) -> Place:
+def take_place(config: RunConfig, world_size: int, rank: int | None = None) -> Place:
     """Make this process one of so many ranks, of which the others are not there.
 
-    It takes the place in the middle of those that share a row: it has neighbours on both sides, if any has.
+    Args:
+        config: sound settings.
+        world_size: ranks of the whole job.
+        rank: of this process; None for the one in the middle of those that share the first row, which has neighbours
+            on both sides, if any has.
     """
     row_ranks = config.parallelism.context_parallel_degree * config.parallelism.tensor_parallel_degree
-    dist.init_process_group("fake", rank=row_ranks // 2, world_size=world_size, store=FakeStore())
+    rank = row_ranks // 2 if rank is None else rank
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     dims = _parallel_dims(config, world_size)
-    return Place(dims, build_meshes(dims) if world_size > 1 else None, _make_batch(config))
+    meshes = build_meshes(dims) if world_size > 1 else None
+    return Place(dims, meshes, dims.get_optional_mesh("pp") if world_size > 1 else None, _make_batch(config))
 
 
 def _make_batch(config: RunConfig) -> Batch:
@@ -132,44 +163,61 @@ def _make_batch(config: RunConfig) -> Batch:
     return collate_rows([row] * training.local_batch_size, shape, context_slice(config))
 
 
-def make_step(config: RunConfig, place: Place, watch: Watch, memory: LiveBytes) -> Step:
+def make_step(config: RunConfig, place: Place, watch: Watch, memory: LiveBytes, device: str) -> Step:
     """Build the model and its optimizer, as the trainer does; to be called in the fake mode.
 
     Args:
-        config: sound settings, without a pipeline.
+        config: sound settings.
         place: of `take_place`.
         watch: entered here and in `Step.run`.
         memory: one of its observers.
+        device: "cuda", or "cpu" for the step of a run on CPUs.
     """
     spec = TRAIN_SPECS[config.model.name]
     args = spec.model_args[config.model.flavor]
     args.update_from_config(config)
+    loss_fn = spec.build_loss_fn(config)
     # A module that is not split cannot change a meta parameter for one without data.
-    with torch.device("meta" if place.meshes is not None else "cuda"):
+    split = place.meshes is not None
+    with torch.device("meta" if split else device):
         model: Any = spec.model_cls(args)
     converters = build_model_converters(config, place.dims)
     converters.convert(model)
-    model = parallelize_part(model, place.meshes, config)
-    watch.follow(model)
+    schedule, is_first, is_last = None, True, True
+    if place.dims.pp > 1:
+        assert place.meshes is not None
+        schedule, parts, is_first, is_last = schedule_stages(
+            model, place.meshes, place.dims, config, torch.device(device), args, loss_fn
+        )
+    else:
+        parts = [parallelize_part(model, place.meshes, config)]
+    for part in parts:
+        watch.follow(part)
     memory.follow_fsdp()
     with watch:
-        if place.meshes is not None:
-            model.to_empty(device="cuda")
-        memory.name(model.parameters(), PARAMETERS)
-        optimizers = build_optimizers([model], config.optimizer, place.dims)
-        optimizers.register_step_post_hook(lambda *_: converters.post_optimizer_hook([model]))
+        if split:
+            for part in parts:
+                part.to_empty(device=device)
+        memory.name((parameter for part in parts for parameter in part.parameters()), PARAMETERS)
+        optimizers = build_optimizers(parts, config.optimizer, place.dims)
+        optimizers.register_step_post_hook(lambda *_: converters.post_optimizer_hook(parts))
     dtype = TORCH_DTYPE_MAP[config.training.mixed_precision_param]
     # As in the trainer: with more than one rank fully_shard casts.
-    casts = place.meshes is None and dtype != torch.float32
+    casts = not split and dtype != torch.float32
     return Step(
-        model=model,
+        parts=parts,
+        schedule=schedule,
+        is_first=is_first,
+        is_last=is_last,
         optimizers=optimizers,
         batch=place.batch,
-        loss_fn=spec.build_loss_fn(config),
+        loss_fn=loss_fn,
         max_norm=config.training.max_norm,
-        autocast=(lambda: torch.autocast("cuda", dtype)) if casts else nullcontext,
+        autocast=(lambda: torch.autocast(device, dtype)) if casts else nullcontext,
         watch=watch,
         memory=memory,
+        device=device,
+        pp_mesh=place.pp_mesh,
     )
 
 

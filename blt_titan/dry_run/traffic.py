@@ -120,7 +120,14 @@ class Traffic:
                 moved = sum(map(_bytes, [*matrices, node.meta["val"]]))
                 self._add(f"{part}: matmuls", _matmul_flops(*matrices), moved, rate)
             elif name.startswith("flex_attention"):
-                self._attention(part, graph, node, backward="backward" in name)
+                q, k = (arg.meta["val"] for arg in node.args[:2])
+                queries, keys = q.shape[0] * q.shape[2], k.shape[2]
+                self._attention(part, graph.part, q.shape, queries, keys, backward="backward" in name)
+            elif name.startswith("torch_attn._varlen_attn"):
+                backward = "backward" in name
+                q = node.args[int(backward)].meta["val"]
+                longest = node.args[9 if backward else 6]
+                self._attention(part, graph.part, q.shape, q.shape[0], longest, backward=backward)
         for kernel in graph.kernels:
             # Attention's own kernels, whose bytes are little beside their FLOPs.
             if "_tem_" not in kernel.name:
@@ -149,12 +156,12 @@ class Traffic:
             assumptions=assumptions_of(self.card),
         )
 
-    def _attention(self, part: str, graph: Graph, node: torch.fx.Node, *, backward: bool) -> None:
-        arguments: Any = node.args
-        q, k = (arg.meta["val"] for arg in arguments[:2])
-        attention = self.attention.get(graph.part, Attention(None))
-        B, H, S, K = q.shape
-        flops = 4 * B * H * S * attention.keys(k.shape[2]) * K * (_BACKWARD_WORK - 1 if backward else 1)
+    def _attention(
+        self, part: str, model_part: str, shape: torch.Size, queries: int, keys: int, *, backward: bool
+    ) -> None:
+        attention = self.attention.get(model_part, Attention(None))
+        heads, head_dim = shape[1], shape[-1]
+        flops = 4 * queries * heads * attention.keys(keys) * head_dim * (_BACKWARD_WORK - 1 if backward else 1)
         rate = self.card.bf16_flops * attention.share(self.card, backward)
         self._add(f"{part}: attention", flops, 0, rate)
 

@@ -20,6 +20,9 @@ NO_ANSWER = object()
 LOCAL_PARTS = ("hash_embedding", "encoder", "decoder")
 GLOBAL_PART, OTHER_PART = "blocks", "elsewhere"
 
+SCHEDULE = "schedule"
+"""The phase of a pipeline's schedule, which is forward and backward by turns."""
+
 
 class Observer(Protocol):
     """What watches operations."""
@@ -39,7 +42,7 @@ class Watch(TorchDispatchMode):
     def __init__(self, observers: Sequence[Observer]):
         super().__init__()
         self.observers = observers
-        self.phase = "setup"
+        self._phase = "setup"
         self.part = OTHER_PART
         self.in_graph = False
 
@@ -63,16 +66,23 @@ class Watch(TorchDispatchMode):
             observer.after(op, args, options, result)
         return result
 
+    @property
+    def phase(self) -> str:
+        """What the step is at."""
+        if self._phase != SCHEDULE:
+            return self._phase
+        return "backward" if torch._C._current_graph_task_id() >= 0 else "forward"
+
     @contextmanager
     def at(self, *, phase: str | None = None, part: str | None = None, in_graph: bool | None = None) -> Iterator[None]:
         """Say where the operations within the context belong."""
-        before = self.phase, self.part, self.in_graph
-        self.phase, self.part = phase or self.phase, part or self.part
+        before = self._phase, self.part, self.in_graph
+        self._phase, self.part = phase or self._phase, part or self.part
         self.in_graph = self.in_graph if in_graph is None else in_graph
         try:
             yield
         finally:
-            self.phase, self.part, self.in_graph = before
+            self._phase, self.part, self.in_graph = before
 
     def follow(self, model: nn.Module) -> None:
         """Note which part of the model runs, in forward and where it is computed again."""

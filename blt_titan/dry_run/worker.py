@@ -41,8 +41,11 @@ def _measure(request: dict[str, Any]) -> "DryRun":
     # In this order: torchtitan asks for the device when it is imported, and the stand-in must be there.
     from blt_titan.dry_run import fake_cuda
 
-    card = CARDS[request["gpu"]]
-    fake_cuda.install(card, stub=request["stub"])
+    card, device = CARDS[request["gpu"]], request["device"]
+    if device == "cuda":
+        fake_cuda.install(card, stub=request["stub"])
+    else:
+        fake_cuda.let_meshes_be_real()
     from blt_titan.config.read import load_run_config
     from blt_titan.custom_import import import_custom
     from blt_titan.dry_run.bounds import allowed_spills
@@ -53,14 +56,16 @@ def _measure(request: dict[str, Any]) -> "DryRun":
     if config.experimental.custom_import:
         import_custom(config.experimental.custom_import)
     found = _run(config, request, card)
-    degrees = ("data_parallel_replicate", "context_parallel", "tensor_parallel")
+    degrees = ("pipeline_parallel", "data_parallel_replicate", "context_parallel", "tensor_parallel")
     layout = {name: getattr(config.parallelism, f"{name}_degree") for name in degrees}
     import torch
 
     return DryRun(
         config=request["name"],
         world_size=request["world_size"],
+        rank=request["rank"],
         gpu=card.name,
+        device=device,
         torch=str(torch.__version__),
         layout={name: degree for name, degree in layout.items() if degree > 1},
         kernels_made=request["kernels"],
@@ -77,14 +82,18 @@ def _run(config: Any, request: dict[str, Any], card: Card) -> dict[str, Any]:
     from blt_titan.dry_run.host_reads import HostReads
     from blt_titan.dry_run.memory import LiveBytes
     from blt_titan.dry_run.result import GraphResult
+    from blt_titan.dry_run.sent import Sent
     from blt_titan.dry_run.traffic import Traffic
     from blt_titan.titan import logger
     from blt_titan.training.spec import TRAIN_SPECS
 
     logger.setLevel(logging.ERROR)
     args = TRAIN_SPECS[config.model.name].model_args[config.model.flavor]
-    reads, memory, traffic = HostReads(), LiveBytes(VOCAB_SIZE), Traffic(card, _attention(args))
-    watch = steps.Watch([reads, memory, traffic])
+    device = request["device"]
+    reads, memory, traffic = HostReads(), LiveBytes(VOCAB_SIZE, device), Traffic(card, _attention(args))
+    sent = Sent()
+    # A host that is the device reads what it computes.
+    watch = steps.Watch([*([reads, traffic] if device == "cuda" else []), memory, sent])
     for observer in watch.observers:
         observer.watch = watch  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -93,23 +102,25 @@ def _run(config: Any, request: dict[str, Any], card: Card) -> dict[str, Any]:
         return watch.at(in_graph=True)
 
     compiler = Compiler(card, kernels=request["kernels"], around=around, part=lambda: watch.part, progress=_say)
-    compiler.install()
+    compiler.install(device)
     world_size = request["world_size"]
-    place = steps.take_place(config, world_size)
+    place = steps.take_place(config, world_size, request["rank"])
     _say(f"{request['name']} on {world_size} ranks: building the model")
     with steps.fake_mode():
-        step = steps.make_step(config, place, watch, memory)
-        parameters = sum(parameter.numel() for parameter in step.model.parameters())
+        step = steps.make_step(config, place, watch, memory, device)
+        parameters = sum(parameter.numel() for parameter in step.parameters())
         for number in range(1, STEPS + 1):
             _say(f"step {number} of {STEPS}")
             memory.forget_peaks()
             traffic.forget()
+            sent.forget()
             step.run()
             compiler.first_is_over = True
             between = memory.now()
     return {
         "parameters": parameters,
         "memory": memory.result(between),
+        "sent": sent.result(steps.MICRO_BATCHES),
         "host_reads": reads.found(),
         "graph_breaks": compiler.graph_breaks(),
         "graphs": [
