@@ -44,6 +44,10 @@ class HostReads:
     watch: Watch
 
     def __init__(self):
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew: a first step may read what is made once."""
         self._found: Counter[tuple[str, str]] = Counter()
 
     def found(self) -> list[HostRead]:

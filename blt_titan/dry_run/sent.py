@@ -112,7 +112,7 @@ def _group_of(inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
     for value in (*inputs, *options.values()):
         if isinstance(value, torch.ScriptObject) and "ProcessGroup" in str(value._type()):
             return dist.ProcessGroup.unbox(value)
-    resolve: Any = distributed_c10d._resolve_process_group  # pyright: ignore[reportAttributeAccessIssue]
+    resolve: Any = distributed_c10d._resolve_process_group  # pyright: ignore[reportPrivateImportUsage]
     names = [value for value in (*inputs, *options.values()) if isinstance(value, str)]
     for name in names:
         try:

@@ -92,10 +92,10 @@ def _run(config: Any, request: dict[str, Any], card: Card) -> dict[str, Any]:
     device = request["device"]
     reads, memory, traffic = HostReads(), LiveBytes(VOCAB_SIZE, device), Traffic(card, _attention(args))
     sent = Sent()
-    # A host that is the device reads what it computes.
-    watch = steps.Watch([*([reads, traffic] if device == "cuda" else []), memory, sent])
-    for observer in watch.observers:
-        observer.watch = watch  # pyright: ignore[reportAttributeAccessIssue]
+    # A CPU's kernels are not known.
+    watch = steps.Watch([reads, *([traffic] if device == "cuda" else []), memory, sent])
+    for observer in (reads, memory, traffic, sent):
+        observer.watch = watch
 
     def around(graph: "Graph") -> AbstractContextManager[None]:
         traffic.ran(graph)
@@ -111,6 +111,7 @@ def _run(config: Any, request: dict[str, Any], card: Card) -> dict[str, Any]:
         parameters = sum(parameter.numel() for parameter in step.parameters())
         for number in range(1, STEPS + 1):
             _say(f"step {number} of {STEPS}")
+            reads.forget()
             memory.forget_peaks()
             traffic.forget()
             sent.forget()

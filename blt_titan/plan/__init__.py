@@ -1,0 +1,1 @@
+"""What a run would take and cost on so many GPUs, before any of them is there."""
