@@ -19,11 +19,15 @@ setup-dev: .venv/.installed-dev
 demo: setup
 	@OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(VENV_PYTHON) -m blt_titan demo
 
+# One worker for each core, four at most: ranks of distributed tests come on top. A file's tests stay in one worker, because
+# they share what its fixtures start.
+PYTEST := $(VENV_PYTHON) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
 test: setup-dev
-	$(VENV_PYTHON) -m pytest -m "not full"
+	$(PYTEST) -m "not full"
 
 test-full: setup-dev
-	$(VENV_PYTHON) -m pytest
+	$(PYTEST)
 
 # Beside the newest, which is in .venv, and before it on the path.
 .venv/.installed-oldest: .venv/.installed-dev blt_titan/hf/model_card.py
@@ -34,7 +38,7 @@ test-full: setup-dev
 
 test-oldest: .venv/.installed-oldest
 	TRANSFORMERS_RELEASE=$$($(VENV_PYTHON) -c "$(OLDEST)") PYTHONPATH=$(CURDIR)/.venv/oldest \
-		$(VENV_PYTHON) -m pytest -m "not slow" tests/hf
+		$(PYTEST) -m "not slow" tests/hf
 
 check: setup-dev
 	.venv/bin/ruff format --check .

@@ -78,7 +78,7 @@ def memory(options: Options) -> dict[str, Any]:
 
 def scaling(options: Options) -> dict[str, Any]:
     """Measure rows of other lengths, each in turn with one of 2,048 bytes."""
-    works = options.works_or(SCALES, ((1, 128), (1, 256)))
+    works = options.works_or(SCALES, TINY_WORKS)
     base = Work(*((1, 128) if options.tiny else SCALES_FROM))
     measured = []
     for work in works:

@@ -40,6 +40,12 @@ def make_parser() -> Parser:
     what.add_argument(
         "--world-size", type=whole(1, 10**6), required=True, metavar="N", help="ranks of the whole job; one is run"
     )
+    what.add_argument(
+        "--rank",
+        type=whole(0, 10**6),
+        metavar="N",
+        help="the one that is run (default: amid those that share the first row)",
+    )
     what.add_argument("--gpu", choices=sorted(CARDS), default="h100", help="card to compile for (default %(default)s)")
     how = parser.add_argument_group("how it is told")
     how.add_argument("--json", action="store_true", help="print JSON")
@@ -59,6 +65,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; give its exit code: 0 sound, 1 not sound, 2 asked wrongly or not possible here."""
     args = parse_args(arguments)
+    if args.rank is not None and args.rank >= args.world_size:
+        raise DryRunError(f"--rank {args.rank}: there are {args.world_size} ranks, from 0")
     check_cuda_build()
     config = load_run_config(run_arguments(args.config, args.overrides))
     found = dry_run(
@@ -67,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.gpu,
         name=" ".join([args.config.stem, *args.overrides]),
         kernels=not args.memory_only,
+        rank=args.rank,
     )
     faults = found.faults()
     print(json.dumps(found.to_json() | {"faults": faults}, indent=2) if args.json else report(found))

@@ -43,7 +43,7 @@ class Step:
     parts: list[Any]
     """The model, or this rank's stages of it."""
     schedule: Any
-    """Of a pipeline; None without one."""
+    """That of the pipeline; None without one."""
     is_first: bool
     is_last: bool
     """Whether this rank has the pipeline's first and its last stage."""
@@ -181,7 +181,7 @@ def make_step(config: RunConfig, place: Place, watch: Watch, memory: LiveBytes, 
     split = place.meshes is not None
     with torch.device("meta" if split else device):
         model: Any = spec.model_cls(args)
-    converters = build_model_converters(config, place.dims)
+    converters = _converters(config, place.dims, device)
     converters.convert(model)
     schedule, is_first, is_last = None, True, True
     if place.dims.pp > 1:
@@ -219,6 +219,18 @@ def make_step(config: RunConfig, place: Place, watch: Watch, memory: LiveBytes, 
         device=device,
         pp_mesh=place.pp_mesh,
     )
+
+
+def _converters(config: RunConfig, dims: ParallelDims, device: str) -> Any:
+    if device == "cuda":
+        return build_model_converters(config, dims)
+    # A CPU emulates float8, which torchtitan allows where nothing is compiled. Only shapes count here.
+    compiles = config.compile.enable
+    config.quantize.linear.float8.emulate, config.compile.enable = True, False
+    try:
+        return build_model_converters(config, dims)
+    finally:
+        config.compile.enable = compiles
 
 
 def fake_mode() -> FakeTensorMode:

@@ -15,7 +15,7 @@ from parallelisms.pipeline import V_SCHEDULES, cut_layers, n_stages
 MEASURED_STAGES = 4
 """Ranks of a pipeline that are looked at: all of so many, else the first two, the middle and the last."""
 _SELECTIVE_OP_SHARE = 0.5
-"""Of products, "op" computes every second again."""
+"""What "op" computes again: every second product."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Layout:
     tp: int
     pp: int
     stages_per_rank: int
-    """Of the pipeline."""
+    """Stages of the pipeline that a rank holds."""
 
     @property
     def dp(self) -> int:

@@ -18,7 +18,7 @@ class Network:
     in_node_bytes_per_s: float
     """Between GPUs of a node."""
     between_nodes_bytes_per_s: float
-    """Of a GPU's part of its node's adapters."""
+    """By a GPU's part of its node's adapters."""
     share: float = 0.75
     """Share of these that large collectives reach."""
     latency_s: float = 2e-5

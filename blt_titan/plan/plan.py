@@ -23,7 +23,7 @@ from blt_titan.plan.time import StepTime, step_time
 from blt_titan.training.spec import TRAIN_SPECS
 
 ASSUMED_MFU = 0.40
-"""Of computing alone, where nothing else is said: what good dense training reaches, not measured here."""
+"""Reached by computing alone, where nothing else is said: what good dense training does, not measured here."""
 _STAGING_BYTES_PER_S = 20e9
 """From a GPU to its host's memory, which is all that an asynchronous save holds up."""
 _STATES = 3
@@ -40,7 +40,7 @@ class Assumptions:
     mfu: float | None = ASSUMED_MFU
     """None takes the roofline's."""
     price: float | None = None
-    """Of a GPU for an hour."""
+    """What a GPU costs for an hour."""
     store_bytes_per_s: float = 2e9
     """What a node writes to where checkpoints are kept."""
     failures_per_gpu_hour: float = 0.0
@@ -56,10 +56,10 @@ class Checkpoint:
     save_s: float
     """Until it is stored."""
     blocked_s: float
-    """Of that, what training waits for."""
+    """The part of that which training waits for."""
     between_failures_s: float
     interval_s: float
-    """Of work, between two saves, that wastes least."""
+    """Seconds of work between two saves that waste least."""
     interval_steps: int
     goodput: float
     """At that interval."""
@@ -86,9 +86,9 @@ class Plan:
     checkpoint: Checkpoint
     text: TextForSize
     loader_bytes_per_s: float
-    """Of a group of ranks that share rows."""
+    """Text that a group of ranks which share rows takes."""
     loader_rows_per_s: float
-    """Of the whole job."""
+    """Rows that the whole job takes."""
     assumptions: Assumptions
 
     @property

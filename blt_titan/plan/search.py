@@ -65,7 +65,7 @@ class Searched:
 class _Candidate:
     overrides: tuple[str, ...]
     seconds: float
-    """Of a step, predicted."""
+    """Predicted time of a step."""
 
 
 def splits(load: Load, world_size: int, node_gpus: int) -> list[tuple[str, ...]]:

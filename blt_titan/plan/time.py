@@ -34,7 +34,7 @@ class Compute:
     bubble: float
     """Share of the computing that a pipeline waits on top."""
     micro_batches: int
-    """Of the loop of gradient accumulation, in a step."""
+    """Rounds of gradient accumulation in a step."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class StepTime:
     exposed_network_s: float
     """Waited for."""
     mfu: float
-    """Of the computing alone: what was assumed or given."""
+    """Share of the card's FLOP/s that was assumed or given for computing alone."""
 
     @property
     def seconds(self) -> float:

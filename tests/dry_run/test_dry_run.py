@@ -44,9 +44,17 @@ def check_cuda(*arguments: str, beside: Path | None = None) -> tuple[int, dict, 
             *("--world-size", "2", "--model.attention_backend=varlen", "--training.mixed_precision_param=bfloat16"),
             "--compile.enable",
         ),
+        (
+            "--world-size",
+            "4",
+            "--parallelism.pipeline_parallel_degree=2",
+            "--training.local_batch_size=4",
+            "--rank",
+            "2",
+        ),
         ("--world-size", "4", "--parallelism.data_parallel_replicate_degree=2", "--training.global_batch_size=8"),
     ],
-    ids=["one", "cp2", "tp2 compiled", "varlen compiled", "replicas"],
+    ids=["one", "cp2", "tp2 compiled", "varlen compiled", "pp2", "replicas"],
 )
 def test_the_debug_model_is_sound(layout):
     code, said, errors = check_cuda("--config", "debug", *layout)
@@ -80,7 +88,8 @@ def test_a_card_that_is_too_small_is_a_fault():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--parallelism.pipeline_parallel_degree=2", "--training.local_batch_size=2"], "knows no pipeline"),
+        (["--training.enable_cpu_offload"], "enable_cpu_offload"),
+        (["--rank", "2"], "--rank 2"),
         (["--training.seq_len=100"], "training.seq_len = 100"),
     ],
 )
