@@ -24,7 +24,7 @@ DEBUG = [
 ]
 ASSUMED = Assumptions("h100", NETWORKS["ib400"], mfu=0.4, price=2.0, failures_per_gpu_hour=1e-4)
 STATE_BYTES = 16
-"""Of a parameter: itself, its gradient and two moments, in fp32."""
+"""What a parameter takes: itself, its gradient and two moments, in fp32."""
 
 
 def config_of(*overrides):
