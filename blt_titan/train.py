@@ -17,6 +17,7 @@ from blt_titan.patching.registry import RuleError
 from blt_titan.titan import init_logger, logger
 from blt_titan.training.exports import ExportFailedError
 from blt_titan.training.failures import NonFiniteLossError
+from blt_titan.training.preemption import EXIT_CODE, PreemptedError, Preemption
 from blt_titan.training.row_ranks import RowsDifferError
 from blt_titan.training.run_folder import RunFolderError
 from blt_titan.training.trainer import BLTTrainer
@@ -29,6 +30,12 @@ FAILED_WORK = (NonFiniteLossError, RowsDifferError, ExportFailedError)
 def main() -> None:
     """Train as the settings say. One sentence for what a user can mend: exit code 2, or 1 where the work failed."""
     init_logger()
+    preemption = Preemption()
+    with preemption.heard():
+        _train(preemption)
+
+
+def _train(preemption: Preemption) -> None:
     trainer: BLTTrainer | None = None
     try:
         if missing := [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name not in os.environ]:
@@ -42,6 +49,7 @@ def main() -> None:
             look_at_disk=is_first_of_node,
         )
         trainer = BLTTrainer(config)
+        trainer.preemption = preemption
         if config.checkpoint.create_seed_checkpoint:
             trainer.checkpointer.save(curr_step=0, last_step=True)
             logger.info("Wrote the seed checkpoint")
@@ -60,13 +68,14 @@ def main() -> None:
         sys.stdout.flush()
         # Other ranks may wait for this one in a collective; torchrun ends them.
         os._exit(1 if isinstance(error, FAILED_WORK) else 2)
-    except KeyboardInterrupt:
-        # Every rank of the terminal is here at once.
-        if os.environ.get("RANK") == "0":
-            print("blt-titan train: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+    except PreemptedError as error:
+        if os.environ["RANK"] == "0":
+            logger.info(str(error))
+        get_error_handler().record_exception(error)
+        # All ranks have saved before one is gone, whose end has the others ended.
+        dist.barrier()
         sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(130)
+        os._exit(EXIT_CODE)
     finally:
         if trainer is not None:
             trainer.close()

@@ -29,6 +29,7 @@ VERBS = {
     "bench": ("bench", "measure this code beside its peers, on this machine"),
     "plots": ("plots", "serve a page with the curves of all runs"),
     "demo": ("demo", "from text to a trained BLT, in about ten minutes on two CPU cores"),
+    "slurm": ("slurm", "a Slurm batch script that trains on several nodes and is queued again"),
     "plan": ("plan", "what a run takes on so many GPUs: memory, traffic, time, money; the best layouts"),
     "check-cuda": ("check_cuda", "one step on CUDA without a GPU: memory, host reads, kernels, time"),
     "doctor": ("doctor", "versions, devices, and what is missing for what"),

@@ -2,21 +2,27 @@
 
 In: how many ranks and nodes, and the arguments of `blt_titan.train`. Out: an exit code.
 
-The decision that is not obvious: torchrun is called as a function and not as a program, with the options that its
+The decisions that are not obvious: torchrun is called as a function and not as a program, with the options that its
 command line has. Its program answers Ctrl-C, and every rank that fails, with tracebacks, and gives 1 for any of them.
+And what tells a run to leave (`training/preemption.py`) is not torchrun's: it would end ranks 30 seconds later, saved
+or not. Signals are passed on, and torchrun waits for the ranks as ever.
 """
 
+import contextlib
 import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any
 
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from blt_titan.training.preemption import EXIT_CODE, SIGNALS
 
 RANK_MODULE = "blt_titan.train"
 DEFAULT_PORT = 29500
@@ -27,7 +33,7 @@ FAILED_WORK = ("NonFiniteLossError", "RowsDifferError", "ExportFailedError")
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """What torch reads the settings of its GPU allocator from; the second is the name of old."""
 _TALKATIVE = ("agent.server.api", "multiprocessing.api")
-"""Modules of torchrun's that warn of each process that they end."""
+"""Modules of torchrun's that log each process that they end, and each that failed, which is said in the end."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,8 @@ class Ranks:
         return [
             *(f"--nnodes={self.nnodes}", f"--nproc-per-node={self.nproc}", *meeting),
             *(f"--local-ranks-filter={self.log_rank}", "--role=rank", "--tee=3"),
-            # Ctrl-C is not torchrun's: it would pass it on, for each rank to answer with a traceback.
-            "--signals-to-handle=SIGTERM,SIGHUP,SIGQUIT",
+            # The others are passed on to the ranks, which save what they made.
+            "--signals-to-handle=SIGHUP,SIGQUIT",
         ]
 
 
@@ -74,8 +80,8 @@ def launch(name: str, ranks: Ranks, arguments: Sequence[str]) -> int:
         ranks: how many, and where.
         arguments: of each rank, as `blt_titan.train` takes them.
 
-    Raises:
-        KeyboardInterrupt: after Ctrl-C, when the ranks have ended.
+    Returns:
+        0, `preemption.EXIT_CODE` if the run was told to leave, or the code of the first rank that failed.
     """
     # A run's folder says with how many ranks it was started.
     os.environ.update(NGPU=str(ranks.nproc), NNODES=str(ranks.nnodes))
@@ -85,13 +91,14 @@ def launch(name: str, ranks: Ranks, arguments: Sequence[str]) -> int:
         # What one phase of a step frees can then serve another that asks for other sizes.
         os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
     for module in _TALKATIVE:
-        logging.getLogger(f"torch.distributed.elastic.{module}").setLevel(logging.ERROR)
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, _end_ranks)
+        logging.getLogger(f"torch.distributed.elastic.{module}").setLevel(logging.CRITICAL)
+    told = _Told()
     try:
-        torchrun.run(torchrun.parse_args([*ranks.torchrun_options(), "-m", RANK_MODULE, *arguments]))
-    except _Interrupt:
-        raise KeyboardInterrupt from None
+        with told.passed_on():
+            torchrun.run(torchrun.parse_args([*ranks.torchrun_options(), "-m", RANK_MODULE, *arguments]))
+    except _ToldTooEarlyError as early:
+        print(f"{name}: told to leave by {early}; no rank had begun", file=sys.stderr)
+        return EXIT_CODE
     except SignalException as end:
         number = int(end.sigval)
         print(f"{name}: ended by {signal.Signals(number).name}", file=sys.stderr)
@@ -99,6 +106,13 @@ def launch(name: str, ranks: Ranks, arguments: Sequence[str]) -> int:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         kind, sentence = _cause(failure)
+        if failure.exitcode == EXIT_CODE:
+            print(f"{name}: {sentence}", file=sys.stderr)
+            return EXIT_CODE
+        if told.signal is not None and failure.exitcode == -told.signal:
+            said = signal.Signals(told.signal).name
+            print(f"{name}: told to leave by {said} before training had begun; nothing was lost", file=sys.stderr)
+            return EXIT_CODE
         if failure.exitcode != _REFUSED and kind not in FAILED_WORK:
             sentence = str(error).strip()
         elif not sentence.startswith(f"rank {rank}: "):
@@ -108,16 +122,50 @@ def launch(name: str, ranks: Ranks, arguments: Sequence[str]) -> int:
     return 0
 
 
-class _Interrupt(SignalException):
-    """Ctrl-C. Torchrun ends the ranks by SIGTERM, at which they leave without a word."""
+class _ToldTooEarlyError(Exception):
+    """The run was told to leave before there was a rank to tell; names the signal."""
+
+
+class _Told:
+    """Passes signals on to the ranks of this node."""
 
     def __init__(self) -> None:
-        super().__init__("Ctrl-C", signal.SIGTERM)
+        self.signal: int | None = None
+        """The first that came."""
+
+    @contextlib.contextmanager
+    def passed_on(self) -> Iterator[None]:
+        """Take the signals over; SIGINT stays ignored where it is, as in the background of a shell."""
+        taken = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self._pass_on) for number in taken}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _pass_on(self, number: int, frame: Any) -> None:
+        self.signal = self.signal or number
+        ranks = _ranks_of_this_process()
+        if not ranks:
+            raise _ToldTooEarlyError(signal.Signals(number).name)
+        for pid in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
 
-def _end_ranks(number: int, frame: Any) -> NoReturn:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # one is enough, the ranks are being ended
-    raise _Interrupt
+def _ranks_of_this_process() -> list[int]:
+    """Return the processes of the ranks that torchrun has started here."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(status.read_text().rpartition(")")[2].split()[1])
+            words = (status.parent / "cmdline").read_bytes().split(b"\0") if parent == os.getpid() else []
+        except OSError:  # it has ended
+            continue
+        if RANK_MODULE.encode() in words:
+            found.append(int(status.parent.name))
+    return found
 
 
 def _cause(failure: ProcessFailure) -> tuple[str, str]:

@@ -58,13 +58,33 @@ class RunCheckpoints(CheckpointManager):
         try:
             super().save(curr_step, last_step)
         except _SAVE_ERRORS as error:
-            cause: BaseException = error
-            if isinstance(error, CheckpointException) and error.failures:
-                cause = next(iter(error.failures.values()))[0]
-            raise CheckpointError(
-                f"{self.folder}: a checkpoint could not be written at step {curr_step} ({brief(cause)}); the steps "
-                "before it are sound: make room there, or see that it can be written, and start again"
-            ) from error
+            raise self._not_written(curr_step, error) from error
+
+    def _not_written(self, step: int, error: BaseException) -> CheckpointError:
+        cause = error
+        if isinstance(error, CheckpointException) and error.failures:
+            cause = next(iter(error.failures.values()))[0]
+        return CheckpointError(
+            f"{self.folder}: a checkpoint could not be written at step {step} ({brief(cause)}); the steps "
+            "before it are sound: make room there, or see that it can be written, and start again"
+        )
+
+    def save_now(self, step: int) -> None:
+        """Have `step` saved when this returns, whether it is due or not; collective.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if step % self.interval:
+            interval, self.interval = self.interval, 1
+            try:
+                self.save(step)
+            finally:
+                self.interval = interval
+        try:
+            self._async_wait()
+        except _SAVE_ERRORS as error:
+            raise self._not_written(step, error) from error
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
         """Read what `state_dict` names."""

@@ -33,6 +33,7 @@ from blt_titan.training.gradients import divide_gradients
 from blt_titan.training.loader import most_documents
 from blt_titan.training.log_lines import drop_misleading_lines
 from blt_titan.training.metrics import COUNTS, BLTMetrics
+from blt_titan.training.preemption import PreemptedError, Preemption
 from blt_titan.training.resumption import check_same_model, describe_model, set_learning_rate
 from blt_titan.training.row_ranks import row_ranks
 from blt_titan.training.run_folder import RunLock, record_settings
@@ -78,6 +79,8 @@ class BLTTrainer(Trainer):
         quarantines = job_config.data.on_damage == "quarantine"
         self._row_ranks = row_ranks(job_config.parallelism) if quarantines else None
         self._most_documents = most_documents(job_config)
+        self.preemption = Preemption()
+        """Asked after each step whether to leave; it hears of nothing until the entry point has it listen."""
         self._first_step = 1
         self.checkpointer.on_loaded = self._begin_after_load
         self._checkpoints = Path(job_config.job.dump_folder) / job_config.checkpoint.folder
@@ -132,7 +135,13 @@ class BLTTrainer(Trainer):
                 losses.append(loss.detach())
         # Of the global batch, whoever holds them; what the loss is divided by, once, so that a step can begin before
         # its last micro-batch is there to be counted.
-        global_targets = self._sum_over_ranks(to_device(targets, self.device))
+        told = torch.tensor([self.preemption.told])
+        if not self._counts:
+            targets = torch.zeros_like(targets)
+        summed = to_device(torch.cat([targets, told]), self.device)
+        dist.all_reduce(summed)
+        global_targets = summed[:2]
+        self.preemption.note(summed[2])
         self._targets_seen = self._targets_seen + global_targets[0]
         parameters = [p for part in self.model_parts for p in part.parameters()]
         reduce_partial_gradients(parameters)
@@ -163,11 +172,35 @@ class BLTTrainer(Trainer):
             seconds = self.job_config.comm.train_timeout_seconds
             set_pg_timeouts(timedelta(seconds=seconds), self.parallel_dims)
 
+    def should_continue_training(self) -> bool:
+        """Tell whether there is a step to make.
+
+        Raises:
+            PreemptedError: the run was told to leave; what was made is saved.
+        """
+        if not super().should_continue_training():
+            return False
+        if self.preemption.is_due(self.device.type):
+            self._leave()
+        return True
+
+    def _leave(self) -> None:
+        """Save, unless this step is saved already, and end the run."""
+        told = f"told to leave by {self.preemption.name}"
+        if not self.checkpointer.enable or self.job_config.checkpoint.load_only:
+            raise PreemptedError(f"{told} after step {self.step}; nothing is saved, as checkpoint says")
+        began = time.perf_counter()
+        self.checkpointer.save_now(self.step)
+        raise PreemptedError(
+            f"{told}: step {self.step} is saved, in {time.perf_counter() - began:.1f} s; the same command goes on"
+        )
+
     def train(self) -> None:
         """Train to the last step, then wait for exports.
 
         Raises:
             ExportFailedError: the run is complete, but a Hugging Face directory could not be written.
+            PreemptedError: the run was told to leave; what was made is saved.
         """
         super().train()
         if self._exports is not None:

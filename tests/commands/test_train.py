@@ -16,7 +16,6 @@ from blt_titan.commands.launch import Ranks
 from blt_titan.commands.run_settings import SHIPPED, config_file, shipped_configs, split_overrides
 
 ROOT = Path(__file__).parents[2]
-STOPPED = "blt-titan train: stopped; the same command goes on from the last checkpoint\n"
 
 
 @pytest.fixture
@@ -60,7 +59,7 @@ def test_a_configuration_is_a_file_or_a_shipped_name(tmp_path, monkeypatch):
     ("words", "said"),
     [
         ([], "the following arguments are required: CONFIG"),
-        (["debgu"], "CONFIG 'debgu': no such file, and not a shipped configuration (blt_1b, blt_8b, debug,"),
+        (["debgu"], "CONFIG 'debgu': no such file, and not a shipped configuration (blt_1b, blt_8b, blt_8b_1024,"),
         (["debgu"], "; did you mean debug?"),
         (["."], "CONFIG '.': is a directory, not a file"),
         (["debug", "--nproc", "0"], "--nproc '0': must be a whole number from 1 to 1,000,000, or gpu, cpu or auto"),
@@ -131,6 +130,7 @@ def test_torchrun_knows_the_options():
 
 STAND_IN = """
 import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 if os.environ["RANK"] == "1":
     {ending}
@@ -191,7 +191,11 @@ def test_the_ranks_exit_code_is_passed_on(ending, code, said, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "said"),
-    [(signal.SIGINT, 130, "x: stopped\n"), (signal.SIGTERM, 143, "x: ended by SIGTERM\n")],
+    [
+        (signal.SIGINT, 75, "x: told to leave by SIGINT before training had begun; nothing was lost\n"),
+        (signal.SIGTERM, 75, "x: told to leave by SIGTERM before training had begun; nothing was lost\n"),
+        (signal.SIGHUP, 129, "x: ended by SIGHUP\n"),
+    ],
 )
 def test_a_signal_ends_the_ranks_in_one_line(number, code, said, tmp_path):
     process = start_stand_in(tmp_path)
@@ -205,7 +209,7 @@ def test_a_signal_ends_the_ranks_in_one_line(number, code, said, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("others_started_it", [False, True])
-def test_ctrl_c_in_training_is_one_line(others_started_it, small_run, tmp_path):
+def test_ctrl_c_in_training_saves_and_is_one_line(others_started_it, small_run, tmp_path):
     of_a_rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29587"}
     command = [
         *(sys.executable, "-m", "blt_titan", "train", "debug", *small_run, f"--job.dump_folder={tmp_path}"),
@@ -227,10 +231,16 @@ def test_ctrl_c_in_training_is_one_line(others_started_it, small_run, tmp_path):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err.endswith(STOPPED)
-    assert err.count("stopped") == 1
-    assert "Traceback" not in err + (tmp_path / "log").read_text()
+    assert process.returncode == 75
+    log = (tmp_path / "log").read_text()
+    sentence = re.search(
+        r"told to leave by SIGINT: step (\d+) is saved, in [\d.]+ s; the same command goes on", err + log
+    )
+    assert sentence, err + log
+    assert (tmp_path / "checkpoint" / f"step-{sentence[1]}" / ".metadata").exists()
+    if not others_started_it:
+        assert err == f"blt-titan train: {sentence[0]}\n"
+    assert "Traceback" not in err + log
     recorded = (tmp_path / "config.toml").read_text()
     assert re.search(r"^#   blt-titan train \S*debug\.toml --training\.dataset_path=", recorded, re.MULTILINE)
     assert f"#   blt-titan train {tmp_path}/config.toml\n" in recorded

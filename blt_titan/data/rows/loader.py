@@ -14,6 +14,7 @@ gathered over ranks at a save; it fits any number of ranks and workers.
 import itertools
 import json
 import logging
+import signal
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -223,6 +224,9 @@ def _die_with_the_trainer(_worker: int) -> None:
     """Keep a worker from outliving its trainer.
 
     torch's own watch only ends the worker's loop: a row that fills the pipe would then be waited for, for ever, because
-    every worker holds the reading end too.
+    every worker holds the reading end too. What tells the run to leave (`training/preemption.py`) may reach workers as
+    well, as from a scheduler; the trainer still needs their rows then.
     """
     die_with_parent()
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
