@@ -12,6 +12,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler, 
 from blt_titan.checkpoint.read import CheckpointError
 from blt_titan.config.check import RunConfigError, check_run, load_run_config
 from blt_titan.config.resume import RunStateError
+from blt_titan.data.prepare.worker_pool import die_with_parent
 from blt_titan.data.store.errors import DataError
 from blt_titan.patching.registry import RuleError
 from blt_titan.titan import init_logger, logger
@@ -29,6 +30,9 @@ FAILED_WORK = (NonFiniteLossError, RowsDifferError, ExportFailedError)
 @record
 def main() -> None:
     """Train as the settings say. One sentence for what a user can mend: exit code 2, or 1 where the work failed."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Nobody watches ranks whose launcher was killed, and other nodes would wait for them.
+        die_with_parent()
     init_logger()
     preemption = Preemption()
     with preemption.heard():

@@ -91,6 +91,32 @@ def rank_processes(launcher: int) -> dict[int, int]:
 
 
 @pytest.mark.slow
+def test_ranks_die_with_their_launcher(small_run, tmp_path):
+    command = [*command_of(tmp_path, small_run, 2), "--training.steps=100000", "--lr_scheduler.total_steps=100000"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    ranks = rank_processes(process.pid)
+    assert sorted(ranks) == [0, 1]
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(is_alive(pid) for pid in ranks.values()):
+        assert time.monotonic() < deadline, "ranks outlive their launcher"
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "to_rank"),
     [(signal.SIGUSR1, 1), (signal.SIGTERM, None)],
