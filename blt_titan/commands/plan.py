@@ -57,20 +57,20 @@ def make_parser() -> Parser:
         type=number(0, 1, above_least=True),
         default=ASSUMED_MFU,
         metavar="SHARE",
-        help=f"of the card's dense bf16 FLOP/s that computing reaches (default {ASSUMED_MFU:g})",
+        help=f"share of the card's dense bf16 FLOP/s that computing reaches (default {ASSUMED_MFU:g})",
     )
     mfu(
         "--estimate-mfu",
         action="store_true",
         help="take that of the roofline: kernels are compiled, which takes minutes and a CUDA build of torch",
     )
-    add("--price", type=number(0, 1e6), metavar="MONEY", help="of a GPU for an hour")
+    add("--price", type=number(0, 1e6), metavar="MONEY", help="price of a GPU for an hour (default: no money is said)")
     add(
         "--store",
         type=number(0, 1e6, above_least=True),
         default=2.0,
         metavar="GB/s",
-        help="a node writes checkpoints (default 2)",
+        help="rate at which a node stores checkpoints (default 2)",
     )
     add(
         "--failures",
@@ -84,7 +84,7 @@ def make_parser() -> Parser:
         type=number(0, 1e6),
         default=300.0,
         metavar="SECONDS",
-        help="from a failure to the next step (default 300)",
+        help="time from a failure to the next step (default 300)",
     )
     how = parser.add_argument_group("how it is told")
     how.add_argument("--json", action="store_true", help="print JSON")
@@ -114,17 +114,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     name = " ".join([args.config.stem, *args.overrides])
 
-    def load(overrides: Sequence[str]):
+    def read(overrides: Sequence[str]):
         return load_run_config(run_arguments(args.config, [*args.overrides, *overrides]))
 
     if args.search:
-        found = search(load, args.world_size, assumptions, name=name, tries=args.tries, say=_say)
+        found = search(read, args.world_size, assumptions, name=name, tries=args.tries, say=_say)
         best = [asdict(one)["overrides"] for one in found.best]
         plans = [{"overrides": words, "plan": one.plan.to_json()} for words, one in zip(best, found.best, strict=True)]
         shown = {"best": plans, "tried": found.tried, "left_out": found.left_out, "said": found.said}
         print(json.dumps(shown, indent=2) if args.json else searched_report(found))
         return 0 if found.best else 1
-    plan = make_plan(load([]), args.world_size, assumptions, name=name)
+    plan = make_plan(read([]), args.world_size, assumptions, name=name)
     print(json.dumps(plan.to_json(), indent=2) if args.json else report(plan))
     return 0 if plan.fits else 1
 

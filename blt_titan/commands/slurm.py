@@ -1,6 +1,6 @@
 """Write a Slurm batch script that trains on several nodes, saves when it is told to leave, and is queued again.
 
-    blt-titan slurm blt_8b --nodes 8 --out train.sbatch && sbatch train.sbatch
+    blt-titan slurm blt_8b --nodes 8 --out train.sbatch
     blt-titan slurm my.toml --nodes 2 --gpus-per-node 4 --sbatch partition=gpu --sbatch time=24:00:00
     blt-titan slurm blt_1b --nodes 1 --array 0-3 '--debug.seed=$SLURM_ARRAY_TASK_ID'
 
@@ -42,16 +42,16 @@ def make_parser() -> Parser:
         type=whole(1, 10**6),
         default=120,
         metavar="SECONDS",
-        help="before the end at which the run is told to leave: more than a save and three steps (default 120)",
+        help="time before the end at which the run is told to leave: more than a save and three steps (default 120)",
     )
-    job("--array", type=_array, metavar="RANGE", help="one job for each number, as in 0-3 (a study)")
+    job("--array", type=_array, metavar="RANGE", help="numbers of jobs, as in 0-3, for a study (default: one job)")
     job(
         "--sbatch",
         type=_directive,
         action="append",
         default=[],
         metavar="OPTION=VALUE",
-        help="another option of sbatch, as in partition=gpu; may be repeated",
+        help="another option of sbatch, as in partition=gpu; may be repeated (default none)",
     )
     result = parser.add_argument_group("result").add_argument
     result("--out", type=output_file, metavar="FILE", help="write the script there instead of printing it")

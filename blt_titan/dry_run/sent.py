@@ -83,8 +83,7 @@ class Sent:
         ranks = dist.get_process_group_ranks(group)
         axis = group.group_desc.removeprefix("mesh_")
         axis = "all" if axis in ("default_pg", "undefined", "") else axis
-        # The larger of what goes in and what comes out is the tensor that is shared.
-        size = max(_bytes(inputs), _bytes(result))
+        size = max(map(_bytes, (*inputs, result)), default=0)
         key = (kind, axis, n, ranks[1] - ranks[0], self.watch.phase not in _PER_STEP)
         self._calls[key] += 1
         self._bytes[key] += size * _share(kind, n)
@@ -104,8 +103,9 @@ def _share(kind: str, n: int) -> float:
     return (2 if kind == "all-reduce" else 1) * (n - 1) / n
 
 
-def _bytes(tree: Any) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(tree))
+def _bytes(argument: Any) -> int:
+    """Return the bytes of an argument, of which a list of tensors is one: what all share is the largest."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(argument))
 
 
 def _group_of(inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:

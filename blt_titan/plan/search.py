@@ -35,7 +35,7 @@ CHECKPOINTING = (
     ("--activation_checkpoint.mode=full",),
 )
 
-Load = Callable[[Sequence[str]], RunConfig]
+Read = Callable[[Sequence[str]], RunConfig]
 """Reads the run's settings with these overrides."""
 
 
@@ -68,7 +68,7 @@ class _Candidate:
     """Predicted time of a step."""
 
 
-def splits(load: Load, world_size: int, node_gpus: int) -> list[tuple[str, ...]]:
+def splits(read: Read, world_size: int, node_gpus: int) -> list[tuple[str, ...]]:
     """Return the overrides of all splits whose settings are sound on so many ranks, smallest first."""
     found = []
     for pp, tp, cp in itertools.product(DEGREES, DEGREES, DEGREES):
@@ -87,11 +87,11 @@ def splits(load: Load, world_size: int, node_gpus: int) -> list[tuple[str, ...]]
                 f"--parallelism.data_parallel_shard_degree={rest // replicas}",
             )
             found.append((pp * tp * cp, replicas, overrides))
-    return [overrides for _, _, overrides in sorted(found) if _rows_of(load, overrides, world_size) is not None]
+    return [overrides for _, _, overrides in sorted(found) if _rows_of(read, overrides, world_size) is not None]
 
 
 def search(
-    load: Load,
+    read: Read,
     world_size: int,
     assumptions: Assumptions,
     *,
@@ -105,7 +105,7 @@ def search(
     """Search for layouts.
 
     Args:
-        load: reads the run's settings.
+        read: reads the run's settings.
         world_size: ranks of the whole job.
         assumptions: as of a plan.
         name: what the run is called.
@@ -117,17 +117,17 @@ def search(
     """
 
     def planned(overrides: Sequence[str]) -> Plan:
-        config = load(overrides)
+        config = read(overrides)
         return make_plan(config, world_size, assumptions, name=name, device=device, quiet=True, measure=measure)
 
-    possible = splits(load, world_size, assumptions.network.node_gpus)
+    possible = splits(read, world_size, assumptions.network.node_gpus)
     candidates: list[_Candidate] = []
     said: list[str] = []
     for number, split in enumerate(possible[:tries], 1):
         say(f"split {number} of {min(tries, len(possible))}: {_short(split)}")
         for checkpointing in CHECKPOINTING:
             overrides = (*split, *checkpointing)
-            rows = _rows_of(load, overrides, world_size)
+            rows = _rows_of(read, overrides, world_size)
             if rows is None:
                 continue
             try:
@@ -135,7 +135,7 @@ def search(
             except (DryRunError, RunConfigError) as error:
                 said.append(f"{_short(overrides)}: {error}")
                 break
-            fitting = list(_with_rows(load, one, overrides, world_size))
+            fitting = list(_with_rows(read, one, overrides, world_size))
             candidates += fitting
             if fitting:
                 break  # more checkpointing computes more
@@ -152,27 +152,27 @@ def search(
     return Searched(best, min(tries, len(possible)), max(0, len(possible) - tries), said)
 
 
-def _rows_of(load: Load, overrides: Sequence[str], world_size: int) -> tuple[str, ...] | None:
+def _rows_of(read: Read, overrides: Sequence[str], world_size: int) -> tuple[str, ...] | None:
     """Return the override of the fewest rows with which a layout's settings are sound; None if there are none."""
     for rows in (1, 2, 4, 8, 16, 32):
         override = (f"--training.local_batch_size={rows}",)
-        if not sound(load([*overrides, *override]), world_size, CARD):
+        if not sound(read([*overrides, *override]), world_size, CARD):
             return override
     return None
 
 
-def _with_rows(load: Load, one: Plan, overrides: tuple[str, ...], world_size: int) -> Iterator[_Candidate]:
+def _with_rows(read: Read, one: Plan, overrides: tuple[str, ...], world_size: int) -> Iterator[_Candidate]:
     """Yield the numbers of rows that would fit, by what the plan of the fewest says."""
     found, card = one.largest, CARDS[one.assumptions.gpu]
     states = sum(found.memory.at_peak.get(kind, 0) for kind in _STATES)
     by_rows = found.memory.peak_bytes - states
-    base = int(load([*overrides, *(_rows_of(load, overrides, world_size) or ())]).training.local_batch_size)
+    base = int(read([*overrides, *(_rows_of(read, overrides, world_size) or ())]).training.local_batch_size)
     for times in ROWS:
         peak = states + by_rows * times
         if peak + card.beside.bytes_of(peak) > card.memory_bytes:
             return
         changed = (*overrides, f"--training.local_batch_size={base * times}")
-        config = load(changed)
+        config = read(changed)
         if sound(config, world_size, CARD):
             continue
         sent = [
