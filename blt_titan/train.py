@@ -76,6 +76,8 @@ def _train(preemption: Preemption) -> None:
         if os.environ["RANK"] == "0":
             logger.info(str(error))
         get_error_handler().record_exception(error)
+        assert trainer is not None
+        trainer.close()  # curves are written to their end
         # All ranks have saved before one is gone, whose end has the others ended.
         dist.barrier()
         sys.stdout.flush()
