@@ -58,6 +58,14 @@ def make_parser() -> Parser:
     return parser
 
 
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; `overrides` holds the settings that it changes."""
+    options, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    args = make_parser().parse_args(options)
+    args.overrides = overrides
+    return args
+
+
 def _array(text: str) -> str:
     if not re.fullmatch(r"\d{1,6}(-\d{1,6}(:\d{1,6})?)?(,\d{1,6}(-\d{1,6})?)*(%\d{1,6})?", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r}: must be numbers and ranges, as in 0-3 or 1,4,7%2")
@@ -79,8 +87,8 @@ def _quoted(word: str) -> str:
 @command(NAME, RunConfigError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; give its exit code."""
-    options, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
-    args = make_parser().parse_args(options)
+    args = parse_args(arguments)
+    overrides: list[str] = args.overrides
     if NUMBER in " ".join(overrides) and not args.array:
         raise RunConfigError(f"{NUMBER} in a setting: only jobs of an --array have a number")
     # As the first job of an array has it: are these settings at all?
