@@ -17,7 +17,7 @@ import tomli_w
 from blt_titan.checkpoint.read import CheckpointError
 from blt_titan.commands.arguments import Parser, whole
 from blt_titan.commands.ending import command
-from blt_titan.commands.run_settings import add_config, run_arguments, split_overrides
+from blt_titan.commands.run_settings import add_config, parse_with_overrides, run_arguments
 from blt_titan.config.check import RunConfigError, check_run, load_run_config
 from blt_titan.config.effective import effective_settings
 from blt_titan.config.help import listing
@@ -45,10 +45,7 @@ def make_parser() -> Parser:
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; `overrides` holds the settings that it changes."""
-    options, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
-    args = make_parser().parse_args(options)
-    args.overrides = overrides
-    return args
+    return parse_with_overrides(make_parser(), arguments)
 
 
 @command(NAME, RunConfigError, DataError, CheckpointError)

@@ -17,7 +17,7 @@ from dataclasses import asdict
 
 from blt_titan.commands.arguments import Parser, number, whole
 from blt_titan.commands.ending import command
-from blt_titan.commands.run_settings import config_file, run_arguments, shipped_configs, split_overrides
+from blt_titan.commands.run_settings import config_file, parse_with_overrides, run_arguments, shipped_configs
 from blt_titan.config.check import RunConfigError, load_run_config
 from blt_titan.dry_run.cards import CARDS
 from blt_titan.dry_run.errors import DryRunError
@@ -93,10 +93,7 @@ def make_parser() -> Parser:
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; `overrides` holds the settings that it changes."""
-    options, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
-    args = make_parser().parse_args(options)
-    args.overrides = overrides
-    return args
+    return parse_with_overrides(make_parser(), arguments)
 
 
 @command(NAME, RunConfigError, DryRunError)

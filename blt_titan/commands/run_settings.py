@@ -9,6 +9,7 @@ In: the words of a command line. Out: those that argparse knows, and `--job.conf
 
 import argparse
 import difflib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,6 +76,14 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
             options.append(word)
             awaits_value = False
     return options, overrides
+
+
+def parse_with_overrides(parser: Parser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a command line, None for this process's; `overrides` of what is returned holds the settings it changes."""
+    options, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    args = parser.parse_args(options)
+    args.overrides = overrides
+    return args
 
 
 def run_arguments(config: Path | None, overrides: Sequence[str]) -> list[str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from blt_titan.commands.arguments import Parser, filled, output_file, whole, write_output
 from blt_titan.commands.ending import command
-from blt_titan.commands.run_settings import SHIPPED, add_config, run_arguments, split_overrides
+from blt_titan.commands.run_settings import SHIPPED, add_config, parse_with_overrides, run_arguments
 from blt_titan.config.check import RunConfigError, load_run_config
 
 NAME = "blt-titan slurm"
@@ -60,10 +60,7 @@ def make_parser() -> Parser:
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; `overrides` holds the settings that it changes."""
-    options, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
-    args = make_parser().parse_args(options)
-    args.overrides = overrides
-    return args
+    return parse_with_overrides(make_parser(), arguments)
 
 
 def _array(text: str) -> str:

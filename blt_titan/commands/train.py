@@ -22,7 +22,7 @@ from blt_titan.commands import prepare
 from blt_titan.commands.arguments import Parser, filled, whole
 from blt_titan.commands.ending import command
 from blt_titan.commands.launch import DEFAULT_PORT, Ranks, launch
-from blt_titan.commands.run_settings import SHIPPED, add_config, run_arguments, split_overrides
+from blt_titan.commands.run_settings import SHIPPED, add_config, parse_with_overrides, run_arguments
 from blt_titan.config.check import RunConfigError, check_run, load_run_config
 from blt_titan.config.run_config import RunConfig
 from blt_titan.data.store.errors import DataError
@@ -69,10 +69,7 @@ def make_parser() -> Parser:
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; `overrides` holds the settings that it changes."""
-    options, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
-    args = make_parser().parse_args(options)
-    args.overrides = overrides
-    return args
+    return parse_with_overrides(make_parser(), arguments)
 
 
 @command(

@@ -13,8 +13,6 @@ from blt_titan.config.run_config import RunConfig
 from blt_titan.dry_run.cards import CARDS, Card
 from blt_titan.dry_run.result import DryRun
 from blt_titan.dry_run.run import dry_run
-from blt_titan.model.args import BLTArgs
-from blt_titan.model.flops import PartFlops
 from blt_titan.plan.compute_optimal import TextForSize
 from blt_titan.plan.layout import Layout, args_of, compute_of, layout_of, mean_patch_bytes, measured_ranks, step_bytes
 from blt_titan.plan.network import Network
@@ -200,14 +198,6 @@ def make_plan(
         loader_rows_per_s=rate / config.training.seq_len,
         assumptions=assumptions,
     )
-
-
-def flops_by_part(config: RunConfig) -> PartFlops | None:
-    """Return the FLOPs of a byte's forward by part of a BLT; None of an entropy model."""
-    args = args_of(config)
-    if not isinstance(args, BLTArgs):
-        return None
-    return args.flops_by_part(config.training.seq_len, mean_patch_bytes(config))
 
 
 def _parameters(config: RunConfig) -> tuple[int, int]:
