@@ -9,6 +9,8 @@
 # NNODES       nodes                                              default 1
 # NODE_RANK    number of this node                                default 0
 # MASTER_ADDR, MASTER_PORT   where node 0 listens                 default localhost, 29500 (one node: any free port)
+# RENDEZVOUS_TIMEOUT   seconds in which all nodes must be there   default 900
+# MAX_RESTARTS failures without a new checkpoint between them after which ranks are started again   default 0
 # CONFIG_FILE  the run's TOML, or the name of a shipped one       default train_configs/debug.toml
 # LOG_RANK     ranks of this node that print, as in 0,1           default 0
 # PYTHON       the interpreter                                    default .venv/bin/python, where make setup made it
@@ -34,4 +36,6 @@ ranks=(--nproc="${NGPU:-1}" --nnodes="${NNODES:-1}" --log-rank="${LOG_RANK:-0}")
 [[ "${NNODES:-1}" == 1 ]] || ranks+=(--node-rank="${NODE_RANK:-0}")
 [[ -z "${MASTER_ADDR:-}" ]] || ranks+=(--master-addr="$MASTER_ADDR")
 [[ -z "${MASTER_PORT:-}" ]] || ranks+=(--master-port="$MASTER_PORT")
+[[ -z "${RENDEZVOUS_TIMEOUT:-}" ]] || ranks+=(--rendezvous-timeout="$RENDEZVOUS_TIMEOUT")
+[[ -z "${MAX_RESTARTS:-}" ]] || ranks+=(--max-restarts="$MAX_RESTARTS")
 exec "$PYTHON" -m blt_titan train "${CONFIG_FILE:-train_configs/debug.toml}" "${ranks[@]}" "$@"

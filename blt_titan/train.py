@@ -16,20 +16,21 @@ from blt_titan.data.prepare.worker_pool import die_with_parent
 from blt_titan.data.store.errors import DataError
 from blt_titan.patching.registry import RuleError
 from blt_titan.titan import init_logger, logger
+from blt_titan.training.exit_codes import CAME_OUT_WRONG, LEFT, REFUSED
 from blt_titan.training.exports import ExportFailedError
 from blt_titan.training.failures import NonFiniteLossError
-from blt_titan.training.preemption import EXIT_CODE, PreemptedError, Preemption
+from blt_titan.training.preemption import PreemptedError, Preemption
 from blt_titan.training.row_ranks import RowsDifferError
 from blt_titan.training.run_folder import RunFolderError
 from blt_titan.training.trainer import BLTTrainer
 
-FAILED_WORK = (NonFiniteLossError, RowsDifferError, ExportFailedError)
-"""What ends a run that was asked for rightly; their sentences are said by `commands/launch.py`."""
+WRONG_WORK = (NonFiniteLossError, RowsDifferError, ExportFailedError)
+"""What ends a run that was asked for rightly, and would end it again; `commands/ranks.py` says their sentences."""
 
 
 @record
 def main() -> None:
-    """Train as the settings say. One sentence for what a user can mend: exit code 2, or 1 where the work failed."""
+    """Train as the settings say. One sentence for what a user can mend: exit code 2, or 3 where the work went wrong."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # Nobody watches ranks whose launcher was killed, and other nodes would wait for them.
         die_with_parent()
@@ -61,7 +62,7 @@ def _train(preemption: Preemption) -> None:
             trainer.train()
     except (
         *(RunConfigError, RunFolderError, DataError, CheckpointError, RunStateError, RuleError),
-        *FAILED_WORK,
+        *WRONG_WORK,
     ) as error:
         # A worker process hands over its traceback as text; its last line is the sentence.
         said = error.sentences if isinstance(error, RunConfigError) else [str(error).strip().splitlines()[-1]]
@@ -71,7 +72,7 @@ def _train(preemption: Preemption) -> None:
         get_error_handler().record_exception(RunConfigError("; ".join(said)) if len(said) > 1 else error)
         sys.stdout.flush()
         # Other ranks may wait for this one in a collective; torchrun ends them.
-        os._exit(1 if isinstance(error, FAILED_WORK) else 2)
+        os._exit(CAME_OUT_WRONG if isinstance(error, WRONG_WORK) else REFUSED)
     except PreemptedError as error:
         if os.environ["RANK"] == "0":
             logger.info(str(error))
@@ -81,7 +82,7 @@ def _train(preemption: Preemption) -> None:
         # All ranks have saved before one is gone, whose end has the others ended.
         dist.barrier()
         sys.stdout.flush()
-        os._exit(EXIT_CODE)
+        os._exit(LEFT)
     finally:
         if trainer is not None:
             trainer.close()

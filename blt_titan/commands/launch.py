@@ -1,176 +1,180 @@
-"""Start the ranks of a training run on this node with torchrun's own launcher, and end as they end.
+"""Start the ranks of a training run on this node, again where that may help, and end as they end.
 
-In: how many ranks and nodes, and the arguments of `blt_titan.train`. Out: an exit code.
+In: how many ranks and nodes, and the arguments of `blt_titan.train`. Out: an exit code, the same on all nodes.
 
-The decisions that are not obvious: torchrun is called as a function and not as a program, with the options that its
-command line has. Its program answers Ctrl-C, and every rank that fails, with tracebacks, and gives 1 for any of them.
-And what tells a run to leave (`training/preemption.py`) is not torchrun's: it would end ranks 30 seconds later, saved
-or not. Signals are passed on, and torchrun waits for the ranks as ever.
+A run that failed goes on from its newest complete checkpoint, by itself as often as --max-restarts allows: counted are
+failures without a new checkpoint between them, so that a fault that comes back at the same step ends the run, and
+the tenth lost machine in a month does not.
 """
 
 import contextlib
-import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from torch.distributed import run as torchrun
-from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from blt_titan.checkpoint.steps import complete_steps
+from blt_titan.commands.nodes import Nodes, NodesError, Verdict
+from blt_titan.commands.ranks import (
+    EndedBySignalError,
+    Outcome,
+    Ranks,
+    Told,
+    ToldTooEarlyError,
+    run_ranks,
+    signal_ranks,
+)
+from blt_titan.training.exit_codes import LEFT
 
-from blt_titan.training.preemption import EXIT_CODE, SIGNALS
-
-RANK_MODULE = "blt_titan.train"
-DEFAULT_PORT = 29500
-_REFUSED = 2
-"""How a rank ends when settings or data are at fault; its message is a sentence."""
-FAILED_WORK = ("NonFiniteLossError", "RowsDifferError", "ExportFailedError")
-"""Errors of `blt_titan.train.FAILED_WORK` by name: exit code 1, as of a fault of the program, but with a sentence."""
+MEETING_S = 900.0
+FIRST_WAIT_S, LONGEST_WAIT_S = 5.0, 300.0
+"""Seconds before the first restart; each further one without a checkpoint waits twice as long, up to the longest."""
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """What torch reads the settings of its GPU allocator from; the second is the name of old."""
-_TALKATIVE = ("agent.server.api", "multiprocessing.api")
-"""Modules of torchrun's that log each process that they end, and each that failed, which is said in the end."""
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """The ranks of a job, as torchrun counts them."""
+class Restarts:
+    """How often a run that failed is started again."""
 
-    nproc: int
-    """Ranks on this node."""
-    nnodes: int = 1
-    node_rank: int = 0
-    master_addr: str | None = None
-    master_port: int | None = None
-    log_rank: str = "0"
-    """Ranks of this node that print, separated by commas."""
+    most: int = 0
+    """Failures without a new checkpoint between them after which it is."""
+    checkpoints: Path | None = None
+    """The folder of the run's checkpoints."""
 
-    @property
-    def world_size(self) -> int:
-        """Ranks of the whole job."""
-        return self.nproc * self.nnodes
-
-    def torchrun_options(self) -> list[str]:
-        """Return the options of torchrun's command line."""
-        if self.nnodes == 1 and self.master_port is None:
-            meeting = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-        else:
-            meeting = [
-                f"--node-rank={self.node_rank}",
-                f"--master-addr={self.master_addr or 'localhost'}",
-                f"--master-port={self.master_port or DEFAULT_PORT}",
-            ]
-        return [
-            *(f"--nnodes={self.nnodes}", f"--nproc-per-node={self.nproc}", *meeting),
-            *(f"--local-ranks-filter={self.log_rank}", "--role=rank", "--tee=3"),
-            # The others are passed on to the ranks, which save what they made.
-            "--signals-to-handle=SIGHUP,SIGQUIT",
-        ]
+    def newest_step(self) -> int:
+        """Return the newest complete step; -1 where there is none."""
+        return -1 if self.checkpoints is None else max(complete_steps(self.checkpoints), default=-1)
 
 
-def launch(name: str, ranks: Ranks, arguments: Sequence[str]) -> int:
-    """Start the ranks, wait for them, and return the exit code of the first that failed.
+def launch(
+    name: str,
+    ranks: Ranks,
+    arguments: Sequence[str],
+    *,
+    restarts: Restarts | None = None,
+    meeting_s: float = MEETING_S,
+    log_folder: Path | None = None,
+) -> int:
+    """Start the ranks, wait for them, and return the exit code of the job.
 
     Args:
         name: of the command, which messages begin with.
         ranks: how many, and where.
         arguments: of each rank, as `blt_titan.train` takes them.
+        restarts: how often they are started again; on several nodes what node 0 says counts.
+        meeting_s: seconds in which the launchers of all nodes must be there.
+        log_folder: what the ranks print goes to a new folder in there too.
 
     Returns:
         0, `preemption.EXIT_CODE` if the run was told to leave, or the code of the first rank that failed.
     """
+    _set_environment(ranks)
+    judge = _Judge(restarts or Restarts())
+    told = Told()
+    try:
+        with told.passed_on(), _nodes(ranks, meeting_s) as nodes:
+            while True:
+                port = nodes.meet() if nodes else None
+                with nodes.watched() if nodes else contextlib.nullcontext():
+                    outcome = run_ranks(ranks, arguments, told, port=port, log_folder=_new_folder(log_folder, ranks))
+                judge.was_told = told.signal is not None
+                verdict = nodes.settle(outcome, judge) if nodes else judge(outcome)
+                _say(name, verdict)
+                if verdict.again_after_s is None:
+                    return verdict.outcome.code
+                time.sleep(verdict.again_after_s)
+    except ToldTooEarlyError as early:
+        print(f"{name}: told to leave by {early}; no rank was running", file=sys.stderr)
+        return LEFT
+    except EndedBySignalError as end:
+        print(f"{name}: ended by {end}", file=sys.stderr)
+        return 128 + end.number
+    except NodesError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return error.code
+
+
+def tell_other_nodes(ranks: Ranks, sentence: str, meeting_s: float) -> None:
+    """Have the launchers of other nodes know that this one does not start, so that they need not wait.
+
+    Args:
+        ranks: of the job.
+        sentence: what is wrong here.
+        meeting_s: seconds to wait for node 0, a minute at most.
+    """
+    with contextlib.suppress(NodesError), _nodes(ranks, min(meeting_s, 60.0)) as nodes:
+        if nodes:
+            nodes.refuse(sentence)
+
+
+@contextlib.contextmanager
+def _nodes(ranks: Ranks, meeting_s: float) -> Iterator[Nodes | None]:
+    """Give the launchers of the job's nodes; None if there is one."""
+    if ranks.nnodes == 1:
+        yield None
+        return
+    nodes = Nodes(ranks, meeting_s, lambda: signal_ranks(signal.SIGKILL))
+    try:
+        yield nodes
+    finally:
+        nodes.close()
+
+
+class _Judge:
+    """Says what follows from the end of an attempt, and keeps count."""
+
+    def __init__(self, restarts: Restarts):
+        self._restarts = restarts
+        self._failures = 0
+        self._newest = restarts.newest_step()
+        self.was_told = False
+        """Set for a run that was told to leave: there is no other attempt then."""
+
+    def __call__(self, outcome: Outcome) -> Verdict:
+        if not outcome.is_worth_a_restart or self.was_told:
+            return Verdict(outcome)
+        newest = self._restarts.newest_step()
+        if newest != self._newest:
+            self._newest, self._failures = newest, 0
+        self._failures += 1
+        if self._failures > self._restarts.most:
+            if not self._restarts.most:
+                return Verdict(outcome)
+            return Verdict(outcome, said=f"{self._failures} failures without a new checkpoint: not started again")
+        wait_s = min(FIRST_WAIT_S * 2 ** (self._failures - 1), LONGEST_WAIT_S)
+        where = f"from step {newest}" if newest >= 0 else "from the beginning"
+        again = f"starting again in {wait_s:g} s {where}, restart {self._failures} of {self._restarts.most}"
+        return Verdict(outcome, wait_s, again)
+
+
+def _say(name: str, verdict: Verdict) -> None:
+    outcome = verdict.outcome
+    if outcome.code == LEFT:
+        print(f"{name}: {outcome.sentence}", file=sys.stderr)
+    elif outcome.code:
+        print(f"{name}: error: {outcome.sentence}", file=sys.stderr)
+    if verdict.said:
+        print(f"{name}: {verdict.said}", file=sys.stderr, flush=True)
+
+
+def _new_folder(log_folder: Path | None, ranks: Ranks) -> Path | None:
+    if log_folder is None:
+        return None
+    node = f"-node{ranks.node_rank}" if ranks.nnodes > 1 else ""
+    return log_folder / f"{time.strftime('%Y%m%d-%H%M%S')}{node}"
+
+
+def _set_environment(ranks: Ranks) -> None:
     # A run's folder says with how many ranks it was started.
     os.environ.update(NGPU=str(ranks.nproc), NNODES=str(ranks.nnodes))
+    # Lines say which rank of the job they are of, not of the node.
+    os.environ.setdefault("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", "[${role_name}${rank}]:")
     # Threads that wait should sleep: spinning on cores that another process wants made steps 20 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if not any(name in os.environ for name in _ALLOCATOR):
         # What one phase of a step frees can then serve another that asks for other sizes.
         os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
-    for module in _TALKATIVE:
-        logging.getLogger(f"torch.distributed.elastic.{module}").setLevel(logging.CRITICAL)
-    told = _Told()
-    try:
-        with told.passed_on():
-            torchrun.run(torchrun.parse_args([*ranks.torchrun_options(), "-m", RANK_MODULE, *arguments]))
-    except _ToldTooEarlyError as early:
-        print(f"{name}: told to leave by {early}; no rank had begun", file=sys.stderr)
-        return EXIT_CODE
-    except SignalException as end:
-        number = int(end.sigval)
-        print(f"{name}: ended by {signal.Signals(number).name}", file=sys.stderr)
-        return 128 + number
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        kind, sentence = _cause(failure)
-        if failure.exitcode == EXIT_CODE:
-            print(f"{name}: {sentence}", file=sys.stderr)
-            return EXIT_CODE
-        if told.signal is not None and failure.exitcode == -told.signal:
-            said = signal.Signals(told.signal).name
-            print(f"{name}: told to leave by {said} before training had begun; nothing was lost", file=sys.stderr)
-            return EXIT_CODE
-        if failure.exitcode != _REFUSED and kind not in FAILED_WORK:
-            sentence = str(error).strip()
-        elif not sentence.startswith(f"rank {rank}: "):
-            sentence = f"rank {rank}: {sentence}"
-        print(f"{name}: error: {sentence}", file=sys.stderr)
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-    return 0
-
-
-class _ToldTooEarlyError(Exception):
-    """The run was told to leave before there was a rank to tell; names the signal."""
-
-
-class _Told:
-    """Passes signals on to the ranks of this node."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        """The first that came."""
-
-    @contextlib.contextmanager
-    def passed_on(self) -> Iterator[None]:
-        """Take the signals over; SIGINT stays ignored where it is, as in the background of a shell."""
-        taken = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, self._pass_on) for number in taken}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _pass_on(self, number: int, frame: Any) -> None:
-        self.signal = self.signal or number
-        ranks = _ranks_of_this_process()
-        if not ranks:
-            raise _ToldTooEarlyError(signal.Signals(number).name)
-        for pid in ranks:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-
-
-def _ranks_of_this_process() -> list[int]:
-    """Return the processes of the ranks that torchrun has started here."""
-    found = []
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(status.read_text().rpartition(")")[2].split()[1])
-            words = (status.parent / "cmdline").read_bytes().split(b"\0") if parent == os.getpid() else []
-        except OSError:  # it has ended
-            continue
-        if RANK_MODULE.encode() in words:
-            found.append(int(status.parent.name))
-    return found
-
-
-def _cause(failure: ProcessFailure) -> tuple[str, str]:
-    """Return the class and the sentence of the error that ended a rank; no class where it recorded none."""
-    said: Any = failure.message
-    text = str(said["message"] if isinstance(said, dict) else said).strip().splitlines()[-1]
-    kind, _, sentence = text.partition(": ")
-    return (kind, sentence) if kind.endswith("Error") and sentence else ("", text)

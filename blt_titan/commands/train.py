@@ -21,7 +21,8 @@ from blt_titan.checkpoint.read import CheckpointError
 from blt_titan.commands import prepare
 from blt_titan.commands.arguments import Parser, filled, whole
 from blt_titan.commands.ending import command
-from blt_titan.commands.launch import DEFAULT_PORT, Ranks, launch
+from blt_titan.commands.launch import MEETING_S, Restarts, launch, tell_other_nodes
+from blt_titan.commands.ranks import DEFAULT_PORT, Ranks
 from blt_titan.commands.run_settings import SHIPPED, add_config, parse_with_overrides, run_arguments
 from blt_titan.config.check import RunConfigError, check_run, load_run_config
 from blt_titan.config.run_config import RunConfig
@@ -31,6 +32,7 @@ from blt_titan.training.run_folder import RunFolderError, try_folder
 
 NAME = "blt-titan train"
 _MOST_RANKS = 10**6
+_OF_RANKS = ("nproc", "nnodes", "node_rank", "master_addr", "master_port", "log_rank")
 _EXAMPLE_DATA = "data/stdlib"
 """Where the shipped debug configurations find their data; it is made when it is missing."""
 _MAKE_EXAMPLE_DATA = [
@@ -61,6 +63,20 @@ def make_parser() -> Parser:
         help=f"where node 0 listens (default {DEFAULT_PORT}; with one node any free port)",
     )
     add("--log-rank", type=rank_list, metavar="N,...", help="ranks of this node that print (default 0)")
+    failures = parser.add_argument_group("when nodes are late, and when ranks fail").add_argument
+    failures(
+        "--rendezvous-timeout",
+        type=whole(1, 10**6),
+        metavar="SECONDS",
+        help=f"time in which the launchers of all nodes must be there; who is missing is named (default {MEETING_S:g})",
+    )
+    failures(
+        "--max-restarts",
+        type=whole(0, 10**6),
+        metavar="N",
+        help="failures without a new checkpoint between them after which ranks are started again, on all nodes what "
+        "node 0 says (default 0)",
+    )
     parser.add_argument_group(
         "settings", "--section.key=value, after CONFIG; `blt-titan config --keys` lists every key with what it means"
     )
@@ -83,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     of_run = run_arguments(args.config, args.overrides)
     asked = {
         key: value
-        for key in ("nproc", "nnodes", "node_rank", "master_addr", "master_port", "log_rank")
+        for key in (*_OF_RANKS, "rendezvous_timeout", "max_restarts")
         if (value := getattr(args, key)) is not None
     }
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not asked:
@@ -91,18 +107,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ and asked:
         option = next(iter(asked)).replace("_", "-")
         raise RunConfigError(f"--{option} within torchrun, which has started the ranks: leave it out")
+    meeting_s, most = asked.pop("rendezvous_timeout", MEETING_S), asked.pop("max_restarts", 0)
     ranks = Ranks(nproc=asked.pop("nproc", 1), **asked)
     if ranks.node_rank >= ranks.nnodes:
         raise RunConfigError(f"--node-rank {ranks.node_rank}: must be below --nnodes {ranks.nnodes}, the first is 0")
-    config = load_run_config(of_run)
-    if made := _make_example_data(args.config, config):
-        return made
-    check_run(config, world_size=ranks.world_size, verify_data=True)
-    online_model.cache_clear()  # this process only waits for the ranks, which load their own
-    # On the node of rank 0, before ranks start: whether the folder can be had.
-    if ranks.node_rank == 0:
-        try_folder(config.job.dump_folder)
-    return launch(NAME, ranks, of_run)
+    try:
+        config = load_run_config(of_run)
+        if made := _make_example_data(args.config, config):
+            return made
+        check_run(config, world_size=ranks.world_size, verify_data=True)
+        online_model.cache_clear()  # this process only waits for the ranks, which load their own
+        # On the node of rank 0, before ranks start: whether the folder can be had.
+        if ranks.node_rank == 0:
+            try_folder(config.job.dump_folder)
+    except (RunConfigError, RunFolderError, DataError, CheckpointError) as error:
+        tell_other_nodes(ranks, " ".join(str(error).split()), meeting_s)
+        raise
+    folder = Path(config.job.dump_folder)
+    restarts = Restarts(most, folder / config.checkpoint.folder if config.checkpoint.enable else None)
+    return launch(NAME, ranks, of_run, restarts=restarts, meeting_s=meeting_s, log_folder=folder / "logs")
 
 
 def _be_a_rank(arguments: list[str]) -> int:

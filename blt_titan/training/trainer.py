@@ -26,7 +26,14 @@ from blt_titan.data.rows.loader import RowLoader
 from blt_titan.data.rows.patcher import EntropyPatcher
 from blt_titan.loss import ByteCrossEntropy, StepSums, bits_per_byte, count_targets
 from blt_titan.scoring.online import OnlineEntropies
-from blt_titan.titan import DataloaderExhaustedError, Trainer, logger, set_pg_timeouts, use_checkpoint_manager
+from blt_titan.titan import (
+    DataloaderExhaustedError,
+    ParallelDims,
+    Trainer,
+    logger,
+    set_pg_timeouts,
+    use_checkpoint_manager,
+)
 from blt_titan.training.checkpointer import RunCheckpoints
 from blt_titan.training.failures import LossWatch
 from blt_titan.training.gradients import divide_gradients
@@ -37,6 +44,7 @@ from blt_titan.training.preemption import PreemptedError, Preemption
 from blt_titan.training.resumption import check_same_model, describe_model, set_learning_rate
 from blt_titan.training.row_ranks import row_ranks
 from blt_titan.training.run_folder import RunLock, record_settings
+from blt_titan.training.same_everywhere import check_same_data, check_same_settings
 from blt_titan.training.scheduled_exports import ScheduledExports
 from parallelisms.clipping import clip_grad_norm
 from parallelisms.hash_tables import reduce_partial_gradients
@@ -77,6 +85,7 @@ class BLTTrainer(Trainer):
         self._targets_seen = torch.zeros((), dtype=torch.int64, device=self.device)
         self._loss_watch = LossWatch(self.device)
         quarantines = job_config.data.on_damage == "quarantine"
+        check_same_data(self.dataloader.identity())
         self._row_ranks = row_ranks(job_config.parallelism) if quarantines else None
         self._most_documents = most_documents(job_config)
         self.preemption = Preemption()
@@ -96,6 +105,16 @@ class BLTTrainer(Trainer):
                 interval=job_config.checkpoint.interval,
                 last_step=job_config.training.steps,
             )
+
+    def init_distributed(self) -> ParallelDims:
+        """Have ranks find each other, and compare what they are to do.
+
+        Raises:
+            RunConfigError: they were given different settings.
+        """
+        dims = super().init_distributed()
+        check_same_settings(self.job_config)
+        return dims
 
     def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:
         """Yield batches, counting their real bytes and the time spent waiting for them."""

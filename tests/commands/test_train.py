@@ -12,7 +12,8 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from blt_titan.commands import launch, train
-from blt_titan.commands.launch import Ranks
+from blt_titan.commands import ranks as ranks_of_node
+from blt_titan.commands.ranks import Ranks
 from blt_titan.commands.run_settings import SHIPPED, config_file, shipped_configs, split_overrides
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 def launched(monkeypatch) -> list:
     """What would have been started: a list of (ranks, arguments)."""
     calls = []
-    monkeypatch.setattr(train, "launch", lambda name, ranks, arguments: calls.append((ranks, arguments)) or 7)
+    monkeypatch.setattr(train, "launch", lambda name, ranks, arguments, **more: calls.append((ranks, arguments)) or 7)
     for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     return calls
@@ -139,12 +140,12 @@ time.sleep({seconds})
 """
 LAUNCH = """
 import sys
-from blt_titan.commands import launch
+from blt_titan.commands import launch, ranks
 from blt_titan.commands.ending import command
-launch.RANK_MODULE = "stand_in"
+ranks.RANK_MODULE = "stand_in"
 @command("x")
 def main(arguments=None):
-    return launch.launch("x", launch.Ranks(2), [])
+    return launch.launch("x", ranks.Ranks(2), [])
 sys.exit(main())
 """
 
@@ -170,11 +171,13 @@ def start_stand_in(folder: Path, ending: str = "pass", seconds: int = 60) -> sub
         ("get_error_handler().record_exception(ValueError('a: b')); os._exit(2)", 2, r"x: error: rank 1: a: b\n\Z"),
         (
             "get_error_handler().record_exception(type('NonFiniteLossError', (RuntimeError,), {})('rank 1: step 2')); "
-            "os._exit(1)",
-            1,
+            "os._exit(3)",
+            3,
             r"x: error: rank 1: step 2\n\Z",
         ),
-        ("sys.exit(3)", 3, "exitcode  : 3"),
+        ("sys.exit(5)", 5, "exitcode  : 5"),
+        # Only what says that it came out wrong has.
+        ("sys.exit(3)", 1, "exitcode  : 3"),
         ("os.kill(os.getpid(), signal.SIGKILL)", 137, "Signal 9 .SIGKILL. received"),
         ("pass", 0, r"\A\Z"),
     ],
@@ -261,9 +264,9 @@ def test_help_of_run_train_sh_names_its_variables_and_runs_nothing():
 
 
 def test_what_failed_is_known_by_name_to_the_launcher():
-    from blt_titan.train import FAILED_WORK
+    from blt_titan.train import WRONG_WORK
 
-    assert tuple(kind.__name__ for kind in FAILED_WORK) == launch.FAILED_WORK
+    assert tuple(kind.__name__ for kind in WRONG_WORK) == ranks_of_node.WRONG_WORK
 
 
 @pytest.mark.parametrize(
@@ -277,7 +280,7 @@ def test_what_failed_is_known_by_name_to_the_launcher():
 def test_the_gpu_allocator_may_grow_segments_unless_the_user_says_how(set_by_the_user, expected, monkeypatch):
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k not in names} | set_by_the_user)
-    monkeypatch.setattr(launch.torchrun, "run", lambda _options: None)
+    monkeypatch.setattr(ranks_of_node.torchrun, "run", lambda _options: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     assert launch.launch("x", Ranks(1), []) == 0
     assert {name: os.environ[name] for name in names if name in os.environ} == expected

@@ -185,10 +185,11 @@ class RowLoader:
             # An array, not a tensor: DCP refuses a tensor of another size before the identity below can say why.
             "positions": whole.numpy(),
             "rows_served": self._rows_served,
-            "identity": json.dumps(self._identity()),
+            "identity": json.dumps(self.identity()),
         }
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
+        """Return what says which data is read, in which order and with which patches."""
         return data_identity(self.source.shards.fingerprint, self.order, self.source.patcher.decided_by)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -198,7 +199,7 @@ class RowLoader:
             DataError: if the state belongs to other data, to another order or to other patches; names what differs.
         """
         saved, may_change = json.loads(state_dict["identity"]), self._patching_may_change
-        for changed in check_continues(saved, self._identity(), patching_may_change=may_change):
+        for changed in check_continues(saved, self.identity(), patching_may_change=may_change):
             logger.warning(changed)
         rows_served = int(state_dict["rows_served"])
         if rows_served % self.dp_size:

@@ -1,0 +1,216 @@
+"""The launchers of several nodes, here processes of one machine: who is missing is named, and all end alike."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from blt_titan.commands import launch
+from blt_titan.commands.launch import Restarts
+from blt_titan.commands.nodes import joint
+from blt_titan.commands.ranks import Outcome
+
+ROOT = Path(__file__).parents[2]
+# A rank: notes that it began, and does what the file says with `rank` and `start`, its number of starts before.
+STAND_IN = """
+import json, os, sys, time
+from pathlib import Path
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from blt_titan.data.prepare.worker_pool import die_with_parent
+die_with_parent()
+
+def ends(code, kind, sentence):
+    get_error_handler().record_exception(type(kind, (RuntimeError,), {})(sentence))
+    os._exit(code)
+
+rank, folder = int(os.environ["RANK"]), Path(__file__).parent
+notes = folder / f"rank{rank}.jsonl"
+start = len(notes.read_text().splitlines()) if notes.exists() else 0
+with notes.open("a") as file:
+    print(json.dumps(os.environ["MASTER_PORT"]), file=file)
+exec((folder / "what").read_text())
+"""
+LAUNCH = """
+import json, sys
+from blt_titan.commands import launch, nodes, ranks
+ranks.RANK_MODULE = "stand_in"
+nodes.SILENT_S, nodes.BEAT_S, nodes.LOOK_S, nodes.GRACE_S, nodes.SETTLE_S = 4.0, 0.5, 0.2, 1.0, 6.0
+launch.FIRST_WAIT_S = 0.2
+said = json.loads(sys.argv[1])
+here = ranks.Ranks(1, said["nnodes"], said["node"], "localhost", said["port"])
+if "refuses" in said:
+    launch.tell_other_nodes(here, said["refuses"], said["meeting_s"])
+    sys.exit(2)
+sys.exit(launch.launch("x", here, [], restarts=launch.Restarts(said["most"]), meeting_s=said["meeting_s"]))
+"""
+
+
+class Cluster:
+    """Launchers of nodes with a rank each."""
+
+    def __init__(self, folder: Path, what: str, *, nnodes: int = 2, most: int = 0, meeting_s: float = 60):
+        self.folder = folder
+        (folder / "stand_in.py").write_text(STAND_IN)
+        (folder / "what").write_text(what)
+        with socket.socket() as free:
+            free.bind(("", 0))
+            port = free.getsockname()[1]
+        self.said = {"nnodes": nnodes, "port": port, "most": most, "meeting_s": meeting_s}
+        self.started: list[subprocess.Popen] = []
+
+    def start(self, node: int, **other) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCH, json.dumps(self.said | {"node": node} | other)],
+            env=os.environ | {"PYTHONPATH": f"{self.folder}:{ROOT}", "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.started.append(process)
+        return process
+
+    def starts(self, rank: int) -> list[str]:
+        notes = self.folder / f"rank{rank}.jsonl"
+        return [json.loads(line) for line in notes.read_text().splitlines()] if notes.exists() else []
+
+    def wait_for_start(self, rank: int, number: int) -> None:
+        deadline = time.monotonic() + 90
+        while len(self.starts(rank)) < number:
+            assert time.monotonic() < deadline, [process.poll() for process in self.started]
+            time.sleep(0.05)
+
+
+def end(process: subprocess.Popen) -> tuple[int, str]:
+    out, err = process.communicate(timeout=90)
+    assert "Traceback" not in out + err
+    return process.returncode, err
+
+
+@pytest.mark.slow
+def test_who_is_missing_is_named_within_the_time(tmp_path):
+    cluster = Cluster(tmp_path, "", nnodes=3, meeting_s=8)
+    first, second = cluster.start(0), cluster.start(1)
+    for process in (first, second):
+        code, err = end(process)
+        assert code == 1
+        said = (
+            r"x: error: node 2 of 3 did not come within 8 s; here: 0 \(\S+\), 1 \(\S+\)\. Start it there with the same"
+        )
+        assert re.search(said, err), err
+    alone = cluster.start(1, meeting_s=2)
+    code, err = end(alone)
+    assert code == 1
+    port = cluster.said["port"]
+    assert f"node 0 does not answer at localhost:{port}, --master-addr and --master-port, within 2 s" in err
+    assert not cluster.starts(0)
+
+
+@pytest.mark.slow
+def test_one_that_is_asked_wrongly_ends_all_at_once(tmp_path):
+    what = "ends(2, 'RunConfigError', 'optimizer.lr = 7: too much') if rank else time.sleep(60)"
+    cluster = Cluster(tmp_path, what, most=5)
+    began = time.monotonic()
+    for process in [cluster.start(0), cluster.start(1)]:
+        code, err = end(process)
+        assert (code, "rank 1: optimizer.lr = 7: too much" in err) == (2, True), err
+    assert time.monotonic() - began < 50, "the rank of node 0 was waited for"
+    assert [len(cluster.starts(rank)) for rank in (0, 1)] == [1, 1], "asked wrongly is not asked again"
+
+
+@pytest.mark.slow
+def test_settings_that_one_node_refuses_end_the_others(tmp_path):
+    cluster = Cluster(tmp_path, "")
+    first, second = cluster.start(0), cluster.start(1, refuses="training.dataset_path = 'x': no such directory")
+    code, err = end(first)
+    assert code == 2
+    said = rf"x: error: node 1 \({socket.gethostname()}\): training\.dataset_path = 'x': no such directory\n"
+    assert re.search(said, err.replace("node 1:", f"node 1 ({socket.gethostname()}):")), err
+    assert end(second)[0] == 2
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_has_all_nodes_start_again_at_another_port(tmp_path):
+    what = "if start == 0: os.kill(os.getpid(), 9) if rank else time.sleep(60)"
+    cluster = Cluster(tmp_path, what, most=1)
+    for process in [cluster.start(0), cluster.start(1)]:
+        code, err = end(process)
+        assert code == 0, err
+        assert re.search(r"x: error: node 1 \(\S+\): ", err), err
+        assert "x: starting again in 0.2 s from the beginning, restart 1 of 1" in err
+    assert cluster.starts(0) == cluster.starts(1)
+    assert len(set(cluster.starts(0))) == 2
+
+
+@pytest.mark.slow
+def test_a_lost_node_is_replaced_and_a_living_one_is_not(tmp_path):
+    what = "if start == 0: time.sleep(120)"
+    cluster = Cluster(tmp_path, what, most=1)
+    first, second = cluster.start(0), cluster.start(1)
+    cluster.wait_for_start(1, 1)
+    code, err = end(cluster.start(1))
+    assert code == 1
+    assert re.search(r"--node-rank 1: node 1 \(\S+\) is alive, started by another launcher", err), err
+    assert (first.poll(), second.poll()) == (None, None)
+    second.send_signal(signal.SIGKILL)
+    second.wait()
+    third = cluster.start(1)
+    code, err = end(first)
+    assert code == 0, err
+    assert re.search(r"node 1 (\(\S+\) gives no sign of life for 4 s|was lost: another launcher)", err), err
+    assert end(third)[0] == 0
+    assert [len(cluster.starts(rank)) for rank in (0, 1)] == [2, 2]
+
+
+@pytest.mark.slow
+def test_a_run_that_was_told_to_leave_is_not_started_again(tmp_path):
+    cluster = Cluster(tmp_path, "ends(75, 'PreemptedError', 'told to leave')", most=3)
+    for process in [cluster.start(0), cluster.start(1)]:
+        code, err = end(process)
+        assert (code, "x: told to leave" in err) == (75, True), err
+    assert [len(cluster.starts(rank)) for rank in (0, 1)] == [1, 1]
+
+
+@pytest.mark.slow
+def test_restarts_without_a_checkpoint_end(tmp_path):
+    cluster = Cluster(tmp_path, "os._exit(1)", nnodes=1, most=2)
+    code, err = end(cluster.start(0))
+    assert code == 1
+    assert re.findall(r"x: (starting again in \S+ s|3 failures without.*)", err) == [
+        "starting again in 0.2 s",
+        "starting again in 0.4 s",
+        "3 failures without a new checkpoint: not started again",
+    ]
+    assert len(cluster.starts(0)) == 3
+
+
+def test_a_new_checkpoint_begins_the_count_anew_and_waits_are_bounded(tmp_path):
+    judge = launch._Judge(Restarts(2, tmp_path))
+    dead = Outcome(137, "died")
+    assert [judge(dead).again_after_s for _ in range(3)] == [5, 10, None]
+    judge = launch._Judge(Restarts(100, tmp_path))
+    waits = [judge(dead).again_after_s for _ in range(9)]
+    assert waits == [5, 10, 20, 40, 80, 160, 300, 300, 300]
+    (tmp_path / "step-7").mkdir()
+    (tmp_path / "step-7/.metadata").touch()
+    assert judge(dead).said == "starting again in 5 s from step 7, restart 1 of 100"
+    for code in (0, 2, 3, 75):
+        assert judge(Outcome(code)).again_after_s is None
+    judge.was_told = True
+    assert judge(dead).again_after_s is None
+
+
+def test_how_a_job_ended():
+    done, refused, left, dead = Outcome(0), Outcome(2, "wrong"), Outcome(75, "left"), Outcome(137, "died")
+    assert joint({0: done, 1: done}, None) == done
+    assert joint({0: done, 1: left}, None) == left
+    assert joint({0: dead, 1: left}, (0, dead)) == left
+    assert joint({0: dead, 1: refused}, (0, dead)) == refused
+    assert joint({0: Outcome(1, "its peer is gone")}, (1, dead)) == dead
+    assert joint({0: dead, 1: done}, None) == dead
