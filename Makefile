@@ -2,13 +2,14 @@
 # make demo    from raw text to a trained BLT       make check   format, lint, types, import contracts
 # make check-cuda  one step on CUDA without a GPU: shipped configurations against bounds on memory (TORCH=2.13.0)
 # make test-full   every layout too, about an hour      make test-oldest   interop with the oldest transformers
-.PHONY: help setup setup-dev demo test test-full test-oldest check check-cuda format
+# make soak    an hour of kills, stops and signals      make format
+.PHONY: help setup setup-dev demo test test-full soak test-oldest check check-cuda format
 
 VENV_PYTHON := .venv/bin/python
 OLDEST := from blt_titan.hf.model_card import OLDEST_TRANSFORMERS; print(OLDEST_TRANSFORMERS)
 
 help:
-	@sed -n '1,4s/^# //p' Makefile
+	@sed -n '1,5s/^# //p' Makefile
 
 setup: .venv/.installed-demo
 setup-dev: .venv/.installed-dev
@@ -27,7 +28,10 @@ test: setup-dev
 	$(PYTEST) -m "not full"
 
 test-full: setup-dev
-	$(PYTEST)
+	$(PYTEST) -m "not soak"
+
+soak: setup-dev
+	$(VENV_PYTHON) -m pytest -s -m soak tests/integration/test_soak.py
 
 # Beside the newest, which is in .venv, and before it on the path.
 .venv/.installed-oldest: .venv/.installed-dev blt_titan/hf/model_card.py
