@@ -181,6 +181,35 @@ class Export:
 
 
 @dataclass
+class Monitor:
+    """What a run looks at by itself at each logged line, and whom it tells. A warning never stops it."""
+
+    slow_rank: float = 1.3
+    """
+    Warn of a rank whose forward takes so many times as long as that of the ranks that do the same, others not waited
+    for; 0: never.
+    """
+    data_wait: float = 0.2
+    """Warn where a rank waits for its rows for more than this share of the time; 0: never."""
+    throughput_drop: float = 0.7
+    """Warn where bytes per second stay below this share of their running median; 0: never."""
+    gradient_spike: float = 5.0
+    """Warn of a gradient norm of so many times the running median; 0: never."""
+    saving: float = 0.1
+    """Warn where saving has taken more than this share of the time since the start; 0: never."""
+    predicted_memory_gib: float | None = None
+    """GiB of tensors at a GPU's peak, as `blt-titan plan` predicts them; warn where they are over by 10 %."""
+    repeat_s: int = 600
+    """Seconds before the same warning is said again."""
+    webhook: str | None = None
+    """URL that is sent each warning and the end of the run, as JSON by POST."""
+    prometheus_textfile: str | None = None
+    """File that holds the newest figures for the textfile collector of Prometheus' node exporter, as in run.prom."""
+    prometheus_port: int | None = None
+    """Port of rank 0's host where Prometheus can ask for the newest figures."""
+
+
+@dataclass
 class Parallelism:
     """Defaults that differ from torchtitan's."""
 
@@ -212,5 +241,6 @@ class JobConfig:
     entropy_model: EntropyModelSettings = field(default_factory=EntropyModelSettings)
     local_blocks: LocalBlocks = field(default_factory=LocalBlocks)
     export: Export = field(default_factory=Export)
+    monitor: Monitor = field(default_factory=Monitor)
     parallelism: Parallelism = field(default_factory=Parallelism)
     compile: Compile = field(default_factory=Compile)

@@ -14,6 +14,7 @@ from blt_titan.config.check import RunConfigError, check_run, load_run_config
 from blt_titan.config.resume import RunStateError
 from blt_titan.data.prepare.worker_pool import die_with_parent
 from blt_titan.data.store.errors import DataError
+from blt_titan.monitor.record import RunRecord
 from blt_titan.patching.registry import RuleError
 from blt_titan.titan import init_logger, logger
 from blt_titan.training.exit_codes import CAME_OUT_WRONG, LEFT, REFUSED
@@ -42,6 +43,7 @@ def main() -> None:
 
 def _train(preemption: Preemption) -> None:
     trainer: BLTTrainer | None = None
+    record = RunRecord()
     try:
         if missing := [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name not in os.environ]:
             raise RunConfigError(f"{', '.join(missing)} not set: start it with blt-titan train, or under torchrun")
@@ -53,11 +55,12 @@ def _train(preemption: Preemption) -> None:
             verify_data=is_first_of_node,
             look_at_disk=is_first_of_node,
         )
-        trainer = BLTTrainer(config)
+        trainer = BLTTrainer(config, record)
         trainer.preemption = preemption
         if config.checkpoint.create_seed_checkpoint:
             trainer.checkpointer.save(curr_step=0, last_step=True)
             logger.info("Wrote the seed checkpoint")
+            record.end("done", 0, "wrote the seed checkpoint")
         else:
             trainer.train()
     except (
@@ -70,12 +73,15 @@ def _train(preemption: Preemption) -> None:
             logger.error(" ".join(sentence.splitlines()))
         # torchrun prints it as the cause also where this rank's own output is filtered out, its last line alone.
         get_error_handler().record_exception(RunConfigError("; ".join(said)) if len(said) > 1 else error)
+        code = CAME_OUT_WRONG if isinstance(error, WRONG_WORK) else REFUSED
+        record.end("failed" if code != REFUSED or record.has_trained else "refused", code, "; ".join(said))
         sys.stdout.flush()
         # Other ranks may wait for this one in a collective; torchrun ends them.
-        os._exit(CAME_OUT_WRONG if isinstance(error, WRONG_WORK) else REFUSED)
+        os._exit(code)
     except PreemptedError as error:
         if os.environ["RANK"] == "0":
             logger.info(str(error))
+            record.end("preempted", LEFT, str(error))
         get_error_handler().record_exception(error)
         assert trainer is not None
         trainer.close()  # curves are written to their end
@@ -83,6 +89,9 @@ def _train(preemption: Preemption) -> None:
         dist.barrier()
         sys.stdout.flush()
         os._exit(LEFT)
+    except BaseException as error:  # a fault of the program, or of another rank's
+        record.end("failed", 1, f"{type(error).__name__}: {str(error)[:1000]}")
+        raise
     finally:
         if trainer is not None:
             trainer.close()

@@ -20,6 +20,7 @@ VERBS = {
     "calibrate": ("calibrate", "the threshold for a wanted patch size"),
     "view": ("view", "a page that shows where patches begin"),
     "train": ("train", "train a model, on one process or many"),
+    "status": ("status", "how a run stands, live or dead, and why it ended"),
     "config": ("config", "print the settings of a run, or check them"),
     "export": ("export", "a checkpoint to a Hugging Face directory"),
     "import": ("import_", "a Hugging Face directory to a checkpoint"),

@@ -4,7 +4,15 @@ The class that is instantiated is made by `config.read`, which has torchtitan me
 that need the whole run are annotated with. Functions that need one section take that section.
 """
 
-from blt_titan.job_config import Data, EntropyModelSettings, Export, HashEmbeddingSettings, LocalBlocks, Patching
+from blt_titan.job_config import (
+    Data,
+    EntropyModelSettings,
+    Export,
+    HashEmbeddingSettings,
+    LocalBlocks,
+    Monitor,
+    Patching,
+)
 from blt_titan.job_config import Model as OurModel
 from blt_titan.titan import JobConfig, Model
 
@@ -23,3 +31,4 @@ class RunConfig(JobConfig):
     entropy_model: EntropyModelSettings
     local_blocks: LocalBlocks
     export: Export
+    monitor: Monitor

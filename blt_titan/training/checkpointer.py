@@ -7,6 +7,7 @@
 """
 
 import pickle
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,9 +32,11 @@ class RunCheckpoints(CheckpointManager):
 
     Attributes:
         on_loaded: called after `load`, whether there was a checkpoint or not.
+        waited_s: how long training has waited for saves since somebody set it to 0.
     """
 
     on_loaded: Callable[[], None] | None = None
+    waited_s: float = 0.0
 
     def load(self, step: int = -1) -> bool:
         """Load step `step`, or the newest sound one; tell whether there was one.
@@ -55,10 +58,25 @@ class RunCheckpoints(CheckpointManager):
         Raises:
             CheckpointError: it could not be written, this one or the one before it.
         """
-        try:
-            super().save(curr_step, last_step)
-        except _SAVE_ERRORS as error:
-            raise self._not_written(curr_step, error) from error
+        if not self._should_save(curr_step, last_step):
+            return
+        with self._waited():
+            try:
+                super().save(curr_step, last_step)
+            except _SAVE_ERRORS as error:
+                raise self._not_written(curr_step, error) from error
+
+    def maybe_wait_for_staging(self) -> None:
+        """Wait until what is saved has left the device, before a step changes it."""
+        if self.enable_staging and self.staging:
+            with self._waited():
+                super().maybe_wait_for_staging()
+
+    @contextmanager
+    def _waited(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.waited_s += time.perf_counter() - began
 
     def _not_written(self, step: int, error: BaseException) -> CheckpointError:
         cause = error

@@ -5,11 +5,13 @@ unless their name says otherwise; `loss_nats` and `bits_per_byte` are of the ste
 since the last line.
 """
 
+import copy
 import json
 import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,10 @@ from blt_titan.batch import Batch
 from blt_titan.data.rows.mixture import dataset_names
 from blt_titan.data.store.atomic_file import write_atomically
 from blt_titan.loss import count_targets
+from blt_titan.monitor.monitor import RunMonitor
+from blt_titan.monitor.watch import Line, RankFigures
 from blt_titan.titan import MetricsProcessor, ParallelDims, get_peak_flops, logger
+from blt_titan.training.tensorboard import Curves
 
 COUNTS = ("byte_targets", "eos_targets", "bytes", "byte_slots", "patches", "patch_slots", "quarantined")
 """What is counted of each batch, in this order. `bytes` are all real positions, BOS and EOS too; `quarantined` are the
@@ -113,13 +118,14 @@ class BLTMetrics(MetricsProcessor):
     """torchtitan's metrics processor with our figures; every rank has one, one of them writes."""
 
     def __init__(self, job_config: Any, parallel_dims: ParallelDims, model_args: Any):
-        try:
-            super().__init__(job_config, parallel_dims)
-        except OSError as error:
-            logger.warning(f"TensorBoard's files cannot be made ({error}); the run goes on without")
-            job_config.metrics.enable_tensorboard = False
-            super().__init__(job_config, parallel_dims)
-        self._tensorboard_failed = False
+        # torchtitan would begin another folder at each start, named by the minute.
+        without = copy.copy(job_config)
+        without.metrics = replace(job_config.metrics, enable_tensorboard=False)
+        super().__init__(without, parallel_dims)
+        self.job_config = job_config
+        self._curves, self._curves_failed = _curves(job_config), False
+        self.monitor: RunMonitor | None = None
+        """Looks at the lines; on rank 0, once the ranks have met."""
         self.model_args = model_args
         self.world_size = parallel_dims.world_size
         self.n_slices = parallel_dims.cp * parallel_dims.tp
@@ -138,6 +144,12 @@ class BLTMetrics(MetricsProcessor):
         """Continue after `step`, which a checkpoint holds."""
         if self.json_lines is not None:
             self.json_lines.resume_at(step)
+        if self._curves is not None:
+            self._curves.resume_at(step)
+
+    def rank_figures(self, forward_s: float) -> RankFigures:
+        """Return what this rank measured since the last line; `forward_s` is that of the step just made."""
+        return RankFigures(forward_s, sum(self.data_loading_times), _tensors_gib())
 
     def count(self, batch: Batch, waited_s: float, *, quarantined: int = 0) -> None:
         """Count a batch that arrived, the time that training waited for it, and what was passed over before it."""
@@ -160,6 +172,8 @@ class BLTMetrics(MetricsProcessor):
         counts: list[float],
         bytes_seen: int,
         dataset_ids: Sequence[float] = (),
+        ranks: Sequence[RankFigures] = (),
+        saving_s: float = 0.0,
     ) -> None:
         """Write the figures of a step and of the steps since the last line.
 
@@ -172,6 +186,8 @@ class BLTMetrics(MetricsProcessor):
             counts: COUNTS since the last line, summed over ranks.
             bytes_seen: targets since the run began, EOS included, summed over ranks.
             dataset_ids: ids of each data set of the mixture since the run began, summed over ranks.
+            ranks: what each rank measured since the last line.
+            saving_s: what training has waited for a checkpoint since the last line.
         """
         now = time.perf_counter()
         seconds = now - self.time_last_log
@@ -207,6 +223,9 @@ class BLTMetrics(MetricsProcessor):
             metrics["mfu"] = flops * per_device / self.peak_flops
         if (memory_gib := self.device_memory_monitor.get_peak_stats().max_reserved_gib) > 0:
             metrics["memory_gib"] = memory_gib
+        if self.monitor is not None:
+            line = Line(step, seconds, saving_s, count["byte_targets"], grad_norm, ranks)
+            metrics |= self.monitor.look(line)
         self._write(step, metrics)
         logger.info(
             f"step {step:>6}  loss {loss_nats:.5f} nats  {bits_per_byte:.4f} bits/byte  "
@@ -234,23 +253,45 @@ class BLTMetrics(MetricsProcessor):
         self.device_memory_monitor.reset_peak_stats()
 
     def close(self) -> None:
-        """Close what torchtitan writes to."""
+        """Close what is written to."""
+        if self.monitor is not None:
+            self.monitor.close()
         try:
             super().close()
+            if self._curves is not None:
+                self._curves.close()
         except OSError as error:  # of what could not be written before
             logger.warning(f"TensorBoard's file is not whole ({error.strerror})")
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
         try:
             self.logger.log(metrics, step)
+            if self._curves is not None:
+                self._curves.log(metrics, step)
         except OSError as error:
-            if not self._tensorboard_failed:
-                logger.warning(f"TensorBoard's file cannot be written ({error.strerror}); the run goes on without")
-            self._tensorboard_failed = True
+            if not self._curves_failed:
+                logger.warning(f"TensorBoard's files cannot be written ({error}); the run goes on without")
+            self._curves_failed = True
         if self.json_lines is not None:
             # JSON has no NaN; a figure that does not exist is null.
             finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
             self.json_lines.write({"step": step, **finite})
+        if self.monitor is not None:
+            self.monitor.publish(step, metrics)
+
+
+def _curves(job_config: Any) -> Curves | None:
+    """Return what writes TensorBoard's files of this rank, if it shall."""
+    rank, settings = torch.distributed.get_rank(), job_config.metrics
+    if not settings.enable_tensorboard or (rank != 0 and not settings.save_for_all_ranks):
+        return None
+    folder = Path(job_config.job.dump_folder) / settings.save_tb_folder
+    return Curves(folder / f"rank_{rank}" if settings.save_for_all_ranks else folder)
+
+
+def _tensors_gib() -> float:
+    """Return GiB of tensors at the peak since the last line: what a dry run predicts, not what the allocator holds."""
+    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
 
 
 def _is_known(device_name: str) -> bool:

@@ -23,9 +23,9 @@ from blt_titan.config.effective import effective_settings
 from blt_titan.config.read import CONFIG_FILE_KEY
 from blt_titan.config.run_config import RunConfig
 from blt_titan.data.store.atomic_file import write_atomically
+from blt_titan.monitor.record import LOCK_NAME
 
 CONFIG_NAME = "config.toml"
-LOCK_NAME = "run.lock"
 
 
 class RunFolderError(ValueError):

@@ -25,6 +25,7 @@ from blt_titan.data.rows.documents import few_documents
 from blt_titan.data.rows.loader import RowLoader
 from blt_titan.data.rows.patcher import EntropyPatcher
 from blt_titan.loss import ByteCrossEntropy, StepSums, bits_per_byte, count_targets
+from blt_titan.monitor.record import RunRecord
 from blt_titan.scoring.online import OnlineEntropies
 from blt_titan.titan import (
     DataloaderExhaustedError,
@@ -34,6 +35,7 @@ from blt_titan.titan import (
     set_pg_timeouts,
     use_checkpoint_manager,
 )
+from blt_titan.training.block_times import BlockTimes
 from blt_titan.training.checkpointer import RunCheckpoints
 from blt_titan.training.failures import LossWatch
 from blt_titan.training.gradients import divide_gradients
@@ -46,6 +48,7 @@ from blt_titan.training.row_ranks import row_ranks
 from blt_titan.training.run_folder import RunLock, record_settings
 from blt_titan.training.same_everywhere import check_same_data, check_same_settings
 from blt_titan.training.scheduled_exports import ScheduledExports
+from blt_titan.training.watching import begin_record, figures_of_ranks, make_monitor
 from parallelisms.clipping import clip_grad_norm
 from parallelisms.hash_tables import reduce_partial_gradients
 
@@ -53,7 +56,12 @@ use_checkpoint_manager(RunCheckpoints)
 
 
 class BLTTrainer(Trainer):
-    """Trains `blt` and `blt_entropy`. See torchtitan's Trainer for the attributes."""
+    """Trains `blt` and `blt_entropy`. See torchtitan's Trainer for the attributes.
+
+    Args:
+        job_config: the run's settings.
+        record: of how the run goes and ends, where somebody else writes its end if this raises.
+    """
 
     job_config: RunConfig
     metrics_processor: BLTMetrics
@@ -61,13 +69,16 @@ class BLTTrainer(Trainer):
     dataloader: RowLoader  # pyright: ignore[reportIncompatibleVariableOverride]
     checkpointer: RunCheckpoints
 
-    def __init__(self, job_config: RunConfig):
+    def __init__(self, job_config: RunConfig, record: RunRecord | None = None):
         drop_misleading_lines()
+        self.record = record or RunRecord()
+        self._checkpoints = Path(job_config.job.dump_folder) / job_config.checkpoint.folder
         self._run_lock: RunLock | None = None
         self._saved_settings: dict[str, Any] = {}
         if os.environ.get("RANK", "0") == "0":
             self._run_lock = RunLock(job_config.job.dump_folder)
             record_settings(job_config)
+            begin_record(self.record, job_config)
         with warnings.catch_warnings():
             # torchtitan makes an autocast to fp32 on the CPU, which torch turns off with a warning; see below.
             warnings.filterwarnings("ignore", message="In CPU autocast")
@@ -92,7 +103,8 @@ class BLTTrainer(Trainer):
         """Asked after each step whether to leave; it hears of nothing until the entry point has it listen."""
         self._first_step = 1
         self.checkpointer.on_loaded = self._begin_after_load
-        self._checkpoints = Path(job_config.job.dump_folder) / job_config.checkpoint.folder
+        self._block_times = BlockTimes(self.model_parts, self.device)
+        self.metrics_processor.monitor = make_monitor(job_config, self.parallel_dims, self.record)
         self._exports: ScheduledExports | None = None
         if job_config.export.hf_every:
             self._exports = ScheduledExports(
@@ -113,6 +125,9 @@ class BLTTrainer(Trainer):
             RunConfigError: they were given different settings.
         """
         dims = super().init_distributed()
+        if dist.get_rank() != 0:
+            # Rank 0 has the folder by now, so it is no other run's.
+            begin_record(self.record, self.job_config)
         check_same_settings(self.job_config)
         return dims
 
@@ -138,6 +153,9 @@ class BLTTrainer(Trainer):
 
     def train_step(self, data_iterator: Iterator[Batch]) -> None:
         """Make one step: accumulate, clip, update, and log where it is due."""
+        # The last step too: what is wrong with it must not pass for a completed run.
+        log_due = self.metrics_processor.should_log(self.step) or self.step == self.job_config.training.steps
+        self._block_times.on = log_due
         self.optimizers.zero_grad()
         lr = float(self.lr_schedulers.schedulers[0].get_last_lr()[0])
         targets = torch.zeros(2, dtype=torch.int64)  # and those that are EOS: this rank's, counted as batches come
@@ -174,8 +192,8 @@ class BLTTrainer(Trainer):
         self.optimizers.step()
         self.lr_schedulers.step()
 
-        # The last step too: what is wrong with it must not pass for a completed run.
-        log_due = self.metrics_processor.should_log(self.step) or self.step == self.job_config.training.steps
+        self._block_times.on = False
+        self.record.made(self.step)
         if log_due:
             self._log(loss, sums, grad_norm, lr, global_targets)
         if log_due or self._save_due():
@@ -224,6 +242,10 @@ class BLTTrainer(Trainer):
         super().train()
         if self._exports is not None:
             self._exports.finish()
+        if dist.get_rank() == 0:
+            steps = self.job_config.training.steps
+            ran_out = f"; its data ended before step {steps}" if self.step < steps else ""
+            self.record.end("done", 0, f"the run is complete{ran_out}")
 
     def close(self) -> None:
         """End what still runs beside the training."""
@@ -260,6 +282,7 @@ class BLTTrainer(Trainer):
         for sentence in changed_settings(self._saved_settings, self.job_config):
             logger.info(sentence)
         self.metrics_processor.resume_at(self.step)
+        self.record.loaded(self.step)
         if dist.get_rank() == 0 and not self.job_config.checkpoint.load_only:
             set_later_aside(self._checkpoints, self.step)  # room for the steps that will be made again
         dist.barrier()
@@ -296,7 +319,10 @@ class BLTTrainer(Trainer):
             counts=rest[: len(COUNTS)],
             bytes_seen=int(self._targets_seen),
             dataset_ids=rest[len(COUNTS) :],
+            ranks=figures_of_ranks(self.metrics_processor.rank_figures(self._block_times.take()), self.device),
+            saving_s=self.checkpointer.waited_s,
         )
+        self.checkpointer.waited_s = 0.0
 
     def _sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
         if not self._counts:

@@ -185,7 +185,7 @@ def operate(out: str, overrides: list[str]) -> dict:
     (folder / "full/tb").write_text("in the way")
     found["full"] = refusal(train, f"{out}/full", *overrides, "--checkpoint.interval=2", "--metrics.enable_tensorboard")
     found["warned"] = [line for line in said.lines if "metrics cannot be written" in line]
-    found["warned of TensorBoard"] = [line for line in said.lines if "TensorBoard's files cannot be made" in line]
+    found["warned of TensorBoard"] = [line for line in said.lines if "TensorBoard's files cannot be written" in line]
 
     # Weights alone, and ranks that do not divide the rows that were served.
     train(f"{out}/weights", *overrides, "--checkpoint.last_save_model_only")

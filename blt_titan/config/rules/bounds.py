@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 from blt_titan.data.store.names import is_plain
 from blt_titan.patching.rule import built_in_names, is_registered
@@ -97,7 +98,7 @@ def _is_inside(value: str) -> bool:
     return inside and path.parts[0] not in _RESERVED
 
 
-_RESERVED = ("config.toml", "run.lock", "metrics.jsonl", "quarantined.jsonl", "hf")
+_RESERVED = ("config.toml", "run.lock", "metrics.jsonl", "quarantined.jsonl", "status.json", "ended.json", "hf")
 FOLDER = Rule(_is_inside, f"a path inside job.dump_folder, without '..', and not {', '.join(_RESERVED)}")
 FILE = Rule(lambda v: v is None or _is_inside(v), FOLDER.allowed)
 PLAIN_NAME = Rule(is_plain, "a plain name: letters, digits, '.', '_' and '-', first a letter or a digit")
@@ -105,7 +106,27 @@ PATCH_RULE = Rule(
     is_registered,
     f"one of {', '.join(map(repr, built_in_names()))}, or a rule that the module experimental.custom_import registers",
 )
+TIMES = Rule(lambda v: v == 0 or 1 < v < math.inf, "0, or a finite number above 1")
 PATH = Rule(lambda v: v is None or _is_path(v), "a path: not empty, and of names that a file system takes")
+
+
+PROM_FILE = Rule(
+    lambda v: v is None or (_is_path(v) and len(PurePosixPath(v).name) > len(".prom") and v.endswith(".prom")),
+    "a path that ends in .prom, as node exporter reads no others",
+)
+
+
+def _is_url(value: str) -> bool:
+    if not value.isascii() or not value.isprintable() or " " in value:
+        return False
+    try:
+        parts = urlsplit(value)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none
+        return False
+
+
+URL = Rule(lambda v: v is None or _is_url(v), "a URL that begins with http:// or https://")
 
 
 def _is_ac_option(value: str) -> bool:

@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Iterator
 
 from blt_titan.config.rules.target import Target
-from blt_titan.job_config import Export
+from blt_titan.job_config import Export, Monitor
 from blt_titan.titan import Checkpoint, DataLoader, LRScheduler, Metrics, Model, Profiling, Training
 
 
@@ -53,6 +53,14 @@ def on_a_cpu(checkpoint: Checkpoint, profiling: Profiling, training: Training, t
         yield _not_on_a_cpu("profiling.enable_memory_snapshot = true", "it records an accelerator's memory")
     if training.enable_cpu_offload:
         yield _not_on_a_cpu("training.enable_cpu_offload = true", "parameters are on the CPU already")
+
+
+def predicted_memory(monitor: Monitor, target: Target) -> Iterator[str]:
+    """A prediction of memory is compared with what an accelerator measures."""
+    if monitor.predicted_memory_gib is not None and target.device_type == "cpu":
+        yield _not_on_a_cpu(
+            f"monitor.predicted_memory_gib = {monitor.predicted_memory_gib:g}", "nothing measures its tensors there"
+        )
 
 
 def _not_on_a_cpu(setting: str, why: str) -> str:

@@ -61,6 +61,7 @@ def _rules(config: RunConfig, world_size: int, target: Target) -> tuple[Iterator
         operation.schedule(config.lr_scheduler, training),
         operation.profiling_cycle(config.profiling),
         operation.on_a_cpu(checkpoint, config.profiling, training, target),
+        operation.predicted_memory(config.monitor, target),
         operation.page_locked(training.dataloader, target),
         operation.packages(config.metrics),
         operation.exports(config.export, model, checkpoint),
