@@ -116,6 +116,11 @@ class Checkpoint:
 
     last_save_model_only: bool = False
     """True leaves only weights in the last checkpoint, so that a finished run cannot be continued."""
+    load_step: int = -1
+    """
+    Go back to this step of the run, and set later ones aside; -1 goes on from the newest. Done once: a command that is
+    started again with it goes on from the newest. To go back again, remove load_step.json in the folder of checkpoints.
+    """
 
 
 @dataclass
@@ -210,6 +215,47 @@ class Monitor:
 
 
 @dataclass
+class Failure:
+    """What a run does when a step went wrong, the same on all its ranks."""
+
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """
+    What is done about a step whose loss or gradient norm is NaN or infinite. 'stop' ends the run before it saves
+    anything. 'skip' leaves weights and optimizer as they were, bit for bit, and the rows of the step out of bytes_seen;
+    the learning rate goes on by steps. Such a step is named in the log and in <dump_folder>/skipped.jsonl, with its
+    rows, and counted in metrics and checkpoint. The host does not wait for the device to know, except once in each step
+    where optimizer.implementation is not 'fused' or training.enable_cpu_offload is true.
+    """
+    max_skipped: int = 10
+    """The run stops when more of the last `skip_window` steps than these were skipped."""
+    skip_window: int = 1000
+    """Steps that `max_skipped` is about; above it."""
+    on_spike: Literal["off", "warn", "rollback"] = "off"
+    """
+    What is done about a spike of the loss. 'warn' says so in the log, once for each spike, and counts them in metrics.
+    'rollback' goes back to the newest checkpoint that is at least `rollback_steps` older than the spike, and on with
+    the rows after it: those between are not read again. They are named in <dump_folder>/skipped.jsonl; the steps are
+    made again, and what was saved or logged of them is set aside.
+    """
+    spike_sigmas: float = 6.0
+    """
+    A step's loss x is a spike above b = mean + spike_sigmas * sqrt(variance) of the steps before it. Then, with n the
+    steps so far, a = 1 / min(n, spike_window) and d = min(x, b) - mean: mean grows by a * d, and variance becomes
+    (1 - a) * (variance + a * d**2). So one spike hardly changes what the next is judged by, and a loss that stays
+    higher is taken as usual in the end. A spike ends with the first step below b. Skipped steps do not count.
+    """
+    spike_window: int = 200
+    """Steps over which mean and variance of the loss reach; the first so many of a run are not judged."""
+    rollback_steps: int = 100
+    """
+    Steps before a spike that a checkpoint must be old to be gone back to. Where there is none, the run says so and goes
+    on.
+    """
+    max_rollbacks: int = 5
+    """The run stops at the spike after so many rollbacks, counted from its beginning."""
+
+
+@dataclass
 class Parallelism:
     """Defaults that differ from torchtitan's."""
 
@@ -242,5 +288,6 @@ class JobConfig:
     local_blocks: LocalBlocks = field(default_factory=LocalBlocks)
     export: Export = field(default_factory=Export)
     monitor: Monitor = field(default_factory=Monitor)
+    failure: Failure = field(default_factory=Failure)
     parallelism: Parallelism = field(default_factory=Parallelism)
     compile: Compile = field(default_factory=Compile)

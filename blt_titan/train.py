@@ -19,13 +19,13 @@ from blt_titan.patching.registry import RuleError
 from blt_titan.titan import init_logger, logger
 from blt_titan.training.exit_codes import CAME_OUT_WRONG, LEFT, REFUSED
 from blt_titan.training.exports import ExportFailedError
-from blt_titan.training.failures import NonFiniteLossError
+from blt_titan.training.failures import LossSpikeError, NonFiniteLossError
 from blt_titan.training.preemption import PreemptedError, Preemption
 from blt_titan.training.row_ranks import RowsDifferError
 from blt_titan.training.run_folder import RunFolderError
 from blt_titan.training.trainer import BLTTrainer
 
-WRONG_WORK = (NonFiniteLossError, RowsDifferError, ExportFailedError)
+WRONG_WORK = (NonFiniteLossError, LossSpikeError, RowsDifferError, ExportFailedError)
 """What ends a run that was asked for rightly, and would end it again; `commands/ranks.py` says their sentences."""
 
 

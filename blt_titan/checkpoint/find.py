@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from blt_titan.checkpoint.read import CheckpointError, damage
-from blt_titan.checkpoint.steps import complete_steps, is_complete, is_model_directory
+from blt_titan.checkpoint.steps import complete_steps, is_complete, is_model_directory, step_folder
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,15 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> Path:
         logger.warning(f"{path} is passed over: {found}")
         wrong = wrong or found
     raise CheckpointError(f"{folder}: none of its checkpoints is sound; the last: {wrong}")
+
+
+def latest_before(folder: str | os.PathLike[str], step: int) -> int | None:
+    """Return the last step up to `step` whose checkpoint is complete and sound; None if there is none.
+
+    The seed checkpoint of step 0 is not looked at: it holds weights alone.
+    """
+    steps = [found for found in complete_steps(folder) if 0 < found <= step]
+    return next((found for found in reversed(steps) if damage(step_folder(folder, found)) is None), None)
 
 
 def holds_checkpoint(path: str | os.PathLike[str]) -> bool:

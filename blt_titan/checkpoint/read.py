@@ -56,6 +56,8 @@ _METADATA_CLASSES: dict[tuple[str, str], Any] = {
 }
 _ENTRY_BEGINS, _ENTRY_ENDS, _END_BYTES = b"PK\x03\x04", b"PK\x05\x06", 22
 """Bytes of each entry of a file, an archive of `torch.save`."""
+_NEWER_ENTRIES = ("train_state.failure",)
+"""What checkpoints of earlier versions lack, and a run begins anew."""
 _MOST_LOOKS = 10_000
 """Entries that are looked at to find damage: opening thousands of files takes long enough."""
 
@@ -146,6 +148,13 @@ class SafeReader(FileSystemReader):
 
 class SafeLoadPlanner(DefaultLoadPlanner):
     """Loads what is no tensor as plain data: numbers, texts, lists, dictionaries, arrays of numbers."""
+
+    def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
+        """Begin; what the checkpoint is too old to have stays as it is."""
+        super().set_up_planner(state_dict, metadata, is_coordinator)
+        for name in _NEWER_ENTRIES:
+            if metadata is not None and name not in metadata.state_dict_metadata:
+                self.state_dict.pop(name, None)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """Set one entry of the state.

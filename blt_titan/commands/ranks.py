@@ -28,7 +28,7 @@ from blt_titan.training.preemption import SIGNALS
 
 RANK_MODULE = "blt_titan.train"
 DEFAULT_PORT = 29500
-WRONG_WORK = ("NonFiniteLossError", "RowsDifferError", "ExportFailedError")
+WRONG_WORK = ("NonFiniteLossError", "LossSpikeError", "RowsDifferError", "ExportFailedError")
 """Errors of `blt_titan.train.WRONG_WORK` by name."""
 _TALKATIVE = ("agent.server.api", "multiprocessing.api")
 """Modules of torchrun's that log each process that they end, and each that failed, which is said in the end."""

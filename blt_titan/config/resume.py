@@ -4,6 +4,7 @@ In: the settings. Out: the checkpoint that will be loaded, and for each thing th
 that names the key, what the checkpoint has and what the run says.
 """
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -15,18 +16,22 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorSt
 
 from blt_titan.checkpoint.description import MODEL_KEY, Description
 from blt_titan.checkpoint.find import latest_checkpoint
-from blt_titan.checkpoint.json_fields import FieldError, parse_object
+from blt_titan.checkpoint.json_fields import FieldError, parse_object, read_object
 from blt_titan.checkpoint.load import describe_model, fill_state
 from blt_titan.checkpoint.read import CheckpointError, SafeReader, damage
-from blt_titan.checkpoint.steps import is_complete, step_folder, step_folders, step_of
+from blt_titan.checkpoint.rollback import read_rollback
+from blt_titan.checkpoint.steps import complete_steps, is_complete, step_folder, step_folders, step_of
 from blt_titan.config.read import RunConfigError, settings_of
 from blt_titan.config.rules.bounds import shown
 from blt_titan.config.rules.keys import KEYS
 from blt_titan.config.run_config import RunConfig
 from blt_titan.data.rows.continuation import IDENTITY_KEY, ROWS_KEY
+from blt_titan.data.store.atomic_file import write_atomically
 
 _KEYS_OF_ARGS = {"name": "model.name", "reset_at_newline": "entropy_model.reset_at_newline"}
 """What of a model is a setting of its own; the rest belongs to `model.flavor`."""
+LOAD_STEP_NAME = "load_step.json"
+"""In the folder of a run's checkpoints: the `checkpoint.load_step` that it went back to last."""
 _RECORDED = (
     *(f"optimizer.{name}" for name in KEYS["optimizer"]),
     *(f"lr_scheduler.{name}" for name in KEYS["lr_scheduler"]),
@@ -65,15 +70,13 @@ def checkpoint_to_load(config: RunConfig) -> Path | None:
     settings, folder = config.checkpoint, run_checkpoints(config)
     if not settings.enable:
         return None
-    if settings.load_step >= 0:
-        path, saved = step_folder(folder, settings.load_step), step_folders(folder)
+    if (step := step_to_load(config)) >= 0:
+        path, saved = step_folder(folder, step), step_folders(folder)
         steps = ", ".join(map(str, saved)) or "none"
-        if settings.load_step not in saved:
-            raise RunConfigError(
-                f"checkpoint.load_step = {settings.load_step}: {folder} has no such step; it has {steps}"
-            )
+        if step not in saved:
+            raise RunConfigError(f"checkpoint.load_step = {step}: {folder} has no such step; it has {steps}")
         if fault := damage(path):
-            raise RunConfigError(f"checkpoint.load_step = {settings.load_step}: {fault}; the steps there are {steps}")
+            raise RunConfigError(f"checkpoint.load_step = {step}: {fault}; the steps there are {steps}")
         return path
     newest = newest_sound(folder)
     if newest is not None or settings.initial_load_path is None:
@@ -93,6 +96,40 @@ def checkpoint_to_load(config: RunConfig) -> Path | None:
     if fault := damage(path):
         raise RunConfigError(f"checkpoint.initial_load_path = {begin_from!r}: {fault}")
     return path
+
+
+def step_to_load(config: RunConfig) -> int:
+    """Return the step that a run is to begin from, -1 for the newest.
+
+    It goes back to `checkpoint.load_step` once. A command that is started again with it, as a scheduler does, goes on
+    from where the run is by now; what is there was made from that step.
+    """
+    settings, folder = config.checkpoint, run_checkpoints(config)
+    if settings.load_step < 0 or settings.load_only or not complete_steps(folder):
+        return settings.load_step
+    try:
+        went_back_to = read_object(folder / LOAD_STEP_NAME).get("load_step")
+    except (OSError, FieldError):  # not there, or it says nothing
+        went_back_to = None
+    return -1 if went_back_to == settings.load_step else settings.load_step
+
+
+def record_load_step(config: RunConfig) -> None:
+    """Note that the run has gone back to `checkpoint.load_step`, if it was asked to.
+
+    Raises:
+        CheckpointError: it cannot be noted.
+    """
+    settings, path = config.checkpoint, run_checkpoints(config) / LOAD_STEP_NAME
+    if settings.load_step < 0 or settings.load_only:
+        return
+    try:
+        write_atomically(path, (json.dumps({"load_step": settings.load_step}) + "\n").encode())
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be written ({error.strerror}), so that checkpoint.load_step = {settings.load_step} would "
+            "go back again at the next start; make room there"
+        ) from error
 
 
 def run_checkpoints(config: RunConfig) -> Path:
@@ -160,7 +197,7 @@ def _described(config: RunConfig, args: Any) -> Description:
 
 
 def saved_position(checkpoint: Path) -> tuple[dict[str, Any], int]:
-    """Return what a checkpoint says of the data that its run reads, and how many rows all ranks have read.
+    """Return what a checkpoint says of the data that its run reads, and how many rows all ranks are past.
 
     Raises:
         CheckpointError: it cannot be read, or holds weights alone.
@@ -174,9 +211,11 @@ def saved_position(checkpoint: Path) -> tuple[dict[str, Any], int]:
     state: dict[str, Any] = {IDENTITY_KEY: "", ROWS_KEY: 0}
     fill_state(state, checkpoint)
     try:
-        return parse_object(state[IDENTITY_KEY], f"{checkpoint}: {IDENTITY_KEY}"), int(state[ROWS_KEY])
+        identity, rows_served = parse_object(state[IDENTITY_KEY], f"{checkpoint}: {IDENTITY_KEY}"), int(state[ROWS_KEY])
     except (FieldError, TypeError) as error:
         raise CheckpointError(str(error)) from error
+    rollback = read_rollback(checkpoint)
+    return identity, rows_served if rollback is None else rollback.rows_served
 
 
 def recorded_settings(config: RunConfig) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from blt_titan.job_config import (
     Data,
     EntropyModelSettings,
     Export,
+    Failure,
     HashEmbeddingSettings,
     LocalBlocks,
     Monitor,
@@ -32,3 +33,4 @@ class RunConfig(JobConfig):
     local_blocks: LocalBlocks
     export: Export
     monitor: Monitor
+    failure: Failure

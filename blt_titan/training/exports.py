@@ -69,20 +69,26 @@ class HFExports:
         }
         self._waiting: list[int] = []
         self._linked: deque[int] = deque()
-        for partial in out.glob(".step-*.partial"):  # of a run that was killed
-            shutil.rmtree(partial, ignore_errors=True)
+        self._remove_partial()
         self._process: subprocess.Popen[bytes] | None = None
         self._step = 0
         self.failed: list[str] = []
         """What went wrong, one sentence for each."""
 
     def go_on_from(self, resumed_at: int, is_exported: Callable[[int], bool]) -> None:
-        """Go on with what the run did not come to before it was stopped, to be called before others are added.
+        """Go on with what the run did not come to before it was stopped, or before it went back; forget the rest.
 
         Args:
             resumed_at: the step of the checkpoint that it goes on from; later ones are abandoned.
             is_exported: whether the checkpoint of a step should have a directory.
         """
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+        self._waiting.clear()
+        self._linked.clear()
+        self._remove_partial()
         set_later_aside(self._out, resumed_at, is_kept=Path.is_dir)
         # What is still linked had not been exported to its end.
         linked, saved = complete_steps(self._out / _LINKS), complete_steps(self._checkpoints)
@@ -99,6 +105,10 @@ class HFExports:
                 self._link(step)
         if self._linked:
             logger.info(f"still to export to {self._out}: steps {', '.join(map(str, self._linked))}")
+
+    def _remove_partial(self) -> None:
+        for partial in self._out.glob(".step-*.partial"):  # of an export that was killed
+            shutil.rmtree(partial, ignore_errors=True)
 
     def add(self, step: int) -> None:
         """Export the checkpoint of a step as soon as it is complete on disk."""

@@ -6,11 +6,13 @@ since the last line.
 """
 
 import copy
+import itertools
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,7 +65,7 @@ class JsonLines:
 
     def resume_at(self, step: int) -> None:
         """Keep the lines up to `step`; later ones belong to steps that will be made again."""
-        self._keep_to_step = step
+        self._keep_to_step, self._opened = step, False
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one object; floats keep their full precision."""
@@ -95,7 +97,9 @@ class JsonLines:
         kept = b"".join(line + b"\n" for line, step in steps if step is not None and step <= self._keep_to_step)
         if kept != written:
             # A new run over an old one, or steps that a crash took back: the old lines stay beside the new file.
-            aside = self.path.with_name(f"{self.path.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+            name = f"{self.path.name}.{time.strftime('%Y%m%d-%H%M%S')}"
+            names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+            aside = next(path for path in map(self.path.with_name, names) if not path.exists())
             damaged = sum(step is None for _, step in steps) + bool(written and not written.endswith(b"\n"))
             if damaged:
                 logger.warning(f"{self.path}: {damaged} lines are damaged and were left out; the file is now {aside}")
@@ -171,6 +175,7 @@ class BLTMetrics(MetricsProcessor):
         lr: float,
         counts: list[float],
         bytes_seen: int,
+        failures: Mapping[str, float] = types.MappingProxyType({}),
         dataset_ids: Sequence[float] = (),
         ranks: Sequence[RankFigures] = (),
         saving_s: float = 0.0,
@@ -185,6 +190,7 @@ class BLTMetrics(MetricsProcessor):
             lr: learning rate of the step.
             counts: COUNTS since the last line, summed over ranks.
             bytes_seen: targets since the run began, EOS included, summed over ranks.
+            failures: what was skipped, and other counts of what went wrong, by name.
             dataset_ids: ids of each data set of the mixture since the run began, summed over ranks.
             ranks: what each rank measured since the last line.
             saving_s: what training has waited for a checkpoint since the last line.
@@ -211,6 +217,7 @@ class BLTMetrics(MetricsProcessor):
         flops = 3 * self.model_args.forward_flops_per_byte(self.job_config.training.seq_len, mean_patch_bytes)
         # Of all bytes, as if patches had always been as long as since the last line.
         metrics["training_flops"] = flops * metrics["bytes_seen"]
+        metrics |= failures
         for name, ids in zip(self._datasets, dataset_ids, strict=True):
             metrics[f"share/{name}"] = ids / sum(dataset_ids)
         if self._counts_quarantined:

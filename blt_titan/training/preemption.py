@@ -19,21 +19,18 @@ import contextlib
 import os
 import signal
 import time
-from collections import deque
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
 
 import torch
+
+from blt_titan.training.late_reads import LateReads
 
 EXIT_CODE = 75
 """How a rank, and `blt-titan train`, end when they were told to: EX_TEMPFAIL of sysexits.h, "try again later"."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_SIGNAL_S = 1.0
 """Signals so close to the first are the same one, on another way."""
-LOOKED_BACK = {"cpu": 0}
-"""By type of device, how many steps ago that was which a host looks at; `_FAR_BACK` where a host runs ahead."""
-_FAR_BACK = 2
 
 
 class PreemptedError(RuntimeError):
@@ -46,7 +43,7 @@ class Preemption:
     def __init__(self):
         self._signal: int | None = None
         self._heard_at = 0.0
-        self._sums: deque[tuple[torch.Tensor, Any]] = deque()
+        self._sums: LateReads[None] = LateReads()
 
     @contextlib.contextmanager
     def heard(self) -> Iterator[None]:
@@ -71,19 +68,12 @@ class Preemption:
 
     def note(self, told: torch.Tensor) -> None:
         """Keep how many ranks were told when a step was made, a scalar on the device; nothing waits for it here."""
-        if told.device.type != "cuda":
-            self._sums.append((told, None))
-            return
-        self._sums.append((told.to("cpu", non_blocking=True), torch.cuda.current_stream().record_event()))
+        self._sums.put(None, told)
 
     def is_due(self, device_type: str) -> bool:
         """Tell after a step whether it is the last; the same on all ranks, which have noted the same steps."""
-        if len(self._sums) <= LOOKED_BACK.get(device_type, _FAR_BACK):
-            return False
-        told, copied = self._sums.popleft()
-        if copied is not None:
-            copied.synchronize()
-        return bool(told > 0)
+        leaves = [bool(told > 0) for _, told in self._sums.take(device_type)]
+        return any(leaves)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

@@ -2,8 +2,11 @@
 
 from typing import Any
 
+import torch.distributed as dist
+
 from blt_titan.checkpoint.description import Description
-from blt_titan.config.resume import RunStateError
+from blt_titan.config.resume import LOAD_STEP_NAME, RunStateError, run_checkpoints, step_to_load
+from blt_titan.config.run_config import RunConfig
 from blt_titan.data.rows.patcher import EntropyPatcher, RowPatcher
 from blt_titan.titan import logger
 
@@ -51,3 +54,16 @@ def set_learning_rate(lr_schedulers: Any, next_step: int | None) -> None:
         scheduler._last_lr = [group["lr"] for group in groups]
     if next_step is not None:
         logger.info(f"The learning rate of step {next_step} is {groups[0]['lr']:g}")
+
+
+def go_back_once(config: RunConfig) -> None:
+    """Have `checkpoint.load_step` mean the newest step, if the run has gone back to it before; collective."""
+    settings = config.checkpoint
+    found = [step_to_load(config) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    if found[0] != settings.load_step:
+        logger.info(
+            f"checkpoint.load_step = {settings.load_step}: this run has gone back to it before, and goes on from the "
+            f"newest step; to go back again, remove {run_checkpoints(config) / LOAD_STEP_NAME}"
+        )
+        settings.load_step = -1

@@ -18,7 +18,7 @@ import blt_titan.training.spec  # noqa: F401 (registers the models)
 from blt_titan.batch import IGNORE_LABEL, Batch, to_device
 from blt_titan.checkpoint.description import Description
 from blt_titan.checkpoint.steps import set_later_aside
-from blt_titan.config.resume import changed_settings, recorded_settings
+from blt_titan.config.resume import changed_settings, record_load_step, recorded_settings
 from blt_titan.config.run_config import RunConfig
 from blt_titan.data.rows.copies import copied_ahead
 from blt_titan.data.rows.documents import few_documents
@@ -37,13 +37,14 @@ from blt_titan.titan import (
 )
 from blt_titan.training.block_times import BlockTimes
 from blt_titan.training.checkpointer import RunCheckpoints
-from blt_titan.training.failures import LossWatch
+from blt_titan.training.failures import StepWatch, apply_update
 from blt_titan.training.gradients import divide_gradients
 from blt_titan.training.loader import most_documents
 from blt_titan.training.log_lines import drop_misleading_lines
-from blt_titan.training.metrics import COUNTS, BLTMetrics
+from blt_titan.training.metrics import COUNTS, BLTMetrics, JsonLines
 from blt_titan.training.preemption import PreemptedError, Preemption
-from blt_titan.training.resumption import check_same_model, describe_model, set_learning_rate
+from blt_titan.training.resumption import check_same_model, describe_model, go_back_once, set_learning_rate
+from blt_titan.training.rollbacks import Rollbacks
 from blt_titan.training.row_ranks import row_ranks
 from blt_titan.training.run_folder import RunLock, record_settings
 from blt_titan.training.same_everywhere import check_same_data, check_same_settings
@@ -94,7 +95,21 @@ class BLTTrainer(Trainer):
         if isinstance(patcher, EntropyPatcher) and isinstance(online := patcher.entropies, OnlineEntropies):
             self.metrics_processor.online_seconds = lambda: online.seconds
         self._targets_seen = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._loss_watch = LossWatch(self.device)
+        self._checkpoints = Path(job_config.job.dump_folder) / job_config.checkpoint.folder
+        self.watch = StepWatch(
+            job_config.failure,
+            device_type=self.device.type,
+            log=JsonLines(Path(job_config.job.dump_folder) / "skipped.jsonl") if dist.get_rank() == 0 else None,
+            checkpoints=self._checkpoints if self.checkpointer.enable else None,
+        )
+        """Looks at each step's loss and gradient norm."""
+        self._rollbacks = Rollbacks(
+            job_config.failure.rollback_steps,
+            checkpoints=self._checkpoints,
+            checkpointer=self.checkpointer,
+            dataloader=self.dataloader,
+            watch=self.watch,
+        )
         quarantines = job_config.data.on_damage == "quarantine"
         check_same_data(self.dataloader.identity())
         self._row_ranks = row_ranks(job_config.parallelism) if quarantines else None
@@ -158,6 +173,7 @@ class BLTTrainer(Trainer):
         self._block_times.on = log_due
         self.optimizers.zero_grad()
         lr = float(self.lr_schedulers.schedulers[0].get_last_lr()[0])
+        first_row = self.dataloader.rows_served
         targets = torch.zeros(2, dtype=torch.int64)  # and those that are EOS: this rank's, counted as batches come
         batches = _counted(itertools.islice(data_iterator, self.gradient_accumulation_steps), targets)
 
@@ -175,31 +191,37 @@ class BLTTrainer(Trainer):
         told = torch.tensor([self.preemption.told])
         if not self._counts:
             targets = torch.zeros_like(targets)
-        summed = to_device(torch.cat([targets, told]), self.device)
+        nats = torch.stack(losses).sum() if self._counts else torch.zeros((), device=self.device)
+        counted = to_device(torch.cat([targets, told]), self.device)
+        summed = torch.cat([counted.double(), nats.double().view(1)])  # whole numbers below 2**53 are exact
         dist.all_reduce(summed)
-        global_targets = summed[:2]
+        global_targets = summed[:2].long()
         self.preemption.note(summed[2])
-        self._targets_seen = self._targets_seen + global_targets[0]
         parameters = [p for part in self.model_parts for p in part.parameters()]
         reduce_partial_gradients(parameters)
         divide_gradients(parameters, global_targets[0])
         grad_norm = clip_grad_norm(
             parameters, self.job_config.training.max_norm, pp_mesh=self.parallel_dims.get_optional_mesh("pp")
         )
-        loss = torch.stack(losses).sum() / global_targets[0] if self._counts else torch.zeros((), device=self.device)
-        self._loss_watch.note(self.step, loss, grad_norm)
+        global_loss = summed[3] / summed[0]
+        rows = range(first_row, self.dataloader.rows_served)
+        self.watch.note(self.step, global_loss, grad_norm.to(self.device), rows)
         self.checkpointer.maybe_wait_for_staging()
-        self.optimizers.step()
-        self.lr_schedulers.step()
+        self._update(global_loss, grad_norm, global_targets[0])
 
         self._block_times.on = False
         self.record.made(self.step)
-        if log_due:
-            self._log(loss, sums, grad_norm, lr, global_targets)
         if log_due or self._save_due():
-            self._loss_watch.check()
-            if self._row_ranks is not None:
-                self._row_ranks.check_position(self.dataloader.position_crc32(), self.step)
+            self.watch.look_at_all()
+        else:
+            self.watch.look()
+        if log_due:
+            self._log(nats / global_targets[0], sums, grad_norm, lr, global_targets)
+        self.watch.check()
+        if self.watch.spike is not None:
+            self._rollbacks.prepare(self.watch.spike)
+        if (log_due or self._save_due()) and self._row_ranks is not None:
+            self._row_ranks.check_position(self.dataloader.position_crc32(), self.step)
         if self._exports is not None:
             if self.step == 1:
                 self._exports.resume_at(0)
@@ -209,12 +231,29 @@ class BLTTrainer(Trainer):
             seconds = self.job_config.comm.train_timeout_seconds
             set_pg_timeouts(timedelta(seconds=seconds), self.parallel_dims)
 
+    def _update(self, loss: torch.Tensor, grad_norm: torch.Tensor, n_targets: torch.Tensor) -> None:
+        """Update the weights; a step that is skipped leaves all but the schedule as it was, without a word to the host.
+
+        The schedule is a function of the step, which only the device knows to be skipped.
+        """
+        if self.watch.skips:
+            wrong = ~(loss.isfinite() & grad_norm.isfinite())
+            apply_update(self.optimizers, wrong)
+            n_targets = torch.where(wrong, 0, n_targets)
+        else:
+            self.optimizers.step()
+        self._targets_seen = self._targets_seen + n_targets
+        self.lr_schedulers.step()
+
     def should_continue_training(self) -> bool:
-        """Tell whether there is a step to make.
+        """Tell whether there is a step to make; goes back first, where the loss has spiked.
 
         Raises:
             PreemptedError: the run was told to leave; what was made is saved.
         """
+        if self._rollbacks.is_due:
+            self._rollbacks.go_back()
+            return True
         if not super().should_continue_training():
             return False
         if self.preemption.is_due(self.device.type):
@@ -227,7 +266,14 @@ class BLTTrainer(Trainer):
         if not self.checkpointer.enable or self.job_config.checkpoint.load_only:
             raise PreemptedError(f"{told} after step {self.step}; nothing is saved, as checkpoint says")
         began = time.perf_counter()
-        self.checkpointer.save_now(self.step)
+        self.watch.look_at_all()
+        self.watch.check()
+        if self.watch.spike is not None:
+            self._rollbacks.prepare(self.watch.spike)
+        if self._rollbacks.is_due:
+            self._rollbacks.go_back()
+        else:
+            self.checkpointer.save_now(self.step)
         raise PreemptedError(
             f"{told}: step {self.step} is saved, in {time.perf_counter() - began:.1f} s; the same command goes on"
         )
@@ -235,10 +281,13 @@ class BLTTrainer(Trainer):
     def train(self) -> None:
         """Train to the last step, then wait for exports.
 
+        `checkpoint.load_step` is honoured once.
+
         Raises:
             ExportFailedError: the run is complete, but a Hugging Face directory could not be written.
             PreemptedError: the run was told to leave; what was made is saved.
         """
+        go_back_once(self.job_config)
         super().train()
         if self._exports is not None:
             self._exports.finish()
@@ -264,6 +313,7 @@ class BLTTrainer(Trainer):
             "model": self._describe_model().to_json(),
             "bytes_seen": int(self._targets_seen),
             "settings": json.dumps(recorded_settings(self.job_config)),
+            "failure": self.watch.state(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -276,6 +326,7 @@ class BLTTrainer(Trainer):
         check_same_model(state_dict["model"], self._describe_model())
         self._targets_seen.fill_(state_dict["bytes_seen"])
         self._saved_settings = json.loads(state_dict["settings"])
+        self.watch.load(state_dict["failure"])
 
     def _begin_after_load(self) -> None:
         """Settle what the step that was loaded means for the run's folder; collective."""
@@ -283,17 +334,21 @@ class BLTTrainer(Trainer):
             logger.info(sentence)
         self.metrics_processor.resume_at(self.step)
         self.record.loaded(self.step)
+        self.watch.resume_at(self.step)
         if dist.get_rank() == 0 and not self.job_config.checkpoint.load_only:
             set_later_aside(self._checkpoints, self.step)  # room for the steps that will be made again
+            record_load_step(self.job_config)
         dist.barrier()
+        self._rollbacks.go_on(self.step)
         self._first_step = self.step + 1
-        if self.should_continue_training():
+        goes_on = self.step < self.job_config.training.steps
+        if goes_on:
             set_learning_rate(self.lr_schedulers, self._first_step if self.step else None)
         if not self.step:
             return
         if self._exports is not None:
             self._exports.resume_at(self.step)
-        if not self.should_continue_training():
+        if not goes_on:
             logger.info(
                 f"This run is complete: its checkpoint is of step {self.step}. Set training.steps above "
                 f"{self.job_config.training.steps} to go on, or another job.dump_folder to begin anew"
@@ -318,6 +373,7 @@ class BLTTrainer(Trainer):
             lr=lr,
             counts=rest[: len(COUNTS)],
             bytes_seen=int(self._targets_seen),
+            failures=self.watch.metrics(),
             dataset_ids=rest[len(COUNTS) :],
             ranks=figures_of_ranks(self.metrics_processor.rank_figures(self._block_times.take()), self.device),
             saving_s=self.checkpointer.waited_s,
@@ -331,8 +387,11 @@ class BLTTrainer(Trainer):
         return tensor
 
     def _save_due(self) -> bool:
+        checkpoint = self.job_config.checkpoint
         return self.checkpointer.enable and (
-            self.step == self.job_config.training.steps or self.step % self.job_config.checkpoint.interval == 0
+            self.step == self.job_config.training.steps
+            or self.step % checkpoint.interval == 0
+            or (self.step == 1 and checkpoint.enable_first_step_checkpoint)
         )
 
 

@@ -1,5 +1,6 @@
 """Checkpoints: a run that stops and resumes is the run that never stopped, bit for bit."""
 
+import json
 import os
 import signal
 import subprocess
@@ -64,7 +65,13 @@ def test_a_half_written_checkpoint_is_never_picked(small_run, tmp_path):
 
 def train_then_go_back(out: str, overrides: list[str]) -> list[dict]:
     overrides = [*overrides, "--checkpoint.interval=4", "--training.steps=10"]
-    return [train(out, *overrides), train(out, *overrides, "--checkpoint.load_step=4")]
+    found = [train(out, *overrides), train(out, *overrides, "--checkpoint.load_step=4")]
+    # The same command again, as a scheduler gives it: on it goes. Without the note it goes back once more.
+    train(out, *overrides, "--checkpoint.load_step=4", "--training.steps=11")
+    (Path(out) / "gone_on").write_text((Path(out) / "metrics.jsonl").read_text())
+    (Path(out) / "checkpoint/load_step.json").unlink()
+    train(out, *overrides, "--checkpoint.load_step=8", "--training.steps=9")
+    return found
 
 
 def test_going_back_to_an_earlier_step_sets_the_later_ones_aside(small_run, tmp_path):
@@ -72,9 +79,12 @@ def test_going_back_to_an_earlier_step_sets_the_later_ones_aside(small_run, tmp_
     [(first, again)] = run_distributed(train_then_go_back, 1, str(tmp_path), small_run)
     for name, parameter in first.items():
         assert torch.equal(parameter, again[name]), name
-    (abandoned,) = (tmp_path / "checkpoint").glob("abandoned-*")
-    assert sorted(path.name for path in abandoned.iterdir()) == ["step-10", "step-8"]
-    assert list(losses(tmp_path)) == list(range(1, 11))
+    first, second = sorted((tmp_path / "checkpoint").glob("abandoned-*"))
+    assert sorted(path.name for path in first.iterdir()) == ["step-10", "step-8"]
+    assert sorted(path.name for path in second.iterdir()) == ["step-10", "step-11"]
+    gone_on = [json.loads(line)["step"] for line in (tmp_path / "gone_on").read_text().splitlines()]
+    assert gone_on == list(range(1, 12)), "a load_step that is left in a command goes back once"
+    assert list(losses(tmp_path)) == list(range(1, 10))
 
 
 def start_training(out: Path, overrides: list[str]) -> subprocess.Popen:

@@ -98,7 +98,10 @@ def _is_inside(value: str) -> bool:
     return inside and path.parts[0] not in _RESERVED
 
 
-_RESERVED = ("config.toml", "run.lock", "metrics.jsonl", "quarantined.jsonl", "status.json", "ended.json", "hf")
+_RESERVED = (
+    *("config.toml", "run.lock", "metrics.jsonl", "quarantined.jsonl", "skipped.jsonl", "status.json", "ended.json"),
+    "hf",
+)
 FOLDER = Rule(_is_inside, f"a path inside job.dump_folder, without '..', and not {', '.join(_RESERVED)}")
 FILE = Rule(lambda v: v is None or _is_inside(v), FOLDER.allowed)
 PLAIN_NAME = Rule(is_plain, "a plain name: letters, digits, '.', '_' and '-', first a letter or a digit")

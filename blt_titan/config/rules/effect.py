@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from blt_titan.config.rules.bounds import shown
-from blt_titan.job_config import EntropyModelSettings, HashEmbeddingSettings, LocalBlocks
+from blt_titan.job_config import EntropyModelSettings, Failure, HashEmbeddingSettings, LocalBlocks
 from blt_titan.titan import ActivationCheckpoint, Checkpoint, DataLoader, Debug, Float8Linear, Model
 from parallelisms.float8 import CONVERTER
 
@@ -82,6 +82,20 @@ def of_hash_tables(model: Model, hash_embedding: HashEmbeddingSettings) -> Itera
             f"hash_embedding.sharding = {hash_embedding.sharding!r} with model.name = {model.name!r}: only blt has "
             "hash tables"
         )
+
+
+def of_failure(failure: Failure) -> Iterator[str]:
+    """How steps are skipped and spikes are judged needs that they are."""
+    default = Failure()
+    skips, judges = failure.on_nonfinite == "skip", failure.on_spike != "off"
+    for names, used, needed in (
+        (("max_skipped", "skip_window"), skips, "on_nonfinite = 'skip'"),
+        (("spike_sigmas", "spike_window"), judges, "on_spike = 'warn' or 'rollback'"),
+        (("rollback_steps", "max_rollbacks"), failure.on_spike == "rollback", "on_spike = 'rollback'"),
+    ):
+        for name in names:
+            if (value := getattr(failure, name)) != getattr(default, name) and not used:
+                yield f"failure.{name} = {shown(value)} needs failure.{needed}"
 
 
 def of_local_blocks(model: Model, local_blocks: LocalBlocks) -> Iterator[str]:

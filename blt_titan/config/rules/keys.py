@@ -267,6 +267,16 @@ KEYS: dict[str, dict[str, Rule]] = {
         "prometheus_textfile": PROM_FILE,
         "prometheus_port": whole(1, 65535),
     },
+    "failure": {
+        "on_nonfinite": ANY,
+        "max_skipped": whole(1),
+        "skip_window": whole(2, 10**12),
+        "on_spike": ANY,
+        "spike_sigmas": number(0, above=True),
+        "spike_window": whole(2, 10**12),
+        "rollback_steps": whole(1, 10**12),
+        "max_rollbacks": whole(1),
+    },
 }
 
 

@@ -4,8 +4,8 @@ import importlib.util
 from collections.abc import Iterator
 
 from blt_titan.config.rules.target import Target
-from blt_titan.job_config import Export, Monitor
-from blt_titan.titan import Checkpoint, DataLoader, LRScheduler, Metrics, Model, Profiling, Training
+from blt_titan.job_config import Export, Failure, Monitor
+from blt_titan.titan import Checkpoint, DataLoader, Float8Linear, LRScheduler, Metrics, Model, Profiling, Training
 
 
 def schedule(lr_scheduler: LRScheduler, training: Training) -> Iterator[str]:
@@ -39,6 +39,39 @@ def exports(export: Export, model: Model, checkpoint: Checkpoint) -> Iterator[st
         yield f"{key} needs checkpoint.enable = true: checkpoints it reads"
     elif checkpoint.load_only:
         yield f"{key} with checkpoint.load_only = true: no checkpoint is written to export"
+
+
+def skipping(failure: Failure) -> Iterator[str]:
+    """A bound on skipped steps can be reached."""
+    if failure.on_nonfinite == "skip" and failure.max_skipped >= failure.skip_window:
+        yield (
+            f"failure.max_skipped = {failure.max_skipped}: must be below failure.skip_window = {failure.skip_window}, "
+            "or a run that skips every step never stops"
+        )
+
+
+def rollback(failure: Failure, checkpoint: Checkpoint, float8: Float8Linear) -> Iterator[str]:
+    """A rollback finds a checkpoint."""
+    if failure.on_spike != "rollback":
+        return
+    key = "failure.on_spike = 'rollback'"
+    if not checkpoint.enable:
+        yield f"{key} needs checkpoint.enable = true: to a checkpoint it goes back"
+        return
+    if checkpoint.load_only:
+        yield f"{key} with checkpoint.load_only = true: no checkpoint is written to go back to"
+    reach = (checkpoint.keep_latest_k - 1) * checkpoint.interval
+    if checkpoint.keep_latest_k and reach < failure.rollback_steps:
+        yield (
+            f"failure.rollback_steps = {failure.rollback_steps} with checkpoint.keep_latest_k = "
+            f"{checkpoint.keep_latest_k} and checkpoint.interval = {checkpoint.interval}: right after a save the "
+            f"oldest checkpoint is {reach} steps old; keep more, or go back less far"
+        )
+    if float8.precompute_float8_dynamic_scale_for_fsdp:
+        yield (
+            f"{key} with quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp = true: the scales would be "
+            "those of the weights that were given up; leave one out"
+        )
 
 
 def on_a_cpu(checkpoint: Checkpoint, profiling: Profiling, training: Training, target: Target) -> Iterator[str]:

@@ -48,6 +48,7 @@ def _rules(config: RunConfig, world_size: int, target: Target) -> tuple[Iterator
         effect.of_entropy_model(model, config.entropy_model),
         effect.of_hash_tables(model, config.hash_embedding),
         effect.of_local_blocks(model, config.local_blocks),
+        effect.of_failure(config.failure),
         parallel.flavor(model),
         ranks.seed_checkpoint(checkpoint, world_size),
         ranks.degrees(parallelism, world_size),
@@ -65,6 +66,8 @@ def _rules(config: RunConfig, world_size: int, target: Target) -> tuple[Iterator
         operation.page_locked(training.dataloader, target),
         operation.packages(config.metrics),
         operation.exports(config.export, model, checkpoint),
+        operation.skipping(config.failure),
+        operation.rollback(config.failure, checkpoint, float8),
         rows.text(training, data),
     )
 

@@ -164,6 +164,11 @@ class RowLoader:
         new, self._quarantined_told = own - self._quarantined_told, own
         return new if self.context_slice.index == 0 else 0
 
+    @property
+    def rows_served(self) -> int:
+        """Rows that all ranks together have been given, so the number of the row that comes next."""
+        return self._rows_served
+
     def position_crc32(self) -> int:
         """Return a checksum of where this rank's streams are; ranks that read the same rows have the same."""
         return zlib.crc32(self._positions[self.dp_rank :: self.dp_size].tobytes())
@@ -201,17 +206,24 @@ class RowLoader:
         saved, may_change = json.loads(state_dict["identity"]), self._patching_may_change
         for changed in check_continues(saved, self.identity(), patching_may_change=may_change):
             logger.warning(changed)
-        rows_served = int(state_dict["rows_served"])
+        self.go_to(state_dict["positions"], int(state_dict["rows_served"]))
+
+    def go_to(self, positions: np.ndarray, rows_served: int) -> None:
+        """Continue at a place of this loader's data, int64 [streams, fields], and the rows that were served before it.
+
+        Raises:
+            DataError: if there is no such place.
+        """
         if rows_served % self.dp_size:
             raise DataError(f"{rows_served} rows were served, which {self.dp_size} data-parallel ranks do not divide")
-        if (state_dict["positions"] < 0).any():
+        if (positions < 0).any():
             raise DataError("the checkpoint holds the stream positions of one rank only; save with merge_positions")
-        if state_dict["positions"].shape != self._positions.shape:
+        if positions.shape != self._positions.shape:
             raise DataError(
-                f"the checkpoint's stream positions are {list(state_dict['positions'].shape)}, this code's "
+                f"the checkpoint's stream positions are {list(positions.shape)}, this code's "
                 f"{list(self._positions.shape)} ({', '.join(POSITION_FIELDS)}): it was written by another version"
             )
-        self._positions = state_dict["positions"].copy()
+        self._positions = positions.copy()
         self._quarantined_told = 0
         self.take_quarantined()
         self._rows_served = rows_served

@@ -144,6 +144,28 @@ def test_all_faults_are_shown_at_once():
         ("--debug.deterministic_warn_only", r"debug\.deterministic_warn_only = true needs debug\.deterministic = true"),
         ("--activation_checkpoint.memory_budget=0.3", r"memory_budget = 0\.3 needs activation_checkpoint\.mode"),
         ("--checkpoint.no-initial-load-model-only", r"model_only = false needs checkpoint\.initial_load_path"),
+        ("--failure.max_skipped=3", r"max_skipped = 3 needs failure\.on_nonfinite = 'skip'"),
+        ("--failure.skip_window=3", r"skip_window = 3 needs failure\.on_nonfinite = 'skip'"),
+        ("--failure.spike_sigmas=3", r"spike_sigmas = 3\.0 needs failure\.on_spike = 'warn' or 'rollback'"),
+        (
+            "--failure.on_spike=warn --failure.rollback_steps=3",
+            r"rollback_steps = 3 needs failure\.on_spike = 'rollback'",
+        ),
+        (
+            "--failure.on_nonfinite=skip --failure.max_skipped=10 --failure.skip_window=10",
+            r"max_skipped = 10: must be below failure\.skip_window = 10",
+        ),
+        ("--failure.on_spike=rollback --checkpoint.no-enable", r"'rollback' needs checkpoint\.enable = true"),
+        ("--failure.on_spike=rollback --checkpoint.load_only", r"'rollback' with checkpoint\.load_only = true"),
+        (
+            "--failure.on_spike=rollback --failure.rollback_steps=301",
+            r"rollback_steps = 301 with checkpoint\.keep_latest_k = 3 and checkpoint\.interval = 150: .* 300 steps old",
+        ),
+        (
+            "--failure.on_spike=rollback --model.converters=quantize.linear.float8 "
+            "--quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp",
+            r"'rollback' with quantize\.linear\.float8\.precompute_float8_dynamic_scale_for_fsdp = true",
+        ),
         ("--checkpoint.load_step=7", r"load_step = 7: .*checkpoint has no such step; it has none"),
     ],
 )
