@@ -2,27 +2,39 @@
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
-from blt_titan.checkpoint.read import CheckpointError, damage
+from blt_titan.checkpoint.read import CheckpointError
 from blt_titan.checkpoint.steps import complete_steps, is_complete, is_model_directory, step_folder
+from blt_titan.checkpoint.verify import damage, damaged_weights
 
 logger = logging.getLogger(__name__)
 
 
-def latest_checkpoint(folder: str | os.PathLike[str]) -> Path:
+def latest_checkpoint(
+    folder: str | os.PathLike[str],
+    *,
+    before: int | None = None,
+    fault_of: Callable[[Path], str | None] = damage,
+) -> Path:
     """Return the last checkpoint `step-N` in a run's checkpoint folder that is complete and sound; log which are not.
+
+    Args:
+        folder: of the checkpoints.
+        before: the step that it shall be earlier than; None for any.
+        fault_of: how it is told what is wrong with one.
 
     Raises:
         FileNotFoundError: if there is no complete one.
         CheckpointError: if all are damaged.
     """
-    complete = complete_steps(folder)
+    complete = {step: path for step, path in complete_steps(folder).items() if before is None or step < before}
     if not complete:
         raise FileNotFoundError(f"{folder} holds no complete checkpoint (step-N with a .metadata file)")
     wrong = ""
     for path in reversed(complete.values()):
-        if (found := damage(path)) is None:
+        if (found := fault_of(path)) is None:
             return path
         logger.warning(f"{path} is passed over: {found}")
         wrong = wrong or found
@@ -45,7 +57,9 @@ def holds_checkpoint(path: str | os.PathLike[str]) -> bool:
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
-    """Return the checkpoint that a user means: `step-N` itself, or the last sound one of a run's folder.
+    """Return the checkpoint that a user means: `step-N` itself, or the last one of a run's folder with sound weights.
+
+    To choose among several, every byte of the weights is read; of one that is named, when it is loaded.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -61,7 +75,7 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
             raise CheckpointError(found)
         return path
     if (folder := _folder_of_checkpoints(path)) is not None:
-        return latest_checkpoint(folder)
+        return latest_checkpoint(folder, fault_of=damaged_weights)
     raise CheckpointError(
         f"{path}: neither a complete checkpoint (a step-N folder with a .metadata file) nor a folder that holds one"
     )

@@ -17,11 +17,10 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from blt_titan.checkpoint.description import MODEL_KEY, Description
 from blt_titan.checkpoint.find import find_checkpoint
-from blt_titan.checkpoint.read import CheckpointError, SafeLoadPlanner, SafeReader, brief
+from blt_titan.checkpoint.read import CheckpointError, DamagedError, SafeLoadPlanner, SafeReader, brief
+from blt_titan.checkpoint.verify import is_weight
 from blt_titan.model.args import EntropyModelArgs
 from blt_titan.model.entropy_model import EntropyModel
-
-_NOT_THE_MODEL = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.")
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -113,7 +112,7 @@ def require_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], orig
         CheckpointError: the tensors are not exactly those of the model.
     """
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    shapes = {name: shape for name, shape in shapes.items() if not name.startswith(_NOT_THE_MODEL)}
+    shapes = {name: shape for name, shape in shapes.items() if is_weight(name)}
     missing, left_over = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
     if missing or left_over:
         raise CheckpointError(f"{origin}: missing tensors {few(missing)}, left over {few(left_over)}")
@@ -161,5 +160,8 @@ def fill_state(state: dict[str, Any], checkpoint: str | os.PathLike[str]) -> Non
 def cannot_read(checkpoint: str | os.PathLike[str], error: BaseException) -> CheckpointError:
     """Say in a sentence why torch could not read a checkpoint."""
     if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
+        causes = [cause for cause, _ in error.failures.values()]
+        error = next((cause for cause in causes if isinstance(cause, DamagedError)), causes[0])
+    if isinstance(error, DamagedError):
+        return error
     return CheckpointError(f"{checkpoint}: cannot be read, or is of another model: {brief(error)}")

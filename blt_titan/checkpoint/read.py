@@ -2,19 +2,22 @@
 
 torch's own reader unpickles `.metadata`, and its planner unpickles whatever is no tensor: both run what they are told.
 Here the former gives nothing but the few classes that metadata is made of, checked before anything is read by it, and
-the latter nothing but plain data and arrays of numbers.
+the latter nothing but plain data and arrays of numbers. What was written with digests is compared with them as it is
+read (`digests.py`).
 
     load(state, checkpoint_id=path, storage_reader=SafeReader(path), planner=SafeLoadPlanner())
 """
 
+import functools
 import io
+import logging
 import math
 import os
 import pickle
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -33,6 +36,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.serialization import _get_layout, safe_globals
+
+from blt_titan.checkpoint.digests import DIGEST_BYTES, new_digest, recorded, unsealed
+
+logger = logging.getLogger(__name__)
 
 _METADATA_CLASSES: dict[tuple[str, str], Any] = {
     (kind.__module__, kind.__name__): kind
@@ -54,16 +61,16 @@ _METADATA_CLASSES: dict[tuple[str, str], Any] = {
     ("pathlib", "PosixPath"): PurePosixPath,
     ("pathlib._local", "PosixPath"): PurePosixPath,
 }
-_ENTRY_BEGINS, _ENTRY_ENDS, _END_BYTES = b"PK\x03\x04", b"PK\x05\x06", 22
-"""Bytes of each entry of a file, an archive of `torch.save`."""
 _NEWER_ENTRIES = ("train_state.failure",)
 """What checkpoints of earlier versions lack, and a run begins anew."""
-_MOST_LOOKS = 10_000
-"""Entries that are looked at to find damage: opening thousands of files takes long enough."""
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is not what was asked for; the message names it and says what it is."""
+
+
+class DamagedError(CheckpointError):
+    """A file of a checkpoint does not hold what was written; the message names it."""
 
 
 class _NumberType:
@@ -129,7 +136,11 @@ _ENTRY_GLOBALS: list[Any] = [
 
 
 class SafeReader(FileSystemReader):
-    """Reads a checkpoint whose metadata need not be trusted."""
+    """Reads a checkpoint whose metadata need not be trusted, and finds what is not as it was written."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        super().__init__(path)
+        self._checked: set[tuple[str, int]] = set()
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Return the metadata.
@@ -139,11 +150,44 @@ class SafeReader(FileSystemReader):
         """
         rank = kwargs.get("rank")
         path = Path(self.path) / (".metadata" if rank is None else f"__{rank}.metadata")
-        metadata = _unpickle(path)
+        metadata, is_sealed = _unpickle(path)
         _check(path, metadata)
+        has_digests = any(recorded(info) is not None for info in metadata.storage_data.values())
+        if has_digests and not is_sealed:
+            raise DamagedError(f"{path}: is damaged at its end, where its digest was; take another checkpoint")
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Begin to read; says of a checkpoint without digests that it has none, once."""
+        super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
+        if is_coordinator and not any(recorded(info) is not None for info in self.storage_data.values()):
+            _say_undigested(str(self.path))
+
+    def _slice_file(self, file: Any, sinfo: _StorageInfo) -> IO[bytes]:
+        digest, place = recorded(sinfo), (sinfo.relative_path, sinfo.offset)
+        # An entry of which other slices are wanted too is compared once.
+        if digest is None or place in self._checked:
+            return super()._slice_file(file, sinfo)
+        file.seek(sinfo.offset)
+        content = file.read(sinfo.length)
+        if new_digest(content).digest() != digest:
+            names = [index.fqn for index, info in self.storage_data.items() if info is sinfo]
+            raise DamagedError(f"{Path(self.path) / sinfo.relative_path}: {not_as_written(*names[:1], info=sinfo)}")
+        self._checked.add(place)
+        return io.BytesIO(content)
+
+
+def not_as_written(name: str, *, info: _StorageInfo) -> str:
+    """Say of an entry that its digest differs."""
+    last = info.offset + info.length - 1
+    return f"entry {name!r}, bytes {info.offset:,} to {last:,}, is not what was written, its digest differs"
+
+
+@functools.cache
+def _say_undigested(path: str) -> None:
+    logger.info(f"{path} was written without digests: a changed number in it would not be found")
 
 
 class SafeLoadPlanner(DefaultLoadPlanner):
@@ -177,42 +221,6 @@ class SafeLoadPlanner(DefaultLoadPlanner):
             self.state_dict[name] = content
 
 
-def damage(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint `step-N`, as one sentence that names the file; None if it looks sound.
-
-    Reads the metadata and the ends of entries, no tensor: finds what a killed machine leaves, files that are missing,
-    cut short or filled with zeros, but not a changed number.
-    """
-    path = Path(checkpoint) / ".metadata"
-    try:
-        metadata = SafeReader(checkpoint).read_metadata()
-    except CheckpointError as error:
-        return str(error)
-    entries: dict[str, list[_StorageInfo]] = {}
-    for info in metadata.storage_data.values():
-        entries.setdefault(info.relative_path, []).append(info)
-    every = max(1, len(metadata.storage_data) // _MOST_LOOKS)
-    for name, of_file in entries.items():
-        of_file.sort(key=lambda info: info.offset)
-        try:
-            with open(path.with_name(name), "rb") as file:
-                size, end = os.fstat(file.fileno()).st_size, max(info.offset + info.length for info in of_file)
-                if size < end:
-                    return f"{path.with_name(name)}: is cut short, {size} bytes of at least {end}"
-                for info in {id(info): info for info in (*of_file[::every], of_file[-1])}.values():
-                    if not info.transform_descriptors and not _is_archive(file, info):
-                        return f"{path.with_name(name)}: is damaged at byte {info.offset} (zeros, or other bytes)"
-        except OSError as error:
-            return f"{path.with_name(name)}: cannot be read ({error.strerror or error})"
-    return None
-
-
-def _is_archive(file: io.BufferedReader, info: _StorageInfo) -> bool:
-    begin = os.pread(file.fileno(), len(_ENTRY_BEGINS), info.offset)
-    end = os.pread(file.fileno(), len(_ENTRY_ENDS), max(0, info.offset + info.length - _END_BYTES))
-    return (begin, end) == (_ENTRY_BEGINS, _ENTRY_ENDS)
-
-
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str) -> Any:
         if (kind := _METADATA_CLASSES.get((module_name, global_name))) is not None:
@@ -222,17 +230,22 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module_name}.{global_name}, which no checkpoint's metadata needs")
 
 
-def _unpickle(path: Path) -> Any:
+def _unpickle(path: Path) -> tuple[Any, bool]:
+    """Return what a `.metadata` holds, and whether it has a seal, which holds."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}); take another checkpoint") from error
     if not content:
         raise CheckpointError(f"{path}: is empty, the checkpoint is half written; take another checkpoint")
+    try:
+        content, is_sealed = unsealed(content)
+    except ValueError as error:
+        raise DamagedError(f"{path}: is damaged, {error}; take another checkpoint") from error
     # A pickle cannot call what it is not given, but it could set attributes of the classes that it is given.
     before = {kind: dict(vars(kind)) for kind in _METADATA_CLASSES.values() if isinstance(kind, type)}
     try:
-        return _MetadataUnpickler(io.BytesIO(content)).load()
+        return _MetadataUnpickler(io.BytesIO(content)).load(), is_sealed
     # What damaged bytes raise is not documented, and is of many kinds.
     except Exception as error:
         raise CheckpointError(f"{path}: cannot be read ({brief(error)}); take another checkpoint") from error
@@ -285,6 +298,11 @@ def _check(path: Path, metadata: Any) -> None:
             f"entry {key[0]!r} lies in {str(file)[:100]!r}, which is not a file of this folder",
         )
         need(_are_sizes((place.get("offset"), length)), f"entry {key[0]!r} lies nowhere in {file}")
+        digest = recorded(info)
+        need(
+            digest is None or (isinstance(digest, bytes) and len(digest) == DIGEST_BYTES),
+            f"entry {key[0]!r} has a digest that is none",
+        )
         # What is compressed may be larger than its place; it is read into tensors whose size is known by then.
         if isinstance(length, int) and not place.get("transform_descriptors"):
             need(chunk_bytes.get(key, 0) <= length, f"entry {key[0]!r} is larger than its place in {file}")

@@ -1,7 +1,7 @@
 """Step folders: `step-N` holds what a run saved at step N. Their names are written and parsed here, and nowhere else.
 
 In: the folder of a run's checkpoints, or of its exports. Out: paths by step. No torch is imported, so that the server
-of plots may look too. Which steps are kept (`checkpoint.keep_latest_k`) is torchtitan's to do, by the same name.
+of plots may look too.
 """
 
 import logging
@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 METADATA = ".metadata"
 """The file of a checkpoint that is written last."""
 _PREFIX = "step-"
+_ASIDE = "abandoned-"
 
 
 def step_folder(folder: str | os.PathLike[str], step: int) -> Path:
@@ -77,7 +78,7 @@ def set_later_aside(
         is_kept: of a later folder, whether it is worth keeping; others are removed.
     """
     # Not beside them by the name step-N: torchtitan would find it there.
-    aside = Path(folder) / f"abandoned-{time.strftime('%Y%m%d-%H%M%S')}"
+    aside = Path(folder) / f"{_ASIDE}{time.strftime('%Y%m%d-%H%M%S')}"
     for later, path in step_folders(folder).items():
         if later <= step:
             continue
@@ -88,3 +89,31 @@ def set_later_aside(
         logger.warning(f"{path} is later than the step {step} that this run resumes at: moved to {aside / path.name}")
         aside.mkdir(exist_ok=True)
         path.rename(aside / path.name)
+
+
+def set_aside(folder: str | os.PathLike[str]) -> list[Path]:
+    """Return the folders of steps that were set aside, the latest last."""
+    return sorted(path for path in Path(folder).glob(f"{_ASIDE}*") if path.is_dir())
+
+
+def stale_steps(
+    folder: str | os.PathLike[str], keep: int, *, is_kept: Callable[[Path], bool] = is_complete
+) -> list[Path]:
+    """Return the steps that are older than the `keep` newest, half-written ones too; none if there are not so many.
+
+    Args:
+        folder: of the steps.
+        keep: how many stay, 1 at least.
+        is_kept: of a step, whether it is one of those; asked of the newest first, until there are enough.
+    """
+    steps = step_folders(folder)
+    for step in reversed(steps):
+        keep -= is_kept(steps[step])
+        if not keep:
+            return [path for older, path in steps.items() if older < step]
+    return []
+
+
+def unmark(path: Path) -> None:
+    """Have a step pass for half written, so that one that is being removed never passes for a checkpoint."""
+    (path / METADATA).unlink(missing_ok=True)

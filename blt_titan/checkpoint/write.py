@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from blt_titan.checkpoint.description import MODEL_KEY, Description
 from blt_titan.checkpoint.read import CheckpointError
+from blt_titan.checkpoint.storage_writer import DigestWriter
 from blt_titan.patching.rule import PatchRule
 
 
@@ -50,7 +51,7 @@ def write_checkpoint(
         with warnings.catch_warnings():
             # That no process group is needed is meant.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            save(state | {MODEL_KEY: described.to_json()}, checkpoint_id=str(temporary), no_dist=True)
+            save(state | {MODEL_KEY: described.to_json()}, storage_writer=DigestWriter(temporary), no_dist=True)
         if out.exists():
             out.rmdir()
         temporary.rename(out)

@@ -22,6 +22,7 @@ VERBS = {
     "train": ("train", "train a model, on one process or many"),
     "status": ("status", "how a run stands, live or dead, and why it ended"),
     "config": ("config", "print the settings of a run, or check them"),
+    "checkpoint": ("checkpoint", "list, verify, prune or roll back the checkpoints of a run"),
     "export": ("export", "a checkpoint to a Hugging Face directory"),
     "import": ("import_", "a Hugging Face directory to a checkpoint"),
     "generate": ("generate", "continue prompts"),

@@ -18,9 +18,10 @@ from blt_titan.checkpoint.description import MODEL_KEY, Description
 from blt_titan.checkpoint.find import latest_checkpoint
 from blt_titan.checkpoint.json_fields import FieldError, parse_object, read_object
 from blt_titan.checkpoint.load import describe_model, fill_state
-from blt_titan.checkpoint.read import CheckpointError, SafeReader, damage
+from blt_titan.checkpoint.read import CheckpointError, SafeReader
 from blt_titan.checkpoint.rollback import read_rollback
 from blt_titan.checkpoint.steps import complete_steps, is_complete, step_folder, step_folders, step_of
+from blt_titan.checkpoint.verify import damage
 from blt_titan.config.read import RunConfigError, settings_of
 from blt_titan.config.rules.bounds import shown
 from blt_titan.config.rules.keys import KEYS
@@ -44,14 +45,18 @@ class RunStateError(RuntimeError):
     """A checkpoint that this run cannot continue from."""
 
 
-def newest_sound(folder: str | Path) -> Path | None:
+def newest_sound(folder: str | Path, *, before: int | None = None) -> Path | None:
     """Return the newest checkpoint `step-N` that is whole; damaged ones are named in the log and passed over.
+
+    Args:
+        folder: of the run's checkpoints.
+        before: the step that it shall be earlier than; None for any.
 
     Raises:
         CheckpointError: there are checkpoints, but none is whole.
     """
     try:
-        return latest_checkpoint(folder)
+        return latest_checkpoint(folder, before=before)
     except FileNotFoundError:
         return None
     except CheckpointError as error:

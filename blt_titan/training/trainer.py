@@ -188,7 +188,8 @@ class BLTTrainer(Trainer):
                 losses.append(loss.detach())
         # Of the global batch, whoever holds them; what the loss is divided by, once, so that a step can begin before
         # its last micro-batch is there to be counted.
-        told = torch.tensor([self.preemption.told])
+        # A save that failed is a reason to leave too: `_leave` says it, on all ranks.
+        told = torch.tensor([int(self.preemption.told or self.checkpointer.has_failed())])
         if not self._counts:
             targets = torch.zeros_like(targets)
         nats = torch.stack(losses).sum() if self._counts else torch.zeros((), device=self.device)

@@ -18,7 +18,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from blt_titan.checkpoint.description import MODEL_KEY, Description
 from blt_titan.checkpoint.load import describe_model, fill_state, load_entropy_model
-from blt_titan.checkpoint.read import CheckpointError, SafeLoadPlanner, SafeReader, damage
+from blt_titan.checkpoint.read import CheckpointError, SafeLoadPlanner, SafeReader
+from blt_titan.checkpoint.verify import damage
 from blt_titan.model.args import EntropyModelArgs
 from tests.helpers.attacks import Attack, pointers
 
