@@ -41,6 +41,12 @@ class Data:
     Data up to this size is checked byte by byte before training; of larger data only the structure, and each record
     batch when it is read.
     """
+    wait_seconds: int | None = None
+    """
+    How long a loader worker may show no sign of life (no batch, no time on a processor, nothing read) before it is
+    named and all workers of its rank begin anew, without a row lost or repeated; also if one is killed. If it happens
+    again soon the run ends. Default: 300, with several ranks 4 tenths of comm.train_timeout_seconds.
+    """
 
 
 @dataclass
@@ -274,6 +280,20 @@ class Compile:
 
 
 @dataclass
+class Heartbeat:
+    """What becomes of a run in which a rank does not get on."""
+
+    limit_seconds: int | None = None
+    """
+    How long nothing may move in a rank (no phase of a step, no collective) before it looks at all others, says where
+    each stands, and ends the run in the name of the one that they wait for. Default: what comm.train_timeout_seconds
+    leaves after a tenth of it, 10 s at least; until the first step is made, and while a checkpoint is saved or loaded
+    or held-out text scored, of comm.init_timeout_seconds. Where no rank is behind, or there is only one, the default
+    warns; a number ends such runs too.
+    """
+
+
+@dataclass
 class JobConfig:
     """What is merged into torchtitan's JobConfig."""
 
@@ -291,3 +311,4 @@ class JobConfig:
     failure: Failure = field(default_factory=Failure)
     parallelism: Parallelism = field(default_factory=Parallelism)
     compile: Compile = field(default_factory=Compile)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)

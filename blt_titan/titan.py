@@ -79,7 +79,7 @@ from torchtitan.config import (
     Training,
     Validation,
 )
-from torchtitan.config.job_config import Compile, DataLoader, Debug, Float8Linear
+from torchtitan.config.job_config import Comm, Compile, DataLoader, Debug, Float8Linear
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.pipeline_parallel import build_pipeline_schedule
@@ -99,6 +99,7 @@ __all__ = [
     "BaseValidator",
     "Checkpoint",
     "CheckpointManager",
+    "Comm",
     "Compile",
     "ConfigManager",
     "DataLoader",

@@ -30,6 +30,8 @@ RANK_MODULE = "blt_titan.train"
 DEFAULT_PORT = 29500
 WRONG_WORK = ("NonFiniteLossError", "LossSpikeError", "RowsDifferError", "ExportFailedError")
 """Errors of `blt_titan.train.WRONG_WORK` by name."""
+LOST_WORK = ("HungError", "PeerLostError", "WorkerLostError")
+"""Errors of `blt_titan.train.LOST_WORK` by name: another try may go well; with a sentence."""
 _TALKATIVE = ("agent.server.api", "multiprocessing.api")
 """Modules of torchrun's that log each process that they end, and each that failed, which is said in the end."""
 
@@ -178,7 +180,7 @@ def _outcome(error: ChildFailedError, told: Told) -> Outcome:
         said = signal.Signals(told.signal).name
         return Outcome(LEFT, f"told to leave by {said} before training had begun; nothing was lost")
     is_wrong = kind in WRONG_WORK
-    if failure.exitcode != REFUSED and not is_wrong:
+    if failure.exitcode != REFUSED and not is_wrong and kind not in LOST_WORK:
         sentence = str(error).strip()
     elif not sentence.startswith(f"rank {rank}: "):
         sentence = f"rank {rank}: {sentence}"

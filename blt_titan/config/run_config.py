@@ -10,6 +10,7 @@ from blt_titan.job_config import (
     Export,
     Failure,
     HashEmbeddingSettings,
+    Heartbeat,
     LocalBlocks,
     Monitor,
     Patching,
@@ -34,3 +35,4 @@ class RunConfig(JobConfig):
     export: Export
     monitor: Monitor
     failure: Failure
+    heartbeat: Heartbeat

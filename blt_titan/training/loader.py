@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from blt_titan.batch import WHOLE_ROW, ContextSlice
 from blt_titan.config.run_config import RunConfig
-from blt_titan.data.rows.loader import RowLoader
+from blt_titan.data.rows.loader import WAIT_S, RowLoader
 from blt_titan.data.rows.mixture import ShardSets
 from blt_titan.data.rows.patcher import EntropyPatcher
 from blt_titan.data.rows.source import RowSource
@@ -36,6 +36,7 @@ def build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: None, job_conf
         context_slice=context_slice(job_config),
         num_workers=0 if online else settings.num_workers,
         prefetch_factor=settings.prefetch_factor,
+        wait_s=wait_s(job_config),
         quarantine=job_config.data.on_damage == "quarantine",
         quarantine_log=Path(job_config.job.dump_folder) / "quarantined.jsonl",
         patching_may_change=job_config.patching.allow_change,
@@ -47,6 +48,16 @@ def build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: None, job_conf
             f"the {job_config.data.streams // dp_world_size} streams of a rank"
         )
     return loader
+
+
+def wait_s(job_config: RunConfig) -> float:
+    """Return how long a worker may show no sign of life.
+
+    Where ranks wait for each other there is time for two such waits before a collective gives up.
+    """
+    if job_config.data.wait_seconds is not None:
+        return job_config.data.wait_seconds
+    return WAIT_S if dist.get_world_size() == 1 else min(WAIT_S, 0.4 * job_config.comm.train_timeout_seconds)
 
 
 def split_source(job_config: RunConfig, split: str, seq_len: int) -> RowSource:

@@ -39,6 +39,7 @@ from blt_titan.training.block_times import BlockTimes
 from blt_titan.training.checkpointer import RunCheckpoints
 from blt_titan.training.failures import StepWatch, apply_update
 from blt_titan.training.gradients import divide_gradients
+from blt_titan.training.heartbeat import Heartbeat
 from blt_titan.training.loader import most_documents
 from blt_titan.training.log_lines import drop_misleading_lines
 from blt_titan.training.metrics import COUNTS, BLTMetrics, JsonLines
@@ -116,6 +117,10 @@ class BLTTrainer(Trainer):
         self._most_documents = most_documents(job_config)
         self.preemption = Preemption()
         """Asked after each step whether to leave; it hears of nothing until the entry point has it listen."""
+        self.heartbeat = Heartbeat()
+        """Where the training is; the entry point has it watched."""
+        if job_config.validation.enable:
+            self.validator.heartbeat = self.heartbeat  # pyright: ignore[reportAttributeAccessIssue]
         self._first_step = 1
         self.checkpointer.on_loaded = self._begin_after_load
         self._block_times = BlockTimes(self.model_parts, self.device)
@@ -151,6 +156,7 @@ class BLTTrainer(Trainer):
         batches = iter(few_documents(data_iterable, self._most_documents))
         while True:
             began = time.perf_counter()
+            self.heartbeat.at("data", self.step)
             try:
                 batch = next(batches)
             except StopIteration as ended:
@@ -184,10 +190,12 @@ class BLTTrainer(Trainer):
                 ids_BS, layout, labels_BS = batch
                 # torchtitan hands its dict on to `post_dataloading_process`, and looks at nothing in it.
                 inputs: dict[str, Any] = {"ids": ids_BS, "layout": layout}
+                self.heartbeat.at("forward/backward")
                 loss = self.forward_backward_step(input_dict=inputs, labels=labels_BS, global_valid_tokens=undivided)
                 losses.append(loss.detach())
         # Of the global batch, whoever holds them; what the loss is divided by, once, so that a step can begin before
         # its last micro-batch is there to be counted.
+        self.heartbeat.at("reduce")
         # A save that failed is a reason to leave too: `_leave` says it, on all ranks.
         told = torch.tensor([int(self.preemption.told or self.checkpointer.has_failed())])
         if not self._counts:
@@ -207,11 +215,13 @@ class BLTTrainer(Trainer):
         global_loss = summed[3] / summed[0]
         rows = range(first_row, self.dataloader.rows_served)
         self.watch.note(self.step, global_loss, grad_norm.to(self.device), rows)
+        self.heartbeat.at("optimizer")
         self.checkpointer.maybe_wait_for_staging()
         self._update(global_loss, grad_norm, global_targets[0])
 
         self._block_times.on = False
         self.record.made(self.step)
+        self.heartbeat.at("log")
         if log_due or self._save_due():
             self.watch.look_at_all()
         else:
@@ -231,6 +241,8 @@ class BLTTrainer(Trainer):
         if self.step == self._first_step != 1:  # after step 1 torchtitan does it
             seconds = self.job_config.comm.train_timeout_seconds
             set_pg_timeouts(timedelta(seconds=seconds), self.parallel_dims)
+        if self._save_due():
+            self.heartbeat.at("save")
 
     def _update(self, loss: torch.Tensor, grad_norm: torch.Tensor, n_targets: torch.Tensor) -> None:
         """Update the weights; a step that is skipped leaves all but the schedule as it was, without a word to the host.
@@ -257,6 +269,8 @@ class BLTTrainer(Trainer):
             return True
         if not super().should_continue_training():
             return False
+        # Asked for the first time before there is a step.
+        self.heartbeat.warm = self.heartbeat.warm or self.step >= self._first_step
         if self.preemption.is_due(self.device.type):
             self._leave()
         return True
@@ -271,6 +285,7 @@ class BLTTrainer(Trainer):
         self.watch.check()
         if self.watch.spike is not None:
             self._rollbacks.prepare(self.watch.spike)
+        self.heartbeat.at("save")
         if self._rollbacks.is_due:
             self._rollbacks.go_back()
         else:
@@ -289,9 +304,12 @@ class BLTTrainer(Trainer):
             PreemptedError: the run was told to leave; what was made is saved.
         """
         go_back_once(self.job_config)
+        self.heartbeat.at("load")
         super().train()
         if self._exports is not None:
+            self.heartbeat.at("exports")
             self._exports.finish()
+        self.heartbeat.at("end")
         if dist.get_rank() == 0:
             steps = self.job_config.training.steps
             ran_out = f"; its data ended before step {steps}" if self.step < steps else ""

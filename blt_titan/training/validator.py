@@ -15,12 +15,16 @@ from blt_titan.data.rows.held_out import HeldOutRows
 from blt_titan.evaluation.rows import batch_scorer, batch_sums, score_batches
 from blt_titan.loss import ByteCrossEntropy
 from blt_titan.titan import BaseValidator, ParallelDims, device_type, logger
+from blt_titan.training.heartbeat import Heartbeat
 from blt_titan.training.loader import context_slice, most_documents, split_source
 from blt_titan.training.metrics import BLTMetrics
 
 
 class BLTValidator(BaseValidator):
     """Scores the held-out rows every `validation.freq` steps and after the last."""
+
+    heartbeat: Heartbeat | None = None
+    """Is told of each batch."""
 
     def __init__(
         self,
@@ -53,12 +57,16 @@ class BLTValidator(BaseValidator):
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
         """Score the held-out rows and log the figure; collective over ranks."""
         began = time.perf_counter()
+        batches = few_documents(self.rows, self.most_documents)
+        if self.heartbeat is not None:
+            self.heartbeat.at("validate")
+            batches = self.heartbeat.each(batches, "validate")
         for model in model_parts:
             model.eval()
         with self.autocast:
             score = score_batches(
                 self._score_by_schedule if self.pp_schedule is not None else batch_scorer(model_parts[0]),
-                few_documents(self.rows, self.most_documents),
+                batches,
                 device=device_type,
                 reduce=self._sum_over_ranks if self.n_ranks > 1 else None,
             )

@@ -264,9 +264,10 @@ def test_help_of_run_train_sh_names_its_variables_and_runs_nothing():
 
 
 def test_what_failed_is_known_by_name_to_the_launcher():
-    from blt_titan.train import WRONG_WORK
+    from blt_titan.train import LOST_WORK, WRONG_WORK
 
     assert tuple(kind.__name__ for kind in WRONG_WORK) == ranks_of_node.WRONG_WORK
+    assert tuple(kind.__name__ for kind in LOST_WORK) == ranks_of_node.LOST_WORK
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,18 @@
 from collections.abc import Iterator
 
 from blt_titan.config.rules.bounds import shown
-from blt_titan.job_config import EntropyModelSettings, Failure, HashEmbeddingSettings, LocalBlocks
+from blt_titan.job_config import Data, EntropyModelSettings, Failure, HashEmbeddingSettings, LocalBlocks
 from blt_titan.titan import ActivationCheckpoint, Checkpoint, DataLoader, Debug, Float8Linear, Model
 from parallelisms.float8 import CONVERTER
 
 
-def of_loader(dataloader: DataLoader) -> Iterator[str]:
-    """Batches are made ahead by workers only."""
+def of_loader(dataloader: DataLoader, data: Data) -> Iterator[str]:
+    """Batches are made ahead by workers only, and only workers are waited for."""
+    if data.wait_seconds is not None and dataloader.num_workers == 0:
+        yield (
+            f"data.wait_seconds = {data.wait_seconds} with training.dataloader.num_workers = 0: rows are made in the "
+            "training process, which waits for no worker; leave it out, or raise num_workers"
+        )
     if dataloader.prefetch_factor is not None and dataloader.num_workers == 0:
         yield (
             f"training.dataloader.prefetch_factor = {dataloader.prefetch_factor} with "

@@ -234,6 +234,7 @@ KEYS: dict[str, dict[str, Rule]] = {
         "seed": whole(0, MAX_SEED),
         "on_damage": ANY,
         "verify_bytes_at_start": whole(0, MAX_SEED),
+        "wait_seconds": whole(1, 10**7),
     },
     "patching": {
         "rule": PATCH_RULE,
@@ -277,6 +278,7 @@ KEYS: dict[str, dict[str, Rule]] = {
         "rollback_steps": whole(1, 10**12),
         "max_rollbacks": whole(1),
     },
+    "heartbeat": {"limit_seconds": whole(1, 10**7)},
 }
 
 

@@ -4,8 +4,18 @@ import importlib.util
 from collections.abc import Iterator
 
 from blt_titan.config.rules.target import Target
-from blt_titan.job_config import Export, Failure, Monitor
-from blt_titan.titan import Checkpoint, DataLoader, Float8Linear, LRScheduler, Metrics, Model, Profiling, Training
+from blt_titan.job_config import Data, Export, Failure, Heartbeat, Monitor
+from blt_titan.titan import (
+    Checkpoint,
+    Comm,
+    DataLoader,
+    Float8Linear,
+    LRScheduler,
+    Metrics,
+    Model,
+    Profiling,
+    Training,
+)
 
 
 def schedule(lr_scheduler: LRScheduler, training: Training) -> Iterator[str]:
@@ -72,6 +82,17 @@ def rollback(failure: Failure, checkpoint: Checkpoint, float8: Float8Linear) -> 
             f"{key} with quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp = true: the scales would be "
             "those of the weights that were given up; leave one out"
         )
+
+
+def waits(heartbeat: Heartbeat, data: Data, comm: Comm, world_size: int) -> Iterator[str]:
+    """Who is waited for is found out before a collective gives up and blames the rank that waits."""
+    timeout = comm.train_timeout_seconds
+    for key, value in (("heartbeat.limit_seconds", heartbeat.limit_seconds), ("data.wait_seconds", data.wait_seconds)):
+        if world_size > 1 and value is not None and value >= timeout:
+            yield (
+                f"{key} = {value}: must be below comm.train_timeout_seconds = {timeout}, after which a collective "
+                "gives up and names the rank that waits; raise that, or lower this"
+            )
 
 
 def on_a_cpu(checkpoint: Checkpoint, profiling: Profiling, training: Training, target: Target) -> Iterator[str]:

@@ -38,7 +38,7 @@ def _rules(config: RunConfig, world_size: int, target: Target) -> tuple[Iterator
     parallelism, checkpoint, patching = config.parallelism, config.checkpoint, config.patching
     float8 = config.quantize.linear.float8
     return (
-        effect.of_loader(training.dataloader),
+        effect.of_loader(training.dataloader, data),
         effect.of_export_dtype(checkpoint),
         effect.of_initial_load(checkpoint),
         effect.of_checkpoints(checkpoint),
@@ -68,6 +68,7 @@ def _rules(config: RunConfig, world_size: int, target: Target) -> tuple[Iterator
         operation.exports(config.export, model, checkpoint),
         operation.skipping(config.failure),
         operation.rollback(config.failure, checkpoint, float8),
+        operation.waits(config.heartbeat, data, config.comm, world_size),
         rows.text(training, data),
     )
 

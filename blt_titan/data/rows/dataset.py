@@ -7,11 +7,10 @@ record batch that cannot be used is skipped and noted, or ends the rows with its
 import itertools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from torch.utils.data import IterableDataset, get_worker_info
 
 from blt_titan.data.rows.mixture import MixtureOrder
 from blt_titan.data.rows.order import StreamOrder
@@ -30,12 +29,12 @@ MOST_QUARANTINED_IN_A_ROW = 1000
 """So that a run whose data is gone ends."""
 
 
-class RowDataset(IterableDataset):
-    """The rows of one data-parallel rank, or in a worker process that worker's share of them.
+class RowDataset:
+    """The rows of one data-parallel rank, or a worker's share of them.
 
-    Yields blocks of `rows_per_block` packed rows, each with its stream's position after it. NumPy arrays and not
+    Made of blocks of `rows_per_block` packed rows, each with its stream's position after it. NumPy arrays and not
     tensors: a pipe measured faster than shared memory that is mapped anew for each block, and containers have little of
-    that. After data that cannot be used comes the error instead.
+    that.
     """
 
     def __init__(
@@ -61,17 +60,26 @@ class RowDataset(IterableDataset):
         self.rows_per_block = rows_per_block
         self.quarantine = quarantine
         self._quarantined_in_a_row = 0
+        self._note: Callable[[str], None] | None = None
 
-    def __iter__(self) -> Iterator[Block | DataError | RuleError]:
+    def blocks(
+        self, worker: int = 0, workers: int = 1, note: Callable[[str], None] | None = None
+    ) -> Iterator[Block | DataError | RuleError]:
+        """Make the blocks of one of `workers`; after data that cannot be used comes the error, without end.
+
+        Args:
+            worker: which one.
+            workers: how many share the rank's rows.
+            note: is told what is being read.
+        """
+        self._note = note
         try:
-            yield from self._blocks()
+            yield from self._blocks(worker, workers)
         except (DataError, RuleError) as error:
             yield from itertools.repeat(error)  # see `RowLoader._rows`
 
-    def _blocks(self) -> Iterator[Block]:
-        worker = get_worker_info()
-        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        rows_of_rank = itertools.count(self.first_row + first, step)
+    def _blocks(self, worker: int, workers: int) -> Iterator[Block]:
+        rows_of_rank = itertools.count(self.first_row + worker, workers)
         streams: dict[int, RowStream] = {}
         while True:
             block: Block = []
@@ -95,6 +103,8 @@ class RowDataset(IterableDataset):
         return stream
 
     def _read(self, record_batch: int) -> PatchedIds:
+        if self._note is not None:
+            self._note(f"it was reading {self.source.shards.place_of(record_batch)}")
         try:
             patched = self.source.read(record_batch)
         except DataError as error:
@@ -110,6 +120,8 @@ class RowDataset(IterableDataset):
                 self._log_quarantined(self.quarantine_log, str(error))
             return QUARANTINED
         self._quarantined_in_a_row = 0
+        if self._note is not None:
+            self._note(f"it was packing rows, last of {self.source.shards.place_of(record_batch)}")
         return patched
 
     def _log_quarantined(self, path: Path, what: str) -> None:

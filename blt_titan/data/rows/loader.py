@@ -14,7 +14,6 @@ gathered over ranks at a save; it fits any number of ranks and workers.
 import itertools
 import json
 import logging
-import signal
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,23 +21,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from blt_titan.batch import WHOLE_ROW, Batch, ContextSlice
-from blt_titan.data.prepare.worker_pool import die_with_parent
 from blt_titan.data.rows.collate import collate_rows
 from blt_titan.data.rows.continuation import check_continues, data_identity
-from blt_titan.data.rows.dataset import RowDataset
+from blt_titan.data.rows.dataset import Block, RowDataset
 from blt_titan.data.rows.mixture import MixtureOrder
 from blt_titan.data.rows.order import StreamOrder
 from blt_titan.data.rows.packing import Row
 from blt_titan.data.rows.source import RowSource
 from blt_titan.data.rows.streams import POSITION_FIELDS
+from blt_titan.data.rows.workers import Worker, WorkerLostError
 from blt_titan.data.store.errors import DataError
 from blt_titan.patching.registry import RuleError
 
 logger = logging.getLogger(__name__)
 
+WAIT_S = 300.0
+"""How long a worker may show no sign of life, unless a run says otherwise."""
+RENEWED_AFTER_BATCHES = 1000
+"""After so many, workers that had to be begun anew have proved themselves, and may be once more."""
 _QUARANTINED_FIELD = POSITION_FIELDS.index("quarantined")
 
 
@@ -53,7 +55,8 @@ class RowLoader:
         rows_per_batch: B.
         context_slice: the part of each row that this rank takes; ranks with the same `dp_rank` read the same rows.
         num_workers: worker processes; lowered to a divisor of the rank's streams, so that no stream has two makers.
-        prefetch_factor: batches that each worker makes ahead.
+        prefetch_factor: batches that each worker makes ahead; None for 2.
+        wait_s: seconds without a sign of life after which a worker is lost. Workers are begun anew once.
         quarantine: pass over record batches that cannot be used, name them in the log and count them in the state;
             else the first one ends the iteration with its error.
         quarantine_log: a file that gets a line for each of them, when it is read (workers read ahead).
@@ -76,6 +79,7 @@ class RowLoader:
         context_slice: ContextSlice = WHOLE_ROW,
         num_workers: int = 0,
         prefetch_factor: int | None = None,
+        wait_s: float = WAIT_S,
         quarantine: bool = False,
         quarantine_log: Path | None = None,
         patching_may_change: bool = False,
@@ -97,7 +101,9 @@ class RowLoader:
         self.num_workers = next(
             w for w in range(min(num_workers, own_streams), -1, -1) if w == 0 or own_streams % w == 0
         )
-        self._prefetch_factor = prefetch_factor
+        self._prefetch_factor = prefetch_factor or 2
+        self._wait_s = wait_s
+        self._batches_since_lost: int | None = None
         self._quarantine = quarantine
         # Of ranks that share rows, one writes.
         self._quarantine_log = quarantine_log if context_slice.index == 0 else None
@@ -111,13 +117,35 @@ class RowLoader:
     def __iter__(self) -> Iterator[Batch]:
         rows = self._rows()
         while True:
-            taken = list(itertools.islice(rows, self.rows_per_batch))
+            try:
+                taken = list(itertools.islice(rows, self.rows_per_batch))
+            except WorkerLostError as lost:
+                self._note_lost(lost)
+                # What was made ahead is made again, and nothing else: positions are those of batches handed out.
+                rows = self._rows()
+                continue
             rows_taken = [row for row, _ in taken]
             batch = collate_rows(rows_taken, self.source.shape, self.context_slice)
             for _, position in taken:
                 self._positions[(self._rows_served + self.dp_rank) % self.order.streams] = position
                 self._rows_served += self.dp_size
+            if self._batches_since_lost is not None:
+                self._batches_since_lost += 1
             yield batch
+
+    def _note_lost(self, lost: WorkerLostError) -> None:
+        """Say that workers are begun anew.
+
+        Raises:
+            WorkerLostError: they were, not long ago.
+        """
+        if self._batches_since_lost is not None and self._batches_since_lost < RENEWED_AFTER_BATCHES:
+            raise WorkerLostError(
+                f"{lost}. Workers were begun anew already, {self._batches_since_lost} batches before; see that the "
+                "data can be read there, and that memory is enough"
+            ) from lost
+        self._batches_since_lost = 0
+        logger.warning(f"{lost}. All workers of this rank begin anew where its streams are; no row is lost or repeated")
 
     def _rows(self) -> Iterator[tuple[Row, np.ndarray]]:
         dataset = RowDataset(
@@ -131,29 +159,28 @@ class RowLoader:
             quarantine=self._quarantine,
             quarantine_log=self._quarantine_log,
         )
-        blocks = iter(
-            DataLoader(
-                dataset,
-                batch_size=None,
-                collate_fn=_unchanged,
-                num_workers=self.num_workers,
-                prefetch_factor=self._prefetch_factor if self.num_workers else None,
-                worker_init_fn=_die_with_the_trainer,
-                # Workers know the rules that the user registered, as they are copies of this process.
-                multiprocessing_context="fork" if self.num_workers else None,
-            )
-        )
-        # Workers answer in turn, each with every W-th row. An error is a value to them and is raised here, after which
-        # no traceback refers to `blocks`: left to the garbage collector, torch would wait 5 s for each worker.
+        if not self.num_workers:
+            for block in dataset.blocks():
+                yield from _sound(block)
+            return
+        workers: list[Worker] = []
         try:
-            while one_of_each := list(itertools.islice(blocks, max(1, self.num_workers))):
-                for block in one_of_each:
-                    if isinstance(block, DataError | RuleError):
-                        raise block
-                for rows in zip(*one_of_each, strict=True):
+            for number in range(self.num_workers):
+                workers.append(
+                    Worker(
+                        number,
+                        lambda worker, note: dataset.blocks(worker, self.num_workers, note),
+                        ahead=self._prefetch_factor,
+                        wait_s=self._wait_s,
+                    )
+                )
+            # Workers answer in turn, each with every W-th row.
+            while True:
+                for rows in zip(*[_sound(worker.next_block()) for worker in workers], strict=True):
                     yield from rows
         finally:
-            del blocks
+            for worker in workers:
+                worker.close()
 
     def take_quarantined(self) -> int:
         """Return the record batches that this rank has skipped since the last call, as the batches come to them.
@@ -229,17 +256,8 @@ class RowLoader:
         self._rows_served = rows_served
 
 
-def _unchanged(block: Any) -> Any:
+def _sound(block: Block | DataError | RuleError) -> Block:
+    """Return the block; an error is a value to workers, and is raised here."""
+    if isinstance(block, DataError | RuleError):
+        raise block
     return block
-
-
-def _die_with_the_trainer(_worker: int) -> None:
-    """Keep a worker from outliving its trainer.
-
-    torch's own watch only ends the worker's loop: a row that fills the pipe would then be waited for, for ever, because
-    every worker holds the reading end too. What tells the run to leave (`training/preemption.py`) may reach workers as
-    well, as from a scheduler; the trainer still needs their rows then.
-    """
-    die_with_parent()
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)

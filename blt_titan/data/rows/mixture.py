@@ -67,6 +67,11 @@ class ShardSets:
         number, i = self._find(i)
         return self.sets[number].record_batch_info(i)
 
+    def place_of(self, i: int) -> str:
+        """Name record batch i of all by its file, which is not opened for it."""
+        number, i = self._find(i)
+        return self.sets[number].place_of(i)
+
     def read(self, i: int) -> RecordBatch:
         """Check and read record batch i of all; raises DataError as `ShardSet.read`."""
         number, i = self._find(i)

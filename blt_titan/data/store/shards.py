@@ -269,6 +269,11 @@ class ShardSet:
         """Say where record batch i of 0..R-1 lies and what it holds, without reading it."""
         return self._find(i)[0]
 
+    def place_of(self, i: int) -> str:
+        """Name record batch i by its file, which is not opened for it."""
+        number = bisect_right(self._first_batch, i) - 1
+        return f"{self._directory / self._shards[number].file}: record batch {i - self._first_batch[number]}"
+
     def read(self, i: int) -> RecordBatch:
         """Check and read record batch i of 0..R-1.
 

@@ -67,3 +67,17 @@ def test_batches_for_a_gpu_are_page_locked_whatever_a_setting_says(device, fault
     assert len(found) == faults
     assert all("training.dataloader.pin_memory = false: batches for a GPU are always page-locked" in f for f in found)
     assert load_run_config([DEBUG]).training.dataloader.pin_memory, "no word about it is no fault"
+
+
+@pytest.mark.parametrize("key", ["heartbeat.limit_seconds", "data.wait_seconds"])
+def test_waits_are_over_before_a_collective_gives_up(key):
+    settings = [DEBUG, "--comm.train_timeout_seconds=60", "--training.dataloader.num_workers=1"]
+    [fault] = sound(load_run_config([*settings, f"--{key}=60"]), 2)
+    assert fault.startswith(f"{key} = 60: must be below comm.train_timeout_seconds = 60")
+    assert sound(load_run_config([*settings, f"--{key}=59"]), 2) == []
+    assert sound(load_run_config([*settings, f"--{key}=60"]), 1) == []
+
+
+def test_who_has_no_workers_waits_for_none():
+    [fault] = sound(load_run_config([DEBUG, "--data.wait_seconds=60", "--training.dataloader.num_workers=0"]), 1)
+    assert fault.startswith("data.wait_seconds = 60 with training.dataloader.num_workers = 0: ")
