@@ -38,8 +38,25 @@ class Data:
     """
     verify_bytes_at_start: int = 256 * 1024 * 1024
     """
-    Data up to this size is checked byte by byte before training; of larger data only the structure, and each record
-    batch when it is read.
+    Data up to this size is checked byte by byte before training; of larger data, and of object stores, only the
+    structure, and each record batch when it is read.
+    """
+    cache_dir: str | None = None
+    """
+    Where what comes from an object store is kept, for all ranks and workers of a machine: a folder on its own disk, not
+    on a network file system. Default: blt_titan-<user id> in the folder for temporary files (TMPDIR, or /tmp).
+    """
+    cache_bytes: int = 8 * 1024**3
+    """The most that the cache takes; what was used longest ago makes room."""
+    fetch_ahead: int = 16
+    """
+    Record batches of an object store that each worker fetches before they are due, with what it holds of them in
+    memory; 0 fetches each when it is needed.
+    """
+    fetch_timeout_s: float = 300.0
+    """
+    Seconds that a request to an object store is made again and again, with growing pauses, before the run ends. What
+    cannot pass, such as denied access, ends it at once, and so under on_damage = 'quarantine'.
     """
     wait_seconds: int | None = None
     """

@@ -20,14 +20,26 @@ from blt_titan.config.run_config import RunConfig
 from blt_titan.data.rows.continuation import check_continues, data_identity
 from blt_titan.data.rows.mixture import ShardSets
 from blt_titan.data.rows.patcher import patch_decisions
+from blt_titan.data.store.address import Address, is_remote
+from blt_titan.data.store.disk_cache import DiskCache
 from blt_titan.data.store.errors import DataError
+from blt_titan.data.store.manifest import read_manifest
+from blt_titan.data.store.object_store import RemoteFolder
+from blt_titan.data.store.shards import ShardSet
 from blt_titan.hf.config import HFConfigError, hf_config, why_not_by_itself
 from blt_titan.hf.export import check_entropy_model, stored_weights
 from blt_titan.job_config import Data
 from blt_titan.model.args import EntropyModelArgs
 from blt_titan.model.flavors import BLT_FLAVORS
 from blt_titan.patching.rule import PatchRule
-from blt_titan.training.data import dataset_paths, entropies_fingerprint, open_shards, open_sidecars, stream_order
+from blt_titan.training.data import (
+    dataset_paths,
+    entropies_fingerprint,
+    fetching_of,
+    open_shards,
+    open_sidecars,
+    stream_order,
+)
 from blt_titan.training.spec import TRAIN_SPECS
 
 
@@ -97,12 +109,19 @@ def _check_seed_checkpoint(config: RunConfig) -> None:
 def _check_data(config: RunConfig, dp: int) -> list[ShardSets]:
     """Open what the rows are made of; return the splits that the run reads, its training text first."""
     paths, streams = dataset_paths(config.data, config.training), config.data.streams
+    fetching = fetching_of(config.data)
     for path in paths:
-        if not Path(path).is_dir():
-            key = f"data.mixture: {path!r}" if config.data.mixture else f"training.dataset_path = {path!r}"
+        key = f"data.mixture: {path!r}" if config.data.mixture else f"training.dataset_path = {path!r}"
+        if is_remote(path):
+            try:
+                read_manifest(RemoteFolder(Address(path), fetching))
+            except DataError as error:
+                raise RunConfigError(f"{key}: {error}") from error
+        elif not Path(path).is_dir():
             raise RunConfigError(f"{key}: no such directory; make it with `blt-titan prepare`")
-    train = open_shards(paths, "train")
-    shards = [train, open_shards(paths, "validation")] if config.validation.enable else [train]
+    train = open_shards(paths, "train", fetching)
+    shards = [train, open_shards(paths, "validation", fetching)] if config.validation.enable else [train]
+    _check_cache(config.data, [s for split in shards for s in split.sets if s.is_remote])
     stream_order(config.data, train)
     if len(train) < streams:
         lower = f"set data.streams = {len(train) // dp * dp}, or " if len(train) >= dp else ""
@@ -118,9 +137,23 @@ def _check_data(config: RunConfig, dp: int) -> list[ShardSets]:
     return shards
 
 
+def _check_cache(data: Data, remote: list[ShardSet]) -> None:
+    """Check that what comes from object stores can be kept."""
+    if not remote:
+        return
+    fetching = fetching_of(data)
+    DiskCache(fetching.cache_dir, fetching.cache_bytes).check()
+    # Those of entropies are as large. Without them at hand, each read would fetch one first.
+    if (needed := 4 * sum(shards.index_bytes for shards in remote)) > data.cache_bytes:
+        raise RunConfigError(
+            f"data.cache_bytes = {data.cache_bytes}: must be at least {needed}, twice the indexes of text and entropies"
+        )
+
+
 def _verify(shards: ShardSets, data: Data) -> None:
     for shard_set in shards.sets:
-        if shard_set.text_bytes <= data.verify_bytes_at_start and data.on_damage == "stop":
+        small = shard_set.text_bytes <= data.verify_bytes_at_start
+        if small and data.on_damage == "stop" and not shard_set.is_remote:
             shard_set.verify_checksums()
         else:
             shard_set.verify_structure()

@@ -1,10 +1,13 @@
 """The data of a run: from the sections of its settings to shards, their order, their entropies, and rows."""
 
+from pathlib import Path
+
 from blt_titan.data.rows.mixture import MixtureOrder, ShardSets, mixture_order
 from blt_titan.data.rows.order import StreamOrder
 from blt_titan.data.rows.packing import RowShape
 from blt_titan.data.rows.patcher import EntropyPatcher, TextPatcher
 from blt_titan.data.rows.source import RowSource
+from blt_titan.data.store.object_store import Fetching
 from blt_titan.data.store.shards import ShardSet
 from blt_titan.data.store.sidecars import EntropySidecar, EntropySidecars
 from blt_titan.job_config import Data, Patching
@@ -18,13 +21,19 @@ def dataset_paths(data: Data, training: Training) -> list[str]:
     return list(data.mixture) or [path for path in (training.dataset_path,) if path is not None]
 
 
-def open_shards(paths: list[str], split: str) -> ShardSets:
-    """Open one split of the data in some directories.
+def fetching_of(data: Data) -> Fetching:
+    """Return how a run reads object stores."""
+    where = {} if data.cache_dir is None else {"cache_dir": Path(data.cache_dir)}
+    return Fetching(cache_bytes=data.cache_bytes, timeout_s=data.fetch_timeout_s, **where)
+
+
+def open_shards(paths: list[str], split: str, fetching: Fetching) -> ShardSets:
+    """Open one split of the data in some directories, here or in an object store.
 
     Raises:
         DataError: a directory is missing or damaged, or has no such split.
     """
-    return ShardSets([ShardSet(path, split) for path in paths])
+    return ShardSets([ShardSet(path, split, fetching=fetching) for path in paths])
 
 
 def stream_order(data: Data, shards: ShardSets) -> StreamOrder | MixtureOrder:
@@ -66,16 +75,17 @@ def row_source(
     """
     shape = RowShape(seq_len // data.segment_bytes, data.segment_bytes, data.segment_patches)
     paths, rule = dataset_paths(data, training), PatchRule.of(patching)
-    shards = open_shards(paths, split)
+    shards = open_shards(paths, split, fetching_of(data))
+    ahead = data.fetch_ahead if shards.is_remote else 0
     if not rule.by_entropy:
-        return RowSource(shards, TextPatcher(rule), shape)
+        return RowSource(shards, TextPatcher(rule), shape, ahead)
     entropies: EntropySidecars | OnlineEntropies
     if patching.source == "sidecar":
         entropies = open_sidecars(paths, patching.sidecar, shards)
     else:
         assert patching.entropy_checkpoint is not None, "checked with the settings"
         entropies = online_entropies(patching.entropy_checkpoint, device=device_type, share=share)
-    return RowSource(shards, EntropyPatcher(rule, entropies), shape)
+    return RowSource(shards, EntropyPatcher(rule, entropies), shape, ahead)
 
 
 def entropies_fingerprint(patching: Patching, paths: list[str], shards: ShardSets) -> str | None:

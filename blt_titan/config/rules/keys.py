@@ -235,6 +235,10 @@ KEYS: dict[str, dict[str, Rule]] = {
         "on_damage": ANY,
         "verify_bytes_at_start": whole(0, MAX_SEED),
         "wait_seconds": whole(1, 10**7),
+        "cache_dir": PATH,
+        "cache_bytes": whole(1, 2**60),
+        "fetch_ahead": whole(0, 1024),
+        "fetch_timeout_s": number(0, 10**6, above=True),
     },
     "patching": {
         "rule": PATCH_RULE,

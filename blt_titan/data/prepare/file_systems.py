@@ -4,8 +4,7 @@ import os
 import re
 from typing import Any
 
-import fsspec.core
-
+from blt_titan.data.store.address import file_system, is_remote
 from blt_titan.data.store.errors import DataError
 
 _QUERY = re.compile(r"\?[^/?]+=[^/?]*$")
@@ -19,26 +18,9 @@ def open_binary(path: str) -> Any:
     return fs.open(inner, "rb")
 
 
-def is_remote(name: str) -> bool:
-    """Tell whether a name is a URL of an fsspec file system, as in s3://bucket/folder."""
-    return "://" in name
-
-
 def local_name(name: str) -> str:
     """Return the path that a URL of this machine's own files stands for; any other name as it is."""
     return file_system(name)[1] if name.startswith(("file://", "local://")) else name
-
-
-def file_system(url: str) -> tuple[Any, str]:
-    """Return the file system of a URL, and the path in it.
-
-    Raises:
-        DataError: its driver is unknown or not installed.
-    """
-    try:
-        return fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise DataError(f"{url}: {error}") from error
 
 
 def without_query(path: str) -> str:

@@ -4,8 +4,9 @@ import itertools
 from collections.abc import Iterator
 
 from blt_titan.batch import WHOLE_ROW, Batch, ContextSlice
+from blt_titan.data.rows.ahead import ReadAhead
 from blt_titan.data.rows.collate import collate_rows
-from blt_titan.data.rows.packing import empty_row
+from blt_titan.data.rows.packing import PatchedIds, empty_row
 from blt_titan.data.rows.source import RowSource
 from blt_titan.data.rows.streams import RowStream
 
@@ -43,10 +44,18 @@ class HeldOutRows:
         self.rows_per_batch = rows_per_batch
 
     def __iter__(self) -> Iterator[Batch]:
-        n_record_batches = len(self.source.shards)
-        stream = RowStream(lambda pick: self.source.read(pick) if pick < n_record_batches else None, self.source.shape)
+        n_record_batches, source = len(self.source.shards), self.source
+        ahead = ReadAhead(source.load, source.read_ahead)
+
+        def read(pick: int) -> PatchedIds | None:
+            for coming in range(pick, min(pick + source.read_ahead, n_record_batches)):
+                ahead.expect(coming, coming)
+            return source.patch(ahead.take(pick)) if pick < n_record_batches else None
+
+        stream = RowStream(read, source.shape)
         rows = itertools.islice(iter(stream.next_row, None), self.max_rows)
         while together := list(itertools.islice(rows, self.dp_size * self.rows_per_batch)):
             own = together[self.dp_rank :: self.dp_size]
             own += [empty_row(self.source.shape)] * (self.rows_per_batch - len(own))
             yield collate_rows(own, self.source.shape, self.context_slice)
+        ahead.close()

@@ -56,6 +56,11 @@ class ShardSets:
         return sum(shards.text_bytes for shards in self.sets)
 
     @property
+    def is_remote(self) -> bool:
+        """Tell whether any of them is in an object store."""
+        return any(shards.is_remote for shards in self.sets)
+
+    @property
     def fingerprint(self) -> str:
         """Identify the data, for checkpoints: of one set its own."""
         if len(self.sets) == 1:

@@ -12,7 +12,8 @@ import numpy as np
 
 from blt_titan.byte_vocab import BOS_ID
 from blt_titan.data.rows.packing import PatchedIds, frame_documents
-from blt_titan.data.store.shards import RecordBatch
+from blt_titan.data.store.record_batch import RecordBatch
+from blt_titan.data.store.sidecars import EntropySidecars
 from blt_titan.patching.rounding import Storage
 from blt_titan.patching.rule import PatchRule
 
@@ -30,8 +31,16 @@ class RowPatcher(Protocol):
         """What decides where patches begin, as `patch_decisions` has it."""
         ...
 
-    def patch(self, batch: RecordBatch) -> PatchedIds:
-        """Frame and patch the documents of a record batch.
+    def read_beside(self, batch: RecordBatch) -> np.ndarray | None:
+        """Return what `patch` needs beside the text and can be read ahead, in any thread; None if there is nothing.
+
+        Raises:
+            DataError: it is missing or damaged.
+        """
+        ...
+
+    def patch(self, batch: RecordBatch, beside: np.ndarray | None = None) -> PatchedIds:
+        """Frame and patch the documents of a record batch; `beside` is what `read_beside` returned, if it was called.
 
         Raises:
             DataError: what it needs beside the text is missing or damaged.
@@ -107,7 +116,10 @@ class TextPatcher:
         """What decides where patches begin: the rule."""
         return patch_decisions(self.rule, None)
 
-    def patch(self, batch: RecordBatch) -> PatchedIds:
+    def read_beside(self, batch: RecordBatch) -> None:
+        """Return nothing: the text is all that is needed."""
+
+    def patch(self, batch: RecordBatch, beside: np.ndarray | None = None) -> PatchedIds:
         """Frame and patch the documents of a record batch."""
         return patch_documents(batch.text, batch.offsets, self.rule)
 
@@ -130,10 +142,19 @@ class EntropyPatcher:
         """What decides where patches begin: the rule, and the model that the entropies are of."""
         return patch_decisions(self.rule, self.entropies.fingerprint)
 
-    def patch(self, batch: RecordBatch) -> PatchedIds:
+    def read_beside(self, batch: RecordBatch) -> np.ndarray | None:
+        """Return the entropies of a sidecar; None of a model, which scores in the order of the rows.
+
+        Raises:
+            DataError: the entropies are missing, damaged or of another text.
+        """
+        return self.entropies(batch) if isinstance(self.entropies, EntropySidecars) else None
+
+    def patch(self, batch: RecordBatch, beside: np.ndarray | None = None) -> PatchedIds:
         """Frame and patch the documents of a record batch.
 
         Raises:
             DataError: the entropies are missing, damaged or of another text.
         """
-        return patch_documents(batch.text, batch.offsets, self.rule, self.entropies(batch))
+        entropies_nats = self.entropies(batch) if beside is None else beside
+        return patch_documents(batch.text, batch.offsets, self.rule, entropies_nats)

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from blt_titan.data.prepare.worker_pool import die_with_parent
+from blt_titan.data.store.fetch_counts import count_as_worker
 
 MakeBlocks = Callable[[int, Callable[[str], None]], Iterator[Any]]
 """Makes the blocks of worker w, given w and a function that notes in a few words what it begins to read."""
@@ -175,6 +176,7 @@ def _end(process: Any, reader: int) -> None:
 def _work(number: int, make: MakeBlocks, ahead: int, note: Note, reader: int, writer: int) -> None:
     """Make blocks and write each as its length and its pickle, in a process of its own."""
     die_with_parent()
+    count_as_worker(number)
     # What tells the run to leave (`training/preemption.py`) may reach workers as well, as from a scheduler; the trainer
     # still needs their rows then.
     for number_of_signal in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):

@@ -13,8 +13,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from blt_titan.data.store.address import Address
 from blt_titan.data.store.atomic_file import write_atomically
 from blt_titan.data.store.errors import DataError
+from blt_titan.data.store.folder import Folder, LocalFolder, RemoteFolder, folder_of
 from blt_titan.data.store.names import is_plain
 
 FORMAT = "blt_titan.byte_shards"
@@ -103,18 +105,20 @@ class Manifest:
         return json.dumps(content, indent=2) + "\n"
 
 
-def read_manifest(directory: str | os.PathLike[str], name: str = MANIFEST_NAME) -> Manifest:
-    """Read and check the manifest of a directory.
+def read_manifest(directory: str | os.PathLike[str] | Address | Folder, name: str = MANIFEST_NAME) -> Manifest:
+    """Read and check the manifest of a directory, here or at an address.
 
     Raises:
         DataError: it is missing, is not JSON, is of another format or version, or has a field missing or malformed.
     """
-    path = Path(directory) / name
+    folder = directory if isinstance(directory, LocalFolder | RemoteFolder) else folder_of(directory)
+    path = folder.place / name
     try:
-        written = path.read_bytes()
+        written = folder.read(name)
     except FileNotFoundError:
         raise DataError(
-            f"{path}: no such file, so {directory} is not a finished data set; make one with `blt-titan prepare`"
+            f"{path}: no such {'file' if isinstance(folder, LocalFolder) else 'object'}, so {folder.place} is not a "
+            "finished data set; make one with `blt-titan prepare`"
         ) from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error

@@ -12,10 +12,11 @@ The decision that is not obvious: the reader never uses Arrow's footer or the fi
 record batch by the index, checks the crc of its raw bytes, and then every number in them (`arrow_file.py`):
 a crc tells damage from what was written, not whether what was written is sound.
 
-Files are memory-mapped: a file that another process truncates while it is read ends this one with SIGBUS.
-Replace, never truncate.
+Files here are memory-mapped: a file that another process truncates while it is read ends this one with SIGBUS.
+Replace, never truncate. `object_store.py` says how files of object stores come here; they are checked alike.
 """
 
+import contextlib
 import hashlib
 import io
 import os
@@ -23,8 +24,8 @@ import zlib
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,9 +33,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from blt_titan.data.store.arrow_file import check_utf8, checked_offsets, map_file, parse_index, record_batch_buffers
+from blt_titan.data.store.address import Address, Place
+from blt_titan.data.store.arrow_file import check_utf8, checked_offsets, parse_index, record_batch_buffers
 from blt_titan.data.store.errors import DataError
+from blt_titan.data.store.folder import Content, Fetching, MappedFile, RemoteFolder, folder_of
 from blt_titan.data.store.manifest import FORMAT, MANIFEST_NAME, VERSION, Manifest, ShardEntry, read_manifest
+from blt_titan.data.store.record_batch import RecordBatch, RecordBatchInfo
 from blt_titan.progress import ProgressBar
 
 SCHEMA = pa.schema([("doc_id", pa.string()), ("text", pa.binary())])
@@ -44,6 +48,7 @@ SHARD_BYTES = 1024**3
 TEMPORARY_SUFFIX = ".tmp"
 MAX_RECORD_BATCH_BYTES = 2**31 - 1  # Arrow's `binary` has 32-bit offsets
 _MAGIC = b"ARROW1"
+_INDEXES_AT_ONCE = 16
 
 
 class ShardWriter:
@@ -144,59 +149,9 @@ def _sync_and_close(file: io.BufferedWriter) -> None:
     file.close()
 
 
-class RecordBatchInfo(NamedTuple):
-    """Where a record batch lies and what it holds; `offset`, `length` and `text_bytes` are in bytes."""
-
-    shard_path: Path
-    batch_in_shard: int
-    offset: int
-    length: int
-    rows: int
-    text_bytes: int
-    crc32: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class RecordBatch:
-    """The documents of one record batch: document i is `text[offsets[i]:offsets[i + 1]]`.
-
-    Attributes:
-        shard_path: the file it came from.
-        batch_in_shard: its place in that file.
-        text: uint8 [text bytes], read-only, a view into the memory map that it keeps alive.
-        offsets: int64 [rows + 1], from 0 to the number of text bytes.
-        crc32: of the record batch's raw bytes; what sidecars call it by.
-        id_bytes: the documents' names as UTF-8, uint8, a view too.
-        id_offsets: of the names, int64 [rows + 1].
-    """
-
-    shard_path: Path
-    batch_in_shard: int
-    text: np.ndarray
-    offsets: np.ndarray
-    crc32: int
-    id_bytes: np.ndarray
-    id_offsets: np.ndarray
-
-    @property
-    def rows(self) -> int:
-        """The number of documents."""
-        return len(self.offsets) - 1
-
-    @property
-    def doc_ids(self) -> list[str]:
-        """The documents' names, made anew at each call."""
-        names = self.id_bytes.tobytes()
-        return [names[begin:end].decode() for begin, end in pairwise(self.id_offsets.tolist())]
-
-    def document(self, row: int) -> np.ndarray:
-        """Give the bytes of one document, uint8 [N], a view."""
-        return self.text[self.offsets[row] : self.offsets[row + 1]]
-
-
 class _OpenShard(NamedTuple):
-    path: Path
-    content: Any  # pa.Buffer over the whole memory-mapped file
+    path: Place
+    content: Content
     index: np.ndarray  # int64 [record batches, 5]
 
 
@@ -205,14 +160,16 @@ class ShardSet:
 
     Construction looks only at the manifest and at each file's existence and size. A shard's Arrow magic and
     its index's digest are checked when it is first opened, a record batch's crc at every read. It pickles (a
-    worker process opens its own files) but is not meant to be shared between threads.
+    worker process opens its own files), and threads may read at once. Of an object store the sizes are those of one
+    listing, and the magic is not asked for.
 
     Args:
-        manifest_dir: the directory that holds `manifest.json`.
+        manifest_dir: the directory, or the address, that holds `manifest.json`.
         split: "train" or "validation".
         max_open_shards: how many shards stay memory-mapped, the least recently used going first.
         only: the file name of one shard, to open it alone.
         manifest: of the directory, if it was read before.
+        fetching: how an object store is read.
 
     Raises:
         DataError: no or unknown manifest, unknown or empty split, a file missing or not of its recorded size.
@@ -220,18 +177,19 @@ class ShardSet:
 
     def __init__(
         self,
-        manifest_dir: str | os.PathLike[str],
+        manifest_dir: str | os.PathLike[str] | Address,
         split: str,
         *,
         max_open_shards: int = 64,
         only: str | None = None,
         manifest: Manifest | None = None,
+        fetching: Fetching | None = None,
     ):
         assert max_open_shards >= 1
-        self._directory = Path(manifest_dir)
+        self.folder = folder_of(manifest_dir, fetching)
         self._max_open_shards = max_open_shards
-        manifest_path = self._directory / MANIFEST_NAME
-        splits = (manifest or read_manifest(self._directory)).splits
+        manifest_path = self.folder.place / MANIFEST_NAME
+        splits = (manifest or read_manifest(self.folder)).splits
         if split not in splits:
             raise DataError(f"{manifest_path}: no split {split!r}; it may be one of {', '.join(splits)}")
         self._shards = tuple(shard for shard in splits[split] if only in (None, shard.file))
@@ -260,6 +218,16 @@ class ShardSet:
         return self._shards
 
     @property
+    def is_remote(self) -> bool:
+        """Tell whether record batches are fetched from an object store."""
+        return isinstance(self.folder, RemoteFolder)
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of all index files."""
+        return sum(128 + 8 * len(INDEX_COLUMNS) * shard.record_batches for shard in self._shards)
+
+    @property
     def fingerprint(self) -> str:
         """Identify the data, for checkpoints: a hex digest over the format version and all index digests."""
         parts = [FORMAT, str(VERSION), *(shard.index_sha256 for shard in self._shards)]
@@ -272,7 +240,7 @@ class ShardSet:
     def place_of(self, i: int) -> str:
         """Name record batch i by its file, which is not opened for it."""
         number = bisect_right(self._first_batch, i) - 1
-        return f"{self._directory / self._shards[number].file}: record batch {i - self._first_batch[number]}"
+        return f"{self.folder.place / self._shards[number].file}: record batch {i - self._first_batch[number]}"
 
     def read(self, i: int) -> RecordBatch:
         """Check and read record batch i of 0..R-1.
@@ -307,6 +275,10 @@ class ShardSet:
         Raises:
             DataError: names the first file that is damaged.
         """
+        if self.is_remote:
+            with ThreadPoolExecutor(_INDEXES_AT_ONCE) as pool:
+                list(pool.map(self._load_shard, range(len(self._shards))))
+            return
         for number in range(len(self._shards)):
             self._load_shard(number)
 
@@ -325,7 +297,7 @@ class ShardSet:
 
     def _checked_message(self, i: int) -> tuple[RecordBatchInfo, Any]:
         info, content = self._find(i)
-        message = content.slice(info.offset, info.length)
+        message = content.message(info.offset, info.length, info.crc32)
         crc = zlib.crc32(message)
         if crc != info.crc32:
             raise DataError(
@@ -334,7 +306,7 @@ class ShardSet:
             )
         return info, message
 
-    def _find(self, i: int) -> tuple[RecordBatchInfo, Any]:
+    def _find(self, i: int) -> tuple[RecordBatchInfo, Content]:
         """Give the place of record batch i, and the content of its shard."""
         if not 0 <= i < len(self):
             raise IndexError(f"record batch {i} is outside 0..{len(self) - 1} of split {self.split!r}")
@@ -343,25 +315,27 @@ class ShardSet:
         return RecordBatchInfo(shard.path, batch_in_shard, *shard.index[batch_in_shard].tolist()), shard.content
 
     def _open_shard(self, number: int) -> _OpenShard:
-        if number in self._open:
-            self._open.move_to_end(number)
-            return self._open[number]
-        shard = self._open[number] = self._load_shard(number)
-        if len(self._open) > self._max_open_shards:
-            self._open.popitem(last=False)
+        shard = self._open.get(number)
+        if shard is None:
+            shard = self._open[number] = self._load_shard(number)
+            if len(self._open) > self._max_open_shards:
+                self._open.popitem(last=False)
+        else:
+            # Another thread may have closed it meanwhile.
+            with contextlib.suppress(KeyError):
+                self._open.move_to_end(number)
         return shard
 
     def _load_shard(self, number: int) -> _OpenShard:
         entry = self._shards[number]
         self._check_files(entry)
-        path, index_path = self._directory / entry.file, self._directory / entry.index_file
+        path, index_path = self.folder.place / entry.file, self.folder.place / entry.index_file
         try:
-            content = map_file(path)
-            index_bytes = index_path.read_bytes()
+            content = self.folder.open(entry.file)
+            index_bytes = self.folder.read_index(entry.index_file, entry.index_sha256)
         except OSError as error:
             raise DataError(f"{path}: it or its index cannot be read ({error}); check permissions") from error
-        size = content.size
-        if size < 16 or {bytes(content.slice(0, 6)), bytes(content.slice(size - 6, 6))} != {_MAGIC}:
+        if isinstance(content, MappedFile) and not content.is_between(_MAGIC):
             raise DataError(f"{path}: not an Arrow IPC file; restore it, or prepare the data again")
         if hashlib.sha256(index_bytes).hexdigest() != entry.index_sha256:
             raise DataError(
@@ -381,10 +355,10 @@ class ShardSet:
         return _OpenShard(path, content, index)
 
     def _check_files(self, entry: ShardEntry) -> None:
-        path = self._directory / entry.file
+        path = self.folder.place / entry.file
         try:
-            (self._directory / entry.index_file).stat()
-            found = path.stat().st_size
+            self.folder.size(entry.index_file)
+            found = self.folder.size(entry.file)
         except OSError as error:
             raise DataError(
                 f"{error.filename}: {error.strerror}, but {MANIFEST_NAME} names it; "

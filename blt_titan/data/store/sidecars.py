@@ -18,6 +18,7 @@ own raw bytes are checked before they are believed, as those of shards are. A si
 the shards that have none, or one that no longer fits, and ranks need no other word from each other.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -33,13 +34,16 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 import pyarrow as pa
 
-from blt_titan.data.store.arrow_file import map_file, parse_index, record_batch_buffers
+from blt_titan.data.store.address import Address, Place, place_of
+from blt_titan.data.store.arrow_file import map_file, parse_index
 from blt_titan.data.store.atomic_file import write_atomically
+from blt_titan.data.store.entropy_batch import check_entropies, entropies_schema, parse_entropies
 from blt_titan.data.store.errors import DataError
+from blt_titan.data.store.folder import Content
 from blt_titan.data.store.manifest import SPLITS, ShardEntry, check_file_name, check_whole_number, read_manifest
 from blt_titan.data.store.names import plain_name
 from blt_titan.data.store.shards import RecordBatch, ShardSet
-from blt_titan.patching.rounding import Storage, from_storage, to_storage
+from blt_titan.patching.rounding import Storage, to_storage
 
 FORMAT, VERSION = "blt_titan.entropies", 1
 SIDECAR_NAME = "sidecar.json"
@@ -87,12 +91,17 @@ def fingerprint_of(settings: SidecarSettings) -> str:
 
 
 def sidecar_directory(data: str | os.PathLike[str], name: str) -> Path:
-    """Return where the sidecar `name` of a data set lies.
+    """Return where the sidecar `name` of a data set of this machine lies.
 
     Raises:
-        DataError: the name would lead elsewhere.
+        DataError: the name would lead elsewhere, or the data lies in an object store.
     """
-    return Path(data) / DIRECTORY / plain_name(name)
+    if isinstance(place := place_of(data), Address):
+        raise DataError(
+            f"{place}: entropies are written beside the shards, and not into an object store: copy the data set here, "
+            f"score it, and copy its folder {DIRECTORY} there"
+        )
+    return place / DIRECTORY / plain_name(name)
 
 
 class SidecarWriter:
@@ -107,7 +116,7 @@ class SidecarWriter:
         directory.mkdir(parents=True, exist_ok=True)
         self._temporary = directory / f"{shard.file}.{uuid.uuid4().hex}{_TEMPORARY_SUFFIX}"
         self._file = open(self._temporary, "wb")  # noqa: SIM115
-        self._schema = _schema(storage)
+        self._schema = entropies_schema(storage)
         self._arrow: Any = pa.ipc.new_file(self._file, self._schema)
         self._index = np.full((shard.record_batches, len(INDEX_COLUMNS)), -1, np.int64)
 
@@ -119,7 +128,7 @@ class SidecarWriter:
         """
         assert self._index[batch_in_shard, 0] < 0, "added twice"
         try:
-            _check_entropies(entropies_nats)
+            check_entropies(entropies_nats)
         except ValueError as error:
             raise DataError(
                 f"{self._directory / self._shard.file}: record batch {batch_in_shard}: the entropy model gave values "
@@ -186,7 +195,7 @@ def is_done(directory: Path, shard: ShardEntry, *, verify: Storage | None = None
             return sound
         content, shape = map_file(directory / entry.file), (shard.record_batches, len(INDEX_COLUMNS))
         for offset, length, values, _, crc32 in parse_index(index_bytes, shape, content.size).tolist():
-            _parse_entropies(content.slice(offset, length), values, verify, crc32)
+            parse_entropies(content.slice(offset, length), values, verify, crc32)
         return True
     except (OSError, ValueError, TypeError, RecursionError):
         return False
@@ -238,8 +247,8 @@ def complete_sidecar(data: str | os.PathLike[str], name: str, settings: SidecarS
 
 
 class _OpenSidecar(NamedTuple):
-    path: Path
-    content: Any
+    path: Place
+    content: Content
     index: np.ndarray
 
 
@@ -253,10 +262,13 @@ class EntropySidecar:
     """
 
     def __init__(self, data: str | os.PathLike[str], name: str, shards: ShardSet, *, max_open_shards: int = 64):
-        self.directory = sidecar_directory(data, name)
+        self._folder = shards.folder / DIRECTORY / plain_name(name)
+        self.directory = self._folder.place
         path = self.directory / SIDECAR_NAME
         try:
-            content = json.loads(path.read_bytes())
+            content = json.loads(self._folder.read(SIDECAR_NAME))
+        except DataError:
+            raise
         except FileNotFoundError:
             raise DataError(
                 f"{path}: no such file, so there are no complete entropies {name!r}; make them, or let scoring finish, "
@@ -301,7 +313,10 @@ class EntropySidecar:
                 f"with {batch.crc32:08x}; files were swapped: restore them, or score the data again"
             )
         try:
-            return _parse_entropies(opened.content.slice(offset, length), values, self.settings.storage, crc32)
+            message = opened.content.message(offset, length, crc32)
+            return parse_entropies(message, values, self.settings.storage, crc32)
+        except DataError:
+            raise
         except ValueError as error:
             raise DataError(
                 f"{where}: {error}: the file is damaged; restore it, or score the data again with --verify"
@@ -324,7 +339,7 @@ class EntropySidecar:
     def _check_file(self, entry: _Entry) -> None:
         path = self.directory / entry.file
         try:
-            found = path.stat().st_size
+            found = self._folder.size(entry.file)
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}, but {SIDECAR_NAME} names it; score the data again") from error
         if found != entry.file_bytes:
@@ -333,12 +348,14 @@ class EntropySidecar:
             )
 
     def _opened(self, name: str) -> _OpenSidecar:
-        if name in self._open:
-            self._open.move_to_end(name)
-            return self._open[name]
-        opened = self._open[name] = self._load(name)
-        if len(self._open) > self._max_open_shards:
-            self._open.popitem(last=False)
+        opened = self._open.get(name)
+        if opened is None:
+            opened = self._open[name] = self._load(name)
+            if len(self._open) > self._max_open_shards:
+                self._open.popitem(last=False)
+        else:
+            with contextlib.suppress(KeyError):  # another thread may have closed it meanwhile
+                self._open.move_to_end(name)
         return opened
 
     def _load(self, name: str) -> _OpenSidecar:
@@ -346,8 +363,8 @@ class EntropySidecar:
         self._check_file(entry)
         path, index_path = self.directory / entry.file, self.directory / entry.index_file
         try:
-            content = map_file(path)
-            index_bytes = index_path.read_bytes()
+            content = self._folder.open(entry.file)
+            index_bytes = self._folder.read_index(entry.index_file, entry.index_sha256)
         except OSError as error:
             raise DataError(f"{path}: it or its index cannot be read ({error}); check permissions") from error
         if hashlib.sha256(index_bytes).hexdigest() != entry.index_sha256:
@@ -371,26 +388,3 @@ class EntropySidecars:
     def __call__(self, batch: RecordBatch) -> np.ndarray:
         """Check and read the entropies of a record batch, as `EntropySidecar` does."""
         return self._of_directory[batch.shard_path.parent](batch)
-
-
-def _parse_entropies(message: Any, values: int, storage: Storage, crc32: int) -> np.ndarray:
-    """Check a record batch's message and return what it holds: fp32 [values]; ValueError if it is not sound."""
-    if zlib.crc32(message) != crc32:
-        raise ValueError("does not match its crc32")
-    rows, [stored] = record_batch_buffers(message, (2,))
-    dtype = np.dtype(storage)
-    if rows != values or stored.nbytes < rows * dtype.itemsize:
-        raise ValueError(f"holds {rows} entropies in {stored.nbytes} bytes, expected {values} of {storage}")
-    entropies_nats = from_storage(stored[: rows * dtype.itemsize].view(dtype))
-    _check_entropies(entropies_nats)
-    return entropies_nats
-
-
-def _check_entropies(entropies_nats: np.ndarray) -> None:
-    # NaN is the least and the greatest of values among which it is, and no comparison with it holds.
-    if not (entropies_nats.min(initial=0) >= 0 and entropies_nats.max(initial=0) < np.inf):
-        raise ValueError("entropies must be finite and not negative")
-
-
-def _schema(storage: Storage) -> pa.Schema:
-    return pa.schema([("entropies_nats", pa.float16() if storage == "float16" else pa.uint8())])

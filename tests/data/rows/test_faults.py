@@ -277,13 +277,18 @@ def test_quarantine_passes_over_what_is_damaged_and_nothing_else(injured, sound,
 class _Without:
     """A source that raises for some record batches."""
 
+    read_ahead = 0
+
     def __init__(self, source: RowSource, read, damaged: list[int]):
         self.shape, self._read, self._damaged = source.shape, read, damaged
 
-    def read(self, record_batch: int):
+    def load(self, record_batch: int):
         if record_batch in self._damaged:
             raise DataError("damaged")
         return self._read(record_batch)
+
+    def patch(self, loaded):
+        return loaded
 
 
 def test_data_that_is_all_gone_ends_the_run(sound, tmp_path, monkeypatch):

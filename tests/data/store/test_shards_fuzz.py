@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from blt_titan.data.store import shards
-from blt_titan.data.store import sidecars as entropies
+from blt_titan.data.store import folder as folder_module
 from blt_titan.data.store.errors import DataError
 from blt_titan.data.store.manifest import Counts, Manifest, read_manifest, write_manifest
 from blt_titan.data.store.shards import SCHEMA, ShardSet, ShardWriter, install
@@ -225,7 +224,7 @@ class Fuzz:
         sidecars = [(directory / "entropies" / s, "sidecar.json", pa.schema({"e": s})) for s in STORAGES]
         self.sound = {folder: Sound.of(folder, listed, schema) for folder, listed, schema in (text, *sidecars)}
         self.guarded = {folder: GuardedMap(1 << 16) for folder in self.sound}
-        shards.map_file = entropies.map_file = lambda path: self.guarded[Path(path).parent].read(path)
+        folder_module.map_file = lambda path: self.guarded[Path(path).parent].read(path)
 
     def write(self, folder: Path, chance: random.Random) -> str:
         """Write a file that lies; return the kind of lie."""
