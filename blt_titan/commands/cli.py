@@ -33,6 +33,7 @@ VERBS = {
     "demo": ("demo", "from text to a trained BLT, in about ten minutes on two CPU cores"),
     "slurm": ("slurm", "a Slurm batch script that trains on several nodes and is queued again"),
     "plan": ("plan", "what a run takes on so many GPUs: memory, traffic, time, money; the best layouts"),
+    "simulate": ("simulate", "the data of a run on so many GPUs, a resume on others, and failures, without a GPU"),
     "check-cuda": ("check_cuda", "one step on CUDA without a GPU: memory, host reads, kernels, time"),
     "doctor": ("doctor", "versions, devices, and what is missing for what"),
 }

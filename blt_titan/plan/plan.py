@@ -177,7 +177,7 @@ def make_plan(
         (step_time(compute, found.sent, assumptions.network, flops_per_s=card.bf16_flops, mfu=mfu) for found in ranks),
         key=lambda step: step.seconds,
     )
-    parameters, tables = _parameters(config)
+    parameters, tables = count_parameters(config)
     n_bytes = step_bytes(config, layout)
     rate = n_bytes / time.seconds
     patch_bytes = mean_patch_bytes(config)
@@ -192,7 +192,7 @@ def make_plan(
         steps=config.training.steps,
         micro_batches=compute.micro_batches,
         time=time,
-        checkpoint=_checkpoint(config, layout, parameters, time.seconds, assumptions),
+        checkpoint=checkpoint_of(config, layout, parameters, time.seconds, assumptions),
         text=TextForSize(float(n_bytes) * config.training.steps, parameters - tables),
         loader_bytes_per_s=rate / layout.dp,
         loader_rows_per_s=rate / config.training.seq_len,
@@ -200,7 +200,7 @@ def make_plan(
     )
 
 
-def _parameters(config: RunConfig) -> tuple[int, int]:
+def count_parameters(config: RunConfig) -> tuple[int, int]:
     """Return the parameters of the whole model, and those of its hash tables."""
     with torch.device("meta"):
         make: Any = TRAIN_SPECS[config.model.name].model_cls
@@ -210,9 +210,10 @@ def _parameters(config: RunConfig) -> tuple[int, int]:
     return sum(parameter.numel() for parameter in model.parameters()), in_tables
 
 
-def _checkpoint(
+def checkpoint_of(
     config: RunConfig, layout: Layout, parameters: int, step_s: float, assumptions: Assumptions
 ) -> Checkpoint:
+    """Return what saving costs a run whose steps take `step_s`."""
     size = parameters * _STATES * _FLOAT
     nodes = max(1, -(-layout.world_size // assumptions.network.node_gpus))
     save = size / (assumptions.store_bytes_per_s * nodes)

@@ -115,6 +115,11 @@ class RowLoader:
         self._rows_served = 0  # by all ranks together
 
     def __iter__(self) -> Iterator[Batch]:
+        for rows in self.packed_batches():
+            yield collate_rows(rows, self.source.shape, self.context_slice)
+
+    def packed_batches(self) -> Iterator[list[Row]]:
+        """Yield the rows of each batch before they are laid out; the state moves on with them, as with batches."""
         rows = self._rows()
         while True:
             try:
@@ -124,14 +129,12 @@ class RowLoader:
                 # What was made ahead is made again, and nothing else: positions are those of batches handed out.
                 rows = self._rows()
                 continue
-            rows_taken = [row for row, _ in taken]
-            batch = collate_rows(rows_taken, self.source.shape, self.context_slice)
             for _, position in taken:
                 self._positions[(self._rows_served + self.dp_rank) % self.order.streams] = position
                 self._rows_served += self.dp_size
             if self._batches_since_lost is not None:
                 self._batches_since_lost += 1
-            yield batch
+            yield [row for row, _ in taken]
 
     def _note_lost(self, lost: WorkerLostError) -> None:
         """Say that workers are begun anew.
