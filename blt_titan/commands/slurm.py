@@ -5,8 +5,8 @@
     blt-titan slurm blt_1b --nodes 1 --array 0-3 '--debug.seed=$SLURM_ARRAY_TASK_ID'
 
 Slurm sends SIGUSR1 before the time is up or the nodes are taken (--leave-before), the run saves and ends with exit code
-75, and the script has itself queued again; a node that fails is the same without the save. Exit code 2, asked wrongly,
-and 1, the work failed, are not queued again. The jobs of an array differ by $SLURM_ARRAY_TASK_ID in their settings.
+75, and the script has itself queued again; a node that fails is the same without the save. What was cancelled is not,
+nor what failed or was asked wrongly. The jobs of an array differ by $SLURM_ARRAY_TASK_ID in their settings.
 """
 
 import argparse
@@ -43,6 +43,13 @@ def make_parser() -> Parser:
         default=120,
         metavar="SECONDS",
         help="time before the end at which the run is told to leave: more than a save and three steps (default 120)",
+    )
+    job(
+        "--max-restarts",
+        type=whole(0, 10**6),
+        default=3,
+        metavar="N",
+        help="failures without a new checkpoint between them after which ranks start again within the job (default 3)",
     )
     job("--array", type=_array, metavar="RANGE", help="numbers of jobs, as in 0-3, for a study (default: one job)")
     job(
@@ -97,7 +104,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(script, end="")
     else:
         write_output(args.out, script)
+    print(f"{NAME}: before sbatch, which makes no folders: {_make_logs(args.array, folder)}", file=sys.stderr)
     return 0
+
+
+def _make_logs(array: str | None, dump_folder: str) -> str:
+    """Return the command that makes the folders of the logs.
+
+    >>> _make_logs("0-7:2,9%1", "out/$SLURM_ARRAY_TASK_ID")
+    'for SLURM_ARRAY_TASK_ID in {0..7..2} 9; do mkdir -p out/"$SLURM_ARRAY_TASK_ID"/slurm; done'
+    """
+    make = f"mkdir -p {_quoted(f'{dump_folder}/slurm')}"
+    if array is None or NUMBER not in dump_folder:
+        return make
+    numbers = [
+        re.sub(r"(\d+)-(\d+)(?::(\d+))?", lambda part: "{" + "..".join(filter(None, part.groups())) + "}", one)
+        for one in array.partition("%")[0].split(",")
+    ]
+    return f"for SLURM_ARRAY_TASK_ID in {' '.join(numbers)}; do {make}; done"
 
 
 def batch_script(args: argparse.Namespace, overrides: Sequence[str], dump_folder: str) -> str:
@@ -123,7 +147,9 @@ def batch_script(args: argparse.Namespace, overrides: Sequence[str], dump_folder
     filled_in = {
         "@DIRECTIVES@": "\n".join(f"#SBATCH --{line}" for line in [*kept, *args.sbatch]),
         "@NPROC@": str(args.gpus_per_node),
+        "@RESTARTS@": str(args.max_restarts),
         "@COMMAND@": " ".join(map(_quoted, ["blt-titan", "train", config, *overrides])),
+        "@MAKE_LOGS@": _make_logs(args.array, dump_folder),
         "@LOGS@": _quoted(f"{dump_folder}/slurm"),
     }
     script = TEMPLATE.read_text(encoding="utf-8")

@@ -15,7 +15,6 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -140,7 +139,7 @@ class SyntheticShards(ShardSet):
         shard, in_shard = divmod(i, self._of_a_shard)
         number = self.first + i
         size, rows = (int(kind[number % TEMPLATES]) for kind in (self._templates.text_bytes, self._templates.documents))
-        path = Path(self._directory) / self._shards[shard].file
+        path = self.folder.place / self._shards[shard].file
         return RecordBatchInfo(path, in_shard, 0, size, rows, size, number)
 
     def read(self, i: int) -> RecordBatch:
@@ -192,7 +191,10 @@ class TemplatePatcher:
         """What decides where patches begin."""
         return self._inner.decided_by
 
-    def patch(self, batch: RecordBatch) -> PatchedIds:
+    def read_beside(self, batch: RecordBatch) -> None:
+        """Return nothing: entropies come with the templates."""
+
+    def patch(self, batch: RecordBatch, beside: np.ndarray | None = None) -> PatchedIds:
         """Frame the documents of a record batch, and cut them as its template's."""
         template = self._templates.all[batch.crc32 % TEMPLATES]
         cut = self._cut.get(batch.crc32 % TEMPLATES)

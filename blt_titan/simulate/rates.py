@@ -47,7 +47,7 @@ def worker_rates(text: Text, rows_per_batch: int, *, measured_s: float = _MEASUR
         made = RowDataset(
             source, order, dp_rank=0, dp_size=1, positions=positions, first_row=0, rows_per_block=rows_per_batch
         )
-        for block in made:
+        for block in made.blocks():
             if isinstance(block, Exception):
                 raise block
             yield [row for row, _ in block]

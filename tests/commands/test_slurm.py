@@ -31,21 +31,29 @@ exit $worst
 SCONTROL = """#!/usr/bin/env bash
 if [[ $1 == show ]]; then printf 'host%s\\n' 7 8; else echo "$@" >> "$RECORD/asked"; fi
 """
+# Slurm has ended the job already where a file says so.
+SQUEUE = """#!/usr/bin/env bash
+if [[ -e $RECORD/ended ]]; then echo COMPLETING; else echo RUNNING; fi
+"""
 # Leaves with 75 when it is told to, else with the code that is said.
 LAUNCHER = """#!/usr/bin/env python3
 import os, signal, sys, time
 def leave(number, frame):
     os._exit(75)
-signal.signal(signal.SIGUSR1, leave)
-signal.signal(signal.SIGTERM, leave)
+if "DEAF" not in os.environ:
+    signal.signal(signal.SIGUSR1, leave)
+    signal.signal(signal.SIGTERM, leave)
+open(os.path.join(os.environ["RECORD"], "pid-" + os.environ["SLURM_NODEID"]), "w").write(str(os.getpid()))
 open(os.path.join(os.environ["RECORD"], "launcher-" + os.environ["SLURM_NODEID"]), "w").write(" ".join(sys.argv[1:]))
 time.sleep(float(os.environ["SECONDS_OF_WORK"]))
 sys.exit(int(os.environ["ENDS_WITH"]))
 """
 
 
-def start(folder: Path, script: str, *, seconds: float, code: int = 0, nodes: int = 2) -> subprocess.Popen:
-    for name, content in (("srun", SRUN), ("scontrol", SCONTROL), ("blt-titan", LAUNCHER)):
+def start(
+    folder: Path, script: str, *, seconds: float, code: int = 0, nodes: int = 2, **variables: str
+) -> subprocess.Popen:
+    for name, content in (("srun", SRUN), ("scontrol", SCONTROL), ("squeue", SQUEUE), ("blt-titan", LAUNCHER)):
         (folder / name).write_text(content)
         (folder / name).chmod(0o755)
     (folder / "job").write_text(script)
@@ -54,6 +62,7 @@ def start(folder: Path, script: str, *, seconds: float, code: int = 0, nodes: in
         **{"PATH": f"{folder}:{os.environ['PATH']}", "RECORD": str(folder), "ENDS_WITH": str(code)},
         **{"SLURM_JOB_ID": "41234", "SLURM_JOB_NODELIST": "host[7-8]", "SLURM_NNODES": str(nodes)},
         "SECONDS_OF_WORK": str(seconds),
+        **variables,
     }
     return subprocess.Popen(
         ["bash", str(folder / "job")],
@@ -67,7 +76,9 @@ def start(folder: Path, script: str, *, seconds: float, code: int = 0, nodes: in
 
 def written(capsys, *arguments: str) -> str:
     assert slurm.main(list(arguments)) == 0
-    return capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"#   {said.err.partition('makes no folders: ')[2]}" in said.out
+    return said.out
 
 
 def wait_for(path: Path) -> None:
@@ -90,8 +101,45 @@ def test_a_job_that_is_told_to_leave_is_queued_again(number, capsys, tmp_path):
     for node in range(2):
         assert (tmp_path / f"launcher-{node}").read_text() == (
             f"train blt_8b --optimizer.lr=1e-4 --nproc 8 --nnodes 2 --node-rank {node} --master-addr host7 "
-            f"--master-port {20000 + 41234 % 20000}"
+            f"--master-port {20000 + 41234 % 20000} --max-restarts 3"
         )
+
+
+def test_what_slurm_has_ended_itself_is_not_queued_again(capsys, tmp_path):
+    """As it does for scancel: the launchers are told by Slurm, and the script must not bring the job back."""
+    process = start(tmp_path, written(capsys, "blt_8b", "--nodes", "2"), seconds=60)
+    for node in range(2):
+        wait_for(tmp_path / f"launcher-{node}")
+    (tmp_path / "ended").touch()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    # Slurm tells the tasks of a job that it ends; the script does not tell them once more.
+    assert process.poll() is None
+    for node in range(2):
+        os.kill(int((tmp_path / f"pid-{node}").read_text()), signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 0, out
+    assert "was ended by Slurm; what was made is saved" in out
+    assert not (tmp_path / "asked").exists()
+
+
+def test_launchers_that_were_told_while_they_began_are_queued_again(capsys, tmp_path):
+    process = start(tmp_path, written(capsys, "blt_8b", "--nodes", "2"), seconds=60, DEAF="1")
+    for node in range(2):
+        wait_for(tmp_path / f"launcher-{node}")
+    process.send_signal(signal.SIGUSR1)
+    out, _ = process.communicate(timeout=30)
+    assert (tmp_path / "asked").read_text() == "requeue 41234\n", out
+
+
+def test_a_job_of_an_array_queues_itself_alone(capsys, tmp_path):
+    """The last job of an array has the array's number, which means all of them."""
+    script = written(capsys, "blt_8b", "--nodes", "1", "--array", "0-3")
+    process = start(tmp_path, script, seconds=60, nodes=1, SLURM_ARRAY_JOB_ID="41234", SLURM_ARRAY_TASK_ID="3")
+    wait_for(tmp_path / "launcher-0")
+    process.send_signal(signal.SIGUSR1)
+    out, _ = process.communicate(timeout=30)
+    assert (tmp_path / "asked").read_text() == "requeue 41234_3\n", out
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 137])
@@ -130,6 +178,7 @@ def test_jobs_of_an_array_differ_by_their_number(capsys):
         capture_output=True,
         text=True,
     ).stdout
+    assert '#   for SLURM_ARRAY_TASK_ID in {0..3}; do mkdir -p out/"$SLURM_ARRAY_TASK_ID"/slurm; done\n' in script
     assert words == ("blt-titan|train|debug|--debug.seed=3|--job.dump_folder=out/3|--job.description=two words|")
 
 

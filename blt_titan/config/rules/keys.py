@@ -33,7 +33,10 @@ from blt_titan.config.rules.bounds import (
 from blt_titan.config.run_config import RunConfig
 
 _NO_EXPERTS = "a BLT has no experts"
-_NO_FAULT_TOLERANCE = "fault tolerance by torchft is not supported"
+_NO_FAULT_TOLERANCE = (
+    "torchft averages gradients that each group of replicas has divided by its own bytes, where here those of all "
+    "ranks are divided once; blt-titan train --max-restarts starts a run again instead"
+)
 _NO_MX = "of quantized training only model.converters = ['quantize.linear.float8'] is supported"
 _HELD_OUT = "held-out text is the 'validation' split of the training data"
 _HF_WEIGHTS = "use `blt-titan import` and checkpoint.initial_load_path"

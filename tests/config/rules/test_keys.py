@@ -187,3 +187,10 @@ def test_a_number_of_thousands_of_digits_is_still_a_sentence(tmp_path):
     [sentence] = refused_keys(load_run_config([f"--job.config_file={path}"])).values()
     assert len(sentence) < 200
     assert json.dumps(sentence)
+
+
+def test_torchft_is_refused_with_what_does_its_work():
+    config = config_with("fault_tolerance.enable", True)
+    [sentence] = refused_keys(config).values()
+    assert "divided once" in sentence
+    assert "--max-restarts" in sentence
