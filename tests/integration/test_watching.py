@@ -147,8 +147,8 @@ def test_a_folder_says_how_its_run_stands(small_run, tmp_path):
 
     process = start(out, small_run, *long, "--optimizer.lr=1e38")
     _, said = process.communicate(timeout=120)
-    assert process.returncode == 1
+    assert process.returncode == 3
     failed = read_status(out)
-    assert (failed.state, failed.exit_code) == ("failed", 1)
+    assert (failed.state, failed.exit_code) == ("failed", 3)
     assert failed.why in said
     assert "is not finite" in failed.why
