@@ -17,7 +17,8 @@ import torch
 
 from blt_titan.config.check import check_run
 from blt_titan.config.effective import effective_settings
-from blt_titan.config.rules.target import CARD, Target
+from blt_titan.config.rules.parallel import compiled_tensor_parallel
+from blt_titan.config.rules.target import CARD, CPU, Target
 from blt_titan.config.run_config import RunConfig
 from blt_titan.dry_run.errors import DryRunError, NoCudaBuildError
 from blt_titan.dry_run.result import DryRun
@@ -49,7 +50,8 @@ def dry_run(
         quiet: say nothing on standard error.
         rank: whose step is made; None for the one in the middle of those that share the first row.
         device: "cuda"; or "cpu", which any build of torch can: the memory and collectives of a run on CPUs, without
-            kernels, and nearly those of one on GPUs.
+            kernels, and nearly those of one on GPUs; uncompiled where torch compiles such a layout for GPUs alone, and
+            then more memory.
         target: what settings are checked for.
 
     Raises:
@@ -64,7 +66,12 @@ def dry_run(
         raise DryRunError("training.enable_cpu_offload = true: a dry run sees no copies to host memory; give false")
     with tempfile.TemporaryDirectory(prefix="blt-titan-") as folder:
         settings, request, answer = (Path(folder, file) for file in ("run.toml", "request.json", "answer.json"))
-        settings.write_text(tomli_w.dumps(effective_settings(config)), encoding="utf-8")
+        table = effective_settings(config)
+        if device == "cpu" and any(compiled_tensor_parallel(config, CPU)):
+            table["compile"]["enable"] = False
+            if not quiet:
+                print("check-cuda: eager, as torch cannot compile this layout for a CPU: more memory than on a GPU", file=sys.stderr)
+        settings.write_text(tomli_w.dumps(table), encoding="utf-8")
         asked = {
             "config": str(settings),
             "world_size": world_size,

@@ -17,6 +17,7 @@ class Target:
 
 CARD = Target("cuda", multiplies_float8=True)
 """Any GPU of `dry_run.cards`."""
+CPU = Target("cpu", multiplies_float8=False)
 
 
 def this_machine() -> Target:
