@@ -70,7 +70,10 @@ def dry_run(
         if device == "cpu" and any(compiled_tensor_parallel(config, CPU)):
             table["compile"]["enable"] = False
             if not quiet:
-                print("check-cuda: eager, as torch cannot compile this layout for a CPU: more memory than on a GPU", file=sys.stderr)
+                print(
+                    "check-cuda: eager, as torch cannot compile this layout for a CPU: more memory than on a GPU",
+                    file=sys.stderr,
+                )
         settings.write_text(tomli_w.dumps(table), encoding="utf-8")
         asked = {
             "config": str(settings),
