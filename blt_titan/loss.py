@@ -12,14 +12,14 @@ on one micro-batch after another, so both pass through a context around them:
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from blt_titan.batch import IGNORE_LABEL
+from blt_titan.batch import IGNORE_LABEL, Batch
 from blt_titan.byte_vocab import EOS_ID
 
 
@@ -83,3 +83,10 @@ def count_targets(labels_BS: torch.Tensor) -> torch.Tensor:
 def bits_per_byte(byte_nats: float, n_bytes: float) -> float:
     """Return nats over byte targets (EOS left out) per byte, in bits; NaN without bytes."""
     return byte_nats / math.log(2) / n_bytes if n_bytes else math.nan
+
+
+def count_along(batches: Iterable[Batch], targets: torch.Tensor) -> Iterator[Batch]:
+    """Yield batches of the host, adding to `targets`, int64 [2], what `count_targets` says of each."""
+    for batch in batches:
+        targets += count_targets(batch.labels_BS)
+        yield batch

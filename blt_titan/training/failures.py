@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from blt_titan.checkpoint.steps import complete_steps
+from blt_titan.config.run_config import RunConfig
 from blt_titan.job_config import Failure
 from blt_titan.titan import logger
 from blt_titan.training.late_reads import LateReads
@@ -76,6 +77,14 @@ class StepWatch:
         self.rollbacks = 0
         self.spike: StepFigures | None = None
         """A spike that the run is to go back before."""
+
+    @classmethod
+    def of_run(cls, config: RunConfig, device_type: str) -> "StepWatch":
+        """Make the watch of a rank that a run's settings ask for."""
+        folder = Path(config.job.dump_folder)
+        log = JsonLines(folder / "skipped.jsonl") if dist.get_rank() == 0 else None
+        checkpoints = folder / config.checkpoint.folder if config.checkpoint.enable else None
+        return cls(config.failure, device_type=device_type, log=log, checkpoints=checkpoints)
 
     @property
     def skips(self) -> bool:

