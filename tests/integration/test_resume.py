@@ -64,7 +64,7 @@ def test_a_half_written_checkpoint_is_never_picked(small_run, tmp_path):
 
 
 def train_then_go_back(out: str, overrides: list[str]) -> list[dict]:
-    overrides = [*overrides, "--checkpoint.interval=4", "--training.steps=10"]
+    overrides = [*overrides, "--checkpoint.interval=4", "--training.steps=10", "--checkpoint.keep_latest_k=0"]
     found = [train(out, *overrides), train(out, *overrides, "--checkpoint.load_step=4")]
     # The same command again, as a scheduler gives it: on it goes. Without the note it goes back once more.
     train(out, *overrides, "--checkpoint.load_step=4", "--training.steps=11")
