@@ -142,6 +142,13 @@ class HangWatch:
             return PeerLostError(sentence)
 
     def _watch(self) -> None:
+        try:
+            self._watch_steps()
+        except Exception as error:
+            # The training goes on without, and a collective's own timeout is left.
+            logger.exception(f"rank {self._own.rank} watches no more: {error}")
+
+    def _watch_steps(self) -> None:
         began = time.monotonic()
         while not self._stop.wait(self._beat_s):
             passed, began = time.monotonic() - began, time.monotonic()
