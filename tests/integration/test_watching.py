@@ -20,6 +20,7 @@ from tests.helpers.training_runs import make_trainer, metrics, train
 pytestmark = pytest.mark.slow
 
 SLOW_S = 0.1
+STARTED: list[subprocess.Popen] = []
 """Each block of the slow rank takes so much longer; one takes a few milliseconds."""
 
 
@@ -96,13 +97,23 @@ def test_a_run_that_is_done_says_so(watched):
 
 def start(out: Path, small_run: list[str], *overrides: str) -> subprocess.Popen:
     words = [*small_run, f"--job.dump_folder={out}", "--checkpoint.interval=2", *overrides]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "blt_titan", "train", "debug", *words],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONWARNINGS": "ignore"},
     )
+    STARTED.append(process)
+    return process
+
+
+@pytest.fixture(autouse=True)
+def _nothing_runs_on():
+    """A test that fails leaves no run without end behind."""
+    yield
+    while STARTED:
+        STARTED.pop().kill()
 
 
 def wait_for(process: subprocess.Popen, out: Path, least_step: int) -> Status:
