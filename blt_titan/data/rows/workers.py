@@ -194,7 +194,10 @@ def _work(number: int, make: MakeBlocks, ahead: int, note: Note, reader: int, wr
             for part in (_LENGTH.pack(len(message)), message):
                 left = memoryview(part)
                 while left:
-                    left = left[os.write(writer, left) :]
+                    try:
+                        left = left[os.write(writer, left) :]
+                    except BrokenPipeError:  # the trainer has ended, and this process ends with it
+                        os._exit(0)
             room.release()
 
     threading.Thread(target=send, daemon=True).start()
