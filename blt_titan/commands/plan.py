@@ -16,14 +16,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from blt_titan.commands.arguments import Parser, number, whole
+from blt_titan.commands.assumptions import add_gpu, add_mfu, add_storage_and_failures, of_storage_and_failures
 from blt_titan.commands.ending import command
 from blt_titan.commands.run_settings import config_file, parse_with_overrides, run_arguments, shipped_configs
 from blt_titan.config.check import RunConfigError, load_run_config
-from blt_titan.dry_run.cards import CARDS
 from blt_titan.dry_run.errors import DryRunError
 from blt_titan.plan.network import NETWORKS
-from blt_titan.plan.plan import ASSUMED_MFU, Assumptions, make_plan
-from blt_titan.plan.reliability import GPU_FAILURES_PER_HOUR
+from blt_titan.plan.plan import Assumptions, make_plan
 from blt_titan.plan.report import report, searched_report
 from blt_titan.plan.search import search
 
@@ -49,43 +48,17 @@ def make_parser() -> Parser:
     )
     assumed = parser.add_argument_group("what is assumed")
     add = assumed.add_argument
-    add("--gpu", choices=sorted(CARDS), default="h100", help="card (default %(default)s)")
+    add_gpu(assumed)
     add("--network", choices=list(NETWORKS), default="ib400", help="what connects them (default %(default)s)")
-    mfu = assumed.add_mutually_exclusive_group().add_argument
-    mfu(
-        "--mfu",
-        type=number(0, 1, above_least=True),
-        default=ASSUMED_MFU,
-        metavar="SHARE",
-        help=f"share of the card's dense bf16 FLOP/s that computing reaches (default {ASSUMED_MFU:g})",
-    )
-    mfu(
+    of_mfu = assumed.add_mutually_exclusive_group()
+    add_mfu(of_mfu)
+    of_mfu.add_argument(
         "--estimate-mfu",
         action="store_true",
         help="take that of the roofline: kernels are compiled, which takes minutes and a CUDA build of torch",
     )
     add("--price", type=number(0, 1e6), metavar="MONEY", help="price of a GPU for an hour (default: no money is said)")
-    add(
-        "--store",
-        type=number(0, 1e6, above_least=True),
-        default=2.0,
-        metavar="GB/s",
-        help="rate at which a node stores checkpoints (default 2)",
-    )
-    add(
-        "--failures",
-        type=number(0, 1e3),
-        default=GPU_FAILURES_PER_HOUR,
-        metavar="RATE",
-        help=f"failures of a GPU and its share of the rest in an hour (default {GPU_FAILURES_PER_HOUR:.2g}: Llama 3)",
-    )
-    add(
-        "--restart",
-        type=number(0, 1e6),
-        default=300.0,
-        metavar="SECONDS",
-        help="time from a failure to the next step (default 300)",
-    )
+    add_storage_and_failures(assumed)
     how = parser.add_argument_group("how it is told")
     how.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -105,9 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         network=NETWORKS[args.network],
         mfu=None if args.estimate_mfu else args.mfu,
         price=args.price,
-        store_bytes_per_s=args.store * 1e9,
-        failures_per_gpu_hour=args.failures,
-        restart_s=args.restart,
+        **of_storage_and_failures(args),
     )
     name = " ".join([args.config.stem, *args.overrides])
 

@@ -14,15 +14,14 @@ import sys
 from collections.abc import Sequence
 
 from blt_titan.commands.arguments import SEED, Parser, number, size_from, whole
+from blt_titan.commands.assumptions import add_gpu, add_mfu, add_storage_and_failures, of_storage_and_failures
 from blt_titan.commands.ending import command
 from blt_titan.commands.run_settings import config_file, parse_with_overrides, run_arguments, shipped_configs
 from blt_titan.config.check import RunConfigError, load_run_config
 from blt_titan.data.store.errors import DataError
 from blt_titan.data.store.shards import RECORD_BATCH_BYTES
-from blt_titan.dry_run.cards import CARDS
 from blt_titan.plan.network import NETWORKS
-from blt_titan.plan.plan import ASSUMED_MFU, Assumptions
-from blt_titan.plan.reliability import GPU_FAILURES_PER_HOUR
+from blt_titan.plan.plan import Assumptions
 from blt_titan.simulate.report import report
 from blt_titan.simulate.simulate import Ask, default_workers, simulate
 
@@ -98,42 +97,15 @@ def make_parser() -> Parser:
 
 def _add_assumptions(parser: Parser) -> None:
     group = parser.add_argument_group("what is assumed")
-    add = group.add_argument
-    add(
+    group.add_argument(
         "--step-seconds",
         type=number(0, 1e6, above_least=True),
         metavar="SECONDS",
         help="time of a step, as a plan or a run says it (default: what computing takes on the card)",
     )
-    add("--gpu", choices=sorted(CARDS), default="h100", help="card (default %(default)s)")
-    add(
-        "--mfu",
-        type=number(0, 1, above_least=True),
-        default=ASSUMED_MFU,
-        metavar="SHARE",
-        help=f"share of the card's dense bf16 FLOP/s that computing reaches (default {ASSUMED_MFU:g})",
-    )
-    add(
-        "--store",
-        type=number(0, 1e6, above_least=True),
-        default=2.0,
-        metavar="GB/s",
-        help="rate at which a node stores checkpoints (default 2)",
-    )
-    add(
-        "--failures",
-        type=number(0, 1e3),
-        default=GPU_FAILURES_PER_HOUR,
-        metavar="RATE",
-        help=f"failures of a GPU and its share of the rest in an hour (default {GPU_FAILURES_PER_HOUR:.2g}: Llama 3)",
-    )
-    add(
-        "--restart",
-        type=number(0, 1e6),
-        default=300.0,
-        metavar="SECONDS",
-        help="time from a failure to the next step (default 300)",
-    )
+    add_gpu(group)
+    add_mfu(group)
+    add_storage_and_failures(group)
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -164,9 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         gpu=args.gpu,
         network=NETWORKS["ib400"],
         mfu=args.mfu,
-        store_bytes_per_s=args.store * 1e9,
-        failures_per_gpu_hour=args.failures,
-        restart_s=args.restart,
+        **of_storage_and_failures(args),
     )
     found = simulate(config, ask, assumptions, name=" ".join([args.config.stem, *args.overrides]))
     print(json.dumps(found.to_json(), indent=2) if args.json else report(found))

@@ -13,11 +13,15 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
+
+_PLAIN = (torch.Tensor, nn.Parameter, FakeTensor)
+"""Types of tensors on one device. Those of a dry run are among them: it must keep what a run keeps."""
 
 
 def is_plain(*tensors: torch.Tensor) -> bool:
     """Tell whether nothing but eager PyTorch looks at these: no compiler, no tensors that are spread over ranks."""
-    return not torch.compiler.is_compiling() and all(type(x) in (torch.Tensor, nn.Parameter) for x in tensors)
+    return not torch.compiler.is_compiling() and all(type(x) in _PLAIN for x in tensors)
 
 
 class RMSNorm(nn.RMSNorm):

@@ -146,7 +146,7 @@ def test_a_killed_server_ends_the_rows_with_a_sentence(data, tmp_path, expected)
         fs.mkdir("killed")
         for path in data.iterdir():
             fs.put_file(str(path), f"killed/data/{path.name}")
-        shards = ShardSet("s3://killed/data", "train", fetching=Fetching(tmp_path, timeout_s=2))
+        shards = ShardSet("s3://killed/data", "train", fetching=Fetching(tmp_path, timeout_s=20))
         source = RowSource(shards, PATCHER, SHAPE, 4)
         order = StreamOrder(len(shards), STREAMS, 0)
         batches = iter(RowLoader(source, order, rows_per_batch=2, num_workers=2, quarantine=True, prefetch_factor=1))
