@@ -29,7 +29,7 @@ from blt_titan.data.rows.order import StreamOrder
 from blt_titan.data.rows.packing import RowShape
 from blt_titan.data.rows.patcher import EntropyPatcher, TextPatcher
 from blt_titan.data.rows.source import RowSource
-from blt_titan.data.store.shards import ShardSet
+from blt_titan.data.store.shards import SHARD_BYTES, ShardSet
 from blt_titan.data.store.sidecars import (
     EntropySidecar,
     EntropySidecars,
@@ -56,7 +56,7 @@ SECONDS, TINY_SECONDS = 3.0, 0.2
 """Length of one measurement."""
 
 
-def write_documents(directory: Path, total_bytes: int, seed: int) -> Path:
+def write_documents(directory: Path, total_bytes: int, seed: int, *, shard_bytes: int = SHARD_BYTES) -> Path:
     """Write documents of random words as shards; return their directory."""
     rng = np.random.default_rng(seed)
     letters = rng.choice(list("etaoinshrdlucmfwypvbgkjqxz"), size=(VOCABULARY_WORDS, 14))
@@ -70,8 +70,9 @@ def write_documents(directory: Path, total_bytes: int, seed: int) -> Path:
             text = " ".join(words[rng.integers(VOCABULARY_WORDS, size=size // 4 + 1)])[:size]
             file.write(json.dumps({"text": text}) + "\n")
             left_bytes -= size
-    prepare([source], directory / "shards", validation_fraction=0, seed=seed, progress=False)
-    return directory / "shards"
+    shards = directory / "shards"
+    prepare([source], shards, validation_fraction=0, seed=seed, shard_bytes=shard_bytes, progress=False)
+    return shards
 
 
 def write_entropies(directory: Path, seed: int) -> None:
