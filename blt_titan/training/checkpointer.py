@@ -31,6 +31,7 @@ from blt_titan.checkpoint.storage_writer import DigestWriter
 from blt_titan.config.resume import RunStateError, newest_sound
 from blt_titan.data.store.errors import DataError
 from blt_titan.titan import MODEL, OPTIMIZER, CheckpointManager, logger
+from blt_titan.training.collective_errors import is_of_a_collective
 from blt_titan.training.failures import NonFiniteLossError
 from blt_titan.training.finite import are_finite, not_finite
 from blt_titan.training.run_folder import LOCK_NAME
@@ -95,6 +96,7 @@ class RunCheckpoints(CheckpointManager):
 
         Raises:
             CheckpointError: it could not be written, this one or the one before it.
+            RuntimeError: a rank was lost meanwhile.
             NonFiniteLossError: a weight is not finite.
         """
         if not self._should_save(curr_step, last_step):
@@ -105,7 +107,7 @@ class RunCheckpoints(CheckpointManager):
             try:
                 super().save(curr_step, last_step)
             except _SAVE_ERRORS as error:
-                raise self._not_written(curr_step, error) from error
+                raise self._failed_save(curr_step, error) from error
         self._saving = curr_step
         if self.save_future is None:
             self._settle()
@@ -155,7 +157,7 @@ class RunCheckpoints(CheckpointManager):
             super()._async_wait()
         except _SAVE_ERRORS as error:
             assert self._saving is not None
-            raise self._not_written(self._saving, error) from error
+            raise self._failed_save(self._saving, error) from error
         self._settle()
 
     def _settle(self) -> None:
@@ -209,7 +211,10 @@ class RunCheckpoints(CheckpointManager):
         steps = [saved for saved in complete_steps(self.folder) if saved < step]
         return f"step-{steps[-1]} was saved before" if steps else "nothing was saved before"
 
-    def _not_written(self, step: int, error: BaseException) -> CheckpointError:
+    def _failed_save(self, step: int, error: BaseException) -> Exception:
+        """Return what ends the run: that a rank was lost while all saved says nothing against the folder."""
+        if is_of_a_collective(error):
+            return RuntimeError(f"a rank was lost while step {step} was saved; {self._saved_before(step)} ({error})")
         cause = error
         if isinstance(error, CheckpointException) and error.failures:
             cause = next(iter(error.failures.values()))[0]
@@ -260,6 +265,8 @@ class RunCheckpoints(CheckpointManager):
         except (RunStateError, DataError):  # of what took the state over
             raise
         except (CheckpointException, Exception) as error:  # what damaged bytes raise in torch is of many kinds
+            if is_of_a_collective(error):
+                raise RuntimeError(f"a rank was lost while {checkpoint_id} was read ({error})") from error
             raise cannot_read(checkpoint_id, error) from error
         self.states[MODEL].load_state_dict(state_dict)
 

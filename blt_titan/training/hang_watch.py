@@ -26,11 +26,11 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from blt_titan.config.run_config import RunConfig
 from blt_titan.titan import logger
+from blt_titan.training.collective_errors import is_of_a_collective
 from blt_titan.training.heartbeat import (
     LONG_PHASES,
     UNWATCHED_PHASES,
@@ -115,7 +115,7 @@ class HangWatch:
 
     def lost_peer(self, error: BaseException) -> PeerLostError | None:
         """Return what a collective's error is about, if it is one and another rank is its cause."""
-        if self._peers.world_size == 1 or not _is_of_a_collective(error):
+        if self._peers.world_size == 1 or not is_of_a_collective(error):
             return None
         with self._concluding:
             self._peers.ask(all_ranks=True)
@@ -345,18 +345,6 @@ def default_limit_s(timeout_s: float) -> float:
     6.0
     """
     return max(timeout_s / 2, timeout_s - max(10.0, timeout_s / 10))
-
-
-def _is_of_a_collective(error: BaseException | None, depth: int = 8) -> bool:
-    """Tell whether an error is one of collectives, or was caused by one; gloo's are plain RuntimeErrors."""
-    if error is None or depth == 0:
-        return False
-    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error)):
-        return True
-    causes = [error.__cause__, error.__context__]
-    if isinstance(error, CheckpointException):
-        causes += [failure[0] for failure in error.failures.values()]
-    return any(_is_of_a_collective(cause, depth - 1) for cause in causes)
 
 
 def _collectives_begun() -> dict[str, int]:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from blt_titan.checkpoint.read import CheckpointError
 from blt_titan.training import hang_watch
+from blt_titan.training.collective_errors import is_of_a_collective
 from blt_titan.training.heartbeat import Heartbeat, NeighbourHeartbeat, Pulse
 from blt_titan.training.laggards import laggards, named, where_ranks_stand
 
@@ -79,9 +80,9 @@ def test_what_a_checkpoint_could_not_be_written_for_may_be_a_collective():
     gloo = RuntimeError("[/x/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:1")
     error = CheckpointError("could not be written")
     error.__cause__ = gloo
-    assert hang_watch._is_of_a_collective(error)
-    assert hang_watch._is_of_a_collective(dist.DistStoreError("timed out"))
-    assert not hang_watch._is_of_a_collective(RuntimeError("out of memory"))
+    assert is_of_a_collective(error)
+    assert is_of_a_collective(dist.DistStoreError("timed out"))
+    assert not is_of_a_collective(RuntimeError("out of memory"))
 
 
 @pytest.mark.parametrize(("timeout_s", "limit_s"), [(100, 90), (600, 540), (12, 6)])

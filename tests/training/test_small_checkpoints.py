@@ -194,3 +194,27 @@ def test_nothing_is_written_where_the_folder_has_gone(mode, tmp_path):
     run.save(4)
     wait(run)
     assert run.steps == [2, 4]
+
+
+def a_peer_is_gone(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError("[/x/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")
+
+
+@MODES
+def test_a_rank_that_is_lost_amid_a_save_says_nothing_against_the_folder(mode, tmp_path, monkeypatch):
+    run = Run(tmp_path, mode)
+    run.save(2)
+    run.checkpoints.save_now(2)
+    # What torch calls between ranks once files are written.
+    monkeypatch.setattr("torch.distributed.checkpoint.utils._DistWrapper.all_reduce", a_peer_is_gone)
+    with pytest.raises(RuntimeError, match="a rank was lost while step 4 was saved; step-2 was saved before"):
+        run.save(4)
+        run.checkpoints.save_now(4)
+
+
+def test_a_rank_that_is_lost_amid_a_load_says_nothing_against_the_checkpoint(tmp_path, monkeypatch):
+    run = Run(tmp_path, "disabled")
+    run.save(2)
+    monkeypatch.setattr("torch.distributed.checkpoint.utils._DistWrapper.reduce_scatter", a_peer_is_gone)
+    with pytest.raises(RuntimeError, match="a rank was lost while .*step-2 was read"):
+        run.checkpoints.load(2)
