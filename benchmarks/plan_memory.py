@@ -3,8 +3,8 @@
     python -m benchmarks.plan_memory --out benchmarks/results/plan_memory_cpu.json
 
 Each run is a real `blt-titan train` of a few steps. A module of the run (`experimental.custom_import`) notes what a
-rank holds before its model is built, and its peak when it ends; the difference is what tensors, and all that comes with
-training them, take. Predicted is the peak of live tensors of the same rank's dry run.
+rank holds in memory of its own before its model is built, and looks every 2 ms for the peak; the difference is what
+tensors, and all that comes with training them, take. Predicted is the peak of live tensors of the same rank's dry run.
 """
 
 import argparse
@@ -34,21 +34,30 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 ROW_BYTES = {"20M": 8_192, "100M": 4_096}
 STEPS = 2
 NOTING = """
-import atexit, os, re
+import atexit, os, resource, threading, time
 import torch, torch.distributed.checkpoint, torch._dynamo, torch.utils.tensorboard  # what a run imports sooner or later
 
-def kib(name):
-    return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read()).group(1))
+statm = open("/proc/self/statm", "rb", buffering=0)
+
+def own():
+    # What is mapped from files, code above all, comes and goes as the kernel sees fit, and is no tensor.
+    statm.seek(0)
+    resident, shared = statm.read().split()[1:3]
+    return (int(resident) - int(shared)) * resource.getpagesize()
+
+def watch():
+    global peak
+    while True:
+        peak = max(peak, own())
+        time.sleep(0.002)
 
 def note():
-    rank = os.environ["RANK"]
-    with open(os.path.join(os.environ["NOTED"], rank), "w") as file:
-        file.write(f"{base} {kib('VmHWM')}")
+    with open(os.path.join(os.environ["NOTED"], os.environ["RANK"]), "w") as file:
+        file.write(f"{base} {peak}")
 
 if "RANK" in os.environ:
-    base = kib("VmRSS")
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak begins anew
+    base = peak = own()
+    threading.Thread(target=watch, daemon=True).start()
     atexit.register(note)
 """
 # What is freed goes back to the kernel, so that what is resident is what lives.
@@ -81,7 +90,7 @@ def observe(settings: list[str], ranks: int, folder: Path) -> dict[int, int]:
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}")
     noticed = {int(file.name): [int(word) for word in file.read_text().split()] for file in noted.iterdir()}
-    return {rank: (peak - base) * 1024 for rank, (base, peak) in noticed.items()}
+    return {rank: peak - base for rank, (base, peak) in noticed.items()}
 
 
 def compare(flavor: str, name: str, data: Path) -> dict[str, Any]:

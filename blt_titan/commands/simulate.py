@@ -80,7 +80,7 @@ def make_parser() -> Parser:
         type=whole(1, 10**9),
         nargs="+",
         metavar="STEPS",
-        help="steps between two saves that are tried (default: around Young's and Daly's, and the run's own)",
+        help="steps between two saves that are tried beside Young's and Daly's (default: some around it, the own)",
     )
     drawn("--histories", type=whole(2, 1000), default=16, metavar="N", help="histories of 2,000 failures (default 16)")
     drawn("--seed", type=SEED, default=0, metavar="N", help="seed of text, stragglers and failures (default 0)")

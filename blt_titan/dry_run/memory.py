@@ -151,7 +151,7 @@ class LiveBytes:
 
     def _kind(self, tensor: torch.Tensor, op: str) -> str:
         watch = self.watch
-        if op.startswith(_COLLECTIVES) or (op.startswith(("aten.empty", "aten.new_empty")) and _called_by_fsdp()):
+        if op.startswith(_COLLECTIVES) or (op.startswith(("aten.empty", "aten.new_empty")) and called_by_fsdp()):
             return EXCHANGE
         if tensor.ndim and tensor.shape[-1] == self.vocab_size and tensor.ndim > 1 and watch.phase != "update":
             return LOGITS
@@ -164,7 +164,8 @@ def _largest(by_kind: dict[str, int]) -> dict[str, int]:
     return dict(sorted(((kind, size) for kind, size in by_kind.items() if size > 0), key=lambda item: -item[1]))
 
 
-def _called_by_fsdp() -> bool:
+def called_by_fsdp() -> bool:
+    """Tell whether it is FSDP's collectives, or their buffers, by which this is called."""
     frame: Any = sys._getframe(1)
     for _ in range(14):
         if frame is None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from blt_titan.dry_run.memory import called_by_fsdp
 from blt_titan.dry_run.watch import NO_ANSWER, Watch, tensors_of
 
 _KINDS = {
@@ -60,6 +61,8 @@ class Sent:
     """Adds up collectives; see `Watch`."""
 
     watch: Watch
+    world_axes: tuple[str, ...] = ()
+    """Axes of the layout that are above 1: torch takes the group of all ranks for one that has them all."""
 
     def __init__(self):
         self.forget()
@@ -82,11 +85,18 @@ class Sent:
             return
         ranks = dist.get_process_group_ranks(group)
         axis = group.group_desc.removeprefix("mesh_")
-        axis = "all" if axis in ("default_pg", "undefined", "") else axis
+        if axis in ("default_pg", "undefined", ""):
+            axis = self._axis_of_all()
         size = max(map(_bytes, (*inputs, result)), default=0)
         key = (kind, axis, n, ranks[1] - ranks[0], self.watch.phase not in _PER_STEP)
         self._calls[key] += 1
         self._bytes[key] += size * _share(kind, n)
+
+    def _axis_of_all(self) -> str:
+        """Return what the group of all ranks is used as: weights are shared over slices of rows too."""
+        if called_by_fsdp():
+            return "fsdp"
+        return self.world_axes[0] if len(self.world_axes) == 1 else "all"
 
     def result(self, micro_batches: int) -> list[Collective]:
         """Return what was counted since `forget`, most bytes first."""

@@ -1,7 +1,7 @@
 """One training step as a run makes it, on tensors without data: the model split, compiled and clipped by its own code.
 
-Two steps of two micro-batches are made. The first compiles, and makes what every later one finds: optimizer state, the
-lazy state of FSDP; figures are those of the second.
+Two steps are made, of two micro-batches where the run accumulates gradients. The first compiles, and makes what every
+later one finds: optimizer state, the lazy state of FSDP; figures are those of the second.
 """
 
 from collections.abc import Callable
@@ -32,8 +32,8 @@ from parallelisms.meshes import Meshes, build_meshes
 from parallelisms.parallelize import parallelize_part
 from parallelisms.pipeline import schedule_stages
 
-MICRO_BATCHES = 2
-"""A step has two: the second adds to gradients that are there."""
+_MOST_MICRO_BATCHES = 2
+"""The second adds to gradients that are there; a third would find what the second does."""
 
 
 @dataclass
@@ -56,6 +56,7 @@ class Step:
     memory: LiveBytes
     device: str
     pp_mesh: Any
+    micro_batches: int
 
     def run(self) -> None:
         """Make one step."""
@@ -64,7 +65,7 @@ class Step:
         n_targets = torch.ones((), device=self.device)
         with watch:
             with self.loss_fn.step(n_targets):
-                for _ in range(MICRO_BATCHES):
+                for _ in range(self.micro_batches):
                     self._micro_batch()
                     memory.name([p.grad for p in parameters if p.grad is not None], GRADIENTS)
             with watch.at(phase="clip"):
@@ -135,6 +136,19 @@ class Place:
     """None without a pipeline."""
     batch: Batch
     """On the CPU."""
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Return the names of the axes that have more than one rank."""
+        dims = self.dims
+        degrees = {
+            "dp_replicate": dims.dp_replicate,
+            "fsdp": dims.dp_shard,
+            "cp": dims.cp,
+            "tp": dims.tp,
+            "pp": dims.pp,
+        }
+        return tuple(name for name, degree in degrees.items() if degree > 1)
 
 
 def take_place(config: RunConfig, world_size: int, rank: int | None = None) -> Place:
@@ -218,7 +232,15 @@ def make_step(config: RunConfig, place: Place, watch: Watch, memory: LiveBytes, 
         memory=memory,
         device=device,
         pp_mesh=place.pp_mesh,
+        micro_batches=_micro_batches(config, place.dims),
     )
+
+
+def _micro_batches(config: RunConfig, dims: ParallelDims) -> int:
+    """Return those of a step that are made here."""
+    training = config.training
+    rows = training.local_batch_size * dims.dp_replicate * dims.dp_shard
+    return min(_MOST_MICRO_BATCHES, max(1, training.global_batch_size // rows))
 
 
 def _converters(config: RunConfig, dims: ParallelDims, device: str) -> Any:

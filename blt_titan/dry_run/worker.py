@@ -105,6 +105,7 @@ def _run(config: Any, request: dict[str, Any], card: Card) -> dict[str, Any]:
     compiler.install(device)
     world_size = request["world_size"]
     place = steps.take_place(config, world_size, request["rank"])
+    sent.world_axes = place.axes
     _say(f"{request['name']} on {world_size} ranks: building the model")
     with steps.fake_mode():
         step = steps.make_step(config, place, watch, memory, device)
@@ -121,7 +122,7 @@ def _run(config: Any, request: dict[str, Any], card: Card) -> dict[str, Any]:
     return {
         "parameters": parameters,
         "memory": memory.result(between),
-        "sent": sent.result(steps.MICRO_BATCHES),
+        "sent": sent.result(step.micro_batches),
         "host_reads": reads.found(),
         "graph_breaks": compiler.graph_breaks(),
         "graphs": [
@@ -135,7 +136,7 @@ def _run(config: Any, request: dict[str, Any], card: Card) -> dict[str, Any]:
             )
             for graph in compiler.graphs
         ],
-        "roofline": _roofline(traffic, config, args) if request["kernels"] else None,
+        "roofline": _roofline(traffic, config, args, step.micro_batches) if request["kernels"] else None,
     }
 
 
@@ -149,14 +150,12 @@ def _attention(args: Any) -> dict[str, "Attention"]:
     return {GLOBAL_PART: Attention(None)} | dict.fromkeys(LOCAL_PARTS, Attention(args.local_window))
 
 
-def _roofline(traffic: "Traffic", config: Any, args: Any) -> "Roofline":
-    from blt_titan.dry_run.step import MICRO_BATCHES
-
+def _roofline(traffic: "Traffic", config: Any, args: Any, micro_batches: int) -> "Roofline":
     parallelism, training, data = config.parallelism, config.training, config.data
     row_ranks = parallelism.context_parallel_degree * parallelism.tensor_parallel_degree
     n_bytes = training.local_batch_size * training.seq_len // row_ranks
     flops = 3 * args.forward_flops_per_byte(training.seq_len, data.segment_bytes / data.segment_patches)
-    return traffic.result(micro_batches=MICRO_BATCHES, model_flops=flops * n_bytes, micro_batch_bytes=n_bytes)
+    return traffic.result(micro_batches=micro_batches, model_flops=flops * n_bytes, micro_batch_bytes=n_bytes)
 
 
 def _say(line: str) -> None:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from blt_titan.dry_run.sent import Collective
 
+RING_KINDS = ("all-gather", "reduce-scatter", "all-reduce")
+"""Collectives for which NCCL lays a ring through each adapter, so that each carries its share of the bytes."""
+
 
 @dataclass(frozen=True)
 class Network:
@@ -18,7 +21,7 @@ class Network:
     in_node_bytes_per_s: float
     """Between GPUs of a node."""
     between_nodes_bytes_per_s: float
-    """By a GPU's part of its node's adapters."""
+    """By a GPU's part of its node's adapters. Rings use those of all the GPUs that a group has in a node."""
     share: float = 0.75
     """Share of these that large collectives reach."""
     latency_s: float = 2e-5
@@ -26,9 +29,19 @@ class Network:
 
     def seconds(self, collective: Collective) -> float:
         """Return what all calls of a collective take, one after the other."""
-        inside = collective.stride * collective.ranks <= self.node_gpus
-        rate = self.in_node_bytes_per_s if inside else self.between_nodes_bytes_per_s
-        return collective.moved_bytes / (rate * self.share) + collective.calls * self.latency_s
+        return collective.moved_bytes / (self._rate(collective) * self.share) + collective.calls * self.latency_s
+
+    def is_inside(self, collective: Collective) -> bool:
+        """Tell whether the ranks of a collective are all of one node."""
+        return collective.stride * collective.ranks <= self.node_gpus
+
+    def _rate(self, collective: Collective) -> float:
+        if self.is_inside(collective):
+            return self.in_node_bytes_per_s
+        if collective.kind not in RING_KINDS:
+            return self.between_nodes_bytes_per_s
+        rings = max(1, self.node_gpus // collective.stride)
+        return min(self.in_node_bytes_per_s, rings * self.between_nodes_bytes_per_s)
 
 
 NETWORKS = {

@@ -13,6 +13,7 @@ from blt_titan.config.run_config import RunConfig
 from blt_titan.dry_run.cards import CARDS, Card
 from blt_titan.dry_run.result import DryRun
 from blt_titan.dry_run.run import dry_run
+from blt_titan.plan.as_json import finite_or_none
 from blt_titan.plan.compute_optimal import TextForSize
 from blt_titan.plan.layout import Layout, args_of, compute_of, layout_of, mean_patch_bytes, measured_ranks, step_bytes
 from blt_titan.plan.network import Network
@@ -23,7 +24,9 @@ from blt_titan.training.spec import TRAIN_SPECS
 ASSUMED_MFU = 0.40
 """Reached by computing alone, where nothing else is said: what good dense training does, not measured here."""
 _STAGING_BYTES_PER_S = 20e9
-"""From a GPU to its host's memory, which is all that an asynchronous save holds up."""
+"""From a GPU to its host's memory, which an asynchronous save holds up."""
+AGREEING_S = 1.0
+"""What ranks take to say what each saves, which one of them puts together; assumed, and likewise held up."""
 _STATES = 3
 """A parameter and Adam's two moments."""
 _FLOAT = 4
@@ -55,6 +58,8 @@ class Checkpoint:
     """Until it is stored."""
     blocked_s: float
     """The part of that which training waits for."""
+    is_async: bool
+    """Training goes on while it is stored."""
     between_failures_s: float
     interval_s: float
     """Seconds of work between two saves that waste least."""
@@ -127,10 +132,11 @@ class Plan:
         return used / (self.time.seconds * self.layout.world_size * self.card.bf16_flops)
 
     def to_json(self) -> dict[str, Any]:
-        """Return all of it, as JSON takes it."""
+        """Return all of it, as JSON takes it; what has no end is None."""
         figures = {name: getattr(self, name) for name in ("fits", "bytes_per_s", "seconds", "gpu_hours", "mfu")}
         money = None if self.assumptions.price is None else self.gpu_hours * self.assumptions.price
-        return asdict(self) | figures | {"text": asdict(self.text) | {"says": self.text.sentence()}, "money": money}
+        said = asdict(self) | figures | {"text": asdict(self.text) | {"says": self.text.sentence()}, "money": money}
+        return finite_or_none(said)
 
 
 Measure = Callable[..., DryRun]
@@ -218,7 +224,9 @@ def checkpoint_of(
     nodes = max(1, -(-layout.world_size // assumptions.network.node_gpus))
     save = size / (assumptions.store_bytes_per_s * nodes)
     is_async = config.checkpoint.async_mode != "disabled"
-    blocked = size / layout.world_size / _STAGING_BYTES_PER_S if is_async else save
+    # Each rank copies its whole part, though of replicas one writes it.
+    part = size * layout.replicas / layout.world_size
+    blocked = AGREEING_S + part / _STAGING_BYTES_PER_S if is_async else save
     between = mean_time_between_failures(layout.world_size, assumptions.failures_per_gpu_hour)
     run_s = config.training.steps * step_s
     # No asynchronous save begins before the one before it has ended.
@@ -227,8 +235,9 @@ def checkpoint_of(
         size_bytes=size,
         save_s=save,
         blocked_s=blocked,
+        is_async=is_async,
         between_failures_s=between,
         interval_s=interval,
         interval_steps=max(1, round(interval / step_s)),
-        goodput=goodput(interval, blocked, assumptions.restart_s, between),
+        goodput=goodput(interval, blocked, assumptions.restart_s, between, lost_behind_s=max(0.0, save - blocked)),
     )

@@ -25,19 +25,23 @@ def best_interval(save_s: float, between_failures_s: float) -> float:
     return math.sqrt(2 * save_s * between_failures_s)
 
 
-def goodput(interval_s: float, save_s: float, restart_s: float, between_failures_s: float) -> float:
+def goodput(
+    interval_s: float, save_s: float, restart_s: float, between_failures_s: float, *, lost_behind_s: float = 0.0
+) -> float:
     """Return the share of time that is work which is not lost.
 
-    A failure costs half an interval and the restart; no second one happens meanwhile.
+    A failure costs half an interval, what was done while the newest save was not stored yet, and the restart; no second
+    one happens meanwhile.
 
     Args:
         interval_s: work between two saves.
         save_s: what a save takes from work.
         restart_s: from a failure to the next step.
         between_failures_s: mean time between failures.
+        lost_behind_s: work that is done from a save until it is stored and counts.
 
     >>> round(goodput(1470, 30, 300, 36_000), 3)
     0.952
     """
-    lost = 0.0 if math.isinf(between_failures_s) else (interval_s / 2 + restart_s) / between_failures_s
+    lost = 0.0 if math.isinf(between_failures_s) else (interval_s / 2 + lost_behind_s + restart_s) / between_failures_s
     return max(0.0, 1 - lost) * interval_s / (interval_s + save_s)

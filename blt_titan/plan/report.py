@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from blt_titan.dry_run.cards import GIB
 from blt_titan.dry_run.memory import GRADIENTS, OPTIMIZER, PARAMETERS
 from blt_titan.dry_run.result import DryRun
-from blt_titan.plan.plan import Plan
+from blt_titan.plan.plan import AGREEING_S, Plan
 from blt_titan.plan.search import Searched
 
 _DAY = 86_400
@@ -79,8 +79,7 @@ def _network(plan: Plan) -> Iterator[str]:
         if moved < _LEAST_SHARE * total:
             continue
         seconds = network.seconds(collective) * (plan.micro_batches if collective.in_micro_batch else 1)
-        inside = collective.stride * collective.ranks <= network.node_gpus
-        where = "in a node" if inside else "between nodes"
+        where = "in a node" if network.is_inside(collective) else "between nodes"
         yield (
             f"  {moved / 1e9:9.2f} GB {seconds:8.3f} s  {collective.kind} over {collective.axis} "
             f"({collective.ranks} ranks, {where})"
@@ -112,6 +111,7 @@ def _operation(plan: Plan) -> Iterator[str]:
     yield (
         f"checkpoint: {saved.size_bytes / 1e9:.1f} GB, stored in {saved.save_s:.0f} s at "
         f"{assumed.store_bytes_per_s / 1e9:g} GB/s a node, of which training waits {saved.blocked_s:.1f} s"
+        + (f" ({AGREEING_S:g} s assumed for ranks to agree on it)" if saved.is_async else "")
     )
     failures = "no failures assumed"
     if not math.isinf(saved.between_failures_s):

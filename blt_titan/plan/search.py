@@ -167,8 +167,10 @@ def _with_rows(read: Read, one: Plan, overrides: tuple[str, ...], world_size: in
     states = sum(found.memory.at_peak.get(kind, 0) for kind in _STATES)
     by_rows = found.memory.peak_bytes - states
     base = int(read([*overrides, *(_rows_of(read, overrides, world_size) or ())]).training.local_batch_size)
+    # A pipeline cuts more rows into more micro-batches, of which it holds no more at once.
+    grows = layout_of(read(overrides), world_size).pp == 1
     for times in ROWS:
-        peak = states + by_rows * times
+        peak = states + by_rows * (times if grows else 1)
         if peak + card.beside.bytes_of(peak) > card.memory_bytes:
             return
         changed = (*overrides, f"--training.local_batch_size={base * times}")

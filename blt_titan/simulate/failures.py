@@ -120,6 +120,13 @@ def intervals_to_try(operation: Operation, own: int, run_steps: int) -> list[int
     return sorted({*inside.tolist(), min(own, run_steps)})
 
 
+def with_the_formula_s(intervals: Sequence[int], operation: Operation, run_steps: int) -> list[int]:
+    """Return intervals that were asked for and Young's and Daly's, by which they are measured."""
+    if math.isinf(operation.between_failures_s):
+        return sorted(set(intervals))
+    return sorted({*intervals, min(max(1, round(operation.young_daly_steps)), run_steps)})
+
+
 def outcome(
     operation: Operation, intervals: Sequence[int], *, run_steps: int, histories: int, seed: int, gaps: int = GAPS
 ) -> Outcome:
@@ -148,7 +155,13 @@ def outcome(
     found = []
     for steps, mean, error in zip(intervals, means, errors, strict=True):
         seconds = steps * operation.mean_step_s
-        formula = goodput(seconds, operation.blocked_s, operation.restart_s, operation.between_failures_s)
+        formula = goodput(
+            seconds,
+            operation.blocked_s,
+            operation.restart_s,
+            operation.between_failures_s,
+            lost_behind_s=max(0.0, operation.save_s - operation.blocked_s),
+        )
         kept, saving, restarting, lost = mean.tolist()
         found.append(Interval(steps, seconds, kept, float(error), saving, restarting, lost, formula))
     return Outcome(found, young_daly, intervals[best], float(behind.mean()), float(_standard_error(behind)))

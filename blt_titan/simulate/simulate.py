@@ -13,12 +13,13 @@ from blt_titan.config.run_config import RunConfig
 from blt_titan.data.rows.loader import RowLoader
 from blt_titan.data.store.manifest import parse_manifest
 from blt_titan.dry_run.cards import CARDS
+from blt_titan.plan.as_json import finite_or_none
 from blt_titan.plan.layout import compute_of, layout_of
 from blt_titan.plan.plan import ASSUMED_MFU, Assumptions, Checkpoint, checkpoint_of, count_parameters
 from blt_titan.plan.time import step_time
 from blt_titan.simulate.conservation import Streams, deal_streams, faults, gather_streams, run_part
 from blt_titan.simulate.data import SyntheticShards, Text, open_text
-from blt_titan.simulate.failures import Operation, Outcome, intervals_to_try, outcome
+from blt_titan.simulate.failures import Operation, Outcome, intervals_to_try, outcome, with_the_formula_s
 from blt_titan.simulate.ranks import Part, Served, World, deal, gather, in_processes, save
 from blt_titan.simulate.rates import WorkerRates, stream_bytes, worker_rates
 from blt_titan.simulate.settings import choose_steps, resumed_world, text_of, whole_steps, world_of
@@ -132,9 +133,7 @@ class Simulation:
             "needed_rows_per_s": self.needed_rows_per_s,
             "had_rows_per_s": self.had_rows_per_s,
         }
-        if np.isinf(self.operation.between_failures_s):
-            found["operation"]["between_failures_s"] = found["checkpoint"]["between_failures_s"] = None
-        return found
+        return finite_or_none(found)
 
 
 def simulate(config: RunConfig, ask: Ask, assumptions: Assumptions, *, name: str) -> Simulation:
@@ -180,7 +179,11 @@ def simulate(config: RunConfig, ask: Ask, assumptions: Assumptions, *, name: str
         between_failures_s=checkpoint.between_failures_s,
     )
     run_steps, own = config.training.steps, config.checkpoint.interval
-    tried = sorted(set(ask.intervals)) or intervals_to_try(operation, own, run_steps)
+    tried = (
+        with_the_formula_s(ask.intervals, operation, run_steps)
+        if ask.intervals
+        else intervals_to_try(operation, own, run_steps)
+    )
     return Simulation(
         name=name,
         before=before,

@@ -1,5 +1,6 @@
 """Times, intervals and sentences of a plan, against the same by hand."""
 
+import dataclasses
 import math
 
 import pytest
@@ -20,11 +21,29 @@ def collective(axis="fsdp", kind="all-gather", ranks=8, stride=1, in_micro_batch
 
 
 @pytest.mark.parametrize(
-    ("ranks", "stride", "seconds"),
-    [(8, 1, 1000 / 50 + 0.5), (4, 2, 1000 / 50 + 0.5), (2, 8, 1000 / 5 + 0.5), (16, 1, 1000 / 5 + 0.5)],
+    ("kind", "ranks", "stride", "rate"),
+    [
+        ("all-gather", 8, 1, 50),
+        ("all-gather", 4, 2, 50),
+        # Two of a node, and so two rings, each through an adapter.
+        ("reduce-scatter", 16, 4, 10),
+        ("all-reduce", 2, 8, 5),
+        ("all-reduce", 2, 64, 5),
+        # Eight rings, of 40 in all.
+        ("all-gather", 16, 1, 40),
+        # Each rank sends to each by its own adapter.
+        ("all-to-all", 16, 1, 5),
+        ("send", 16, 1, 5),
+    ],
 )
-def test_a_collective_takes_the_slowest_link(ranks, stride, seconds):
-    assert NETWORK.seconds(collective(ranks=ranks, stride=stride)) == pytest.approx(seconds)
+def test_a_collective_takes_the_slowest_link(kind, ranks, stride, rate):
+    found = NETWORK.seconds(collective(kind=kind, ranks=ranks, stride=stride))
+    assert found == pytest.approx(1000 / rate + 0.5)
+
+
+def test_more_rings_are_no_faster_than_a_node():
+    fast = dataclasses.replace(NETWORK, between_nodes_bytes_per_s=20.0)
+    assert fast.seconds(collective(ranks=16)) == fast.seconds(collective(ranks=8))
 
 
 def test_networks_are_named_by_what_they_are():
@@ -48,10 +67,10 @@ def test_computing_alone():
 
 
 def test_weights_move_behind_computing():
-    """20.5 s in each of three micro-batches, behind 120 s; of 200.5 s each, what is longer shows."""
+    """20.5 s in each of three micro-batches, behind 120 s; of 200.5 s each, by one adapter, what is longer shows."""
     time = timed(compute(), collective())
     assert (time.seconds, time.hidden_network_s, time.exposed_network_s) == (120.0, pytest.approx(61.5), 0.0)
-    time = timed(compute(), collective(ranks=64))
+    time = timed(compute(), collective(ranks=64, stride=8))
     assert time.hidden_network_s == 120.0
     assert time.seconds == pytest.approx(3 * 200.5)
 
@@ -63,6 +82,14 @@ def test_what_a_layer_needs_is_waited_for(change):
 
 def test_what_a_step_ends_with_is_waited_for_once():
     assert timed(compute(), collective(in_micro_batch=False)).seconds == pytest.approx(140.5)
+
+
+def test_a_failure_also_loses_what_was_done_while_a_save_was_stored():
+    """Checked with a draw of each second of an interval: it loses that second and 60 s of work behind the save."""
+    between, interval = 10_000.0, 600.0
+    lost = sum(second + 60 for second in range(600)) / 600
+    by_hand = (1 - lost / between) * interval / (interval + 1)
+    assert goodput(interval, 1.0, 0.0, between, lost_behind_s=60.0) == pytest.approx(by_hand, abs=1e-4)
 
 
 def test_the_interval_is_where_waste_is_least():

@@ -149,6 +149,22 @@ def test_the_command_plans_what_a_rank_holds_and_moves(capsys):
     assert moved["reduce-scatter"] == pytest.approx(weights, rel=0.01)
     # The last group that forward gathers is still there for backward.
     assert weights < moved["all-gather"] <= 2 * weights * 1.01
+    assert {one["axis"] for one in rank["sent"]} == {"fsdp"}
+
+
+@pytest.mark.slow
+def test_what_all_ranks_share_is_named_by_what_it_is_for():
+    """Slices of rows over all ranks: attention's gathers, which a layer waits for, and FSDP's, which it does not."""
+    config = config_of("--parallelism.context_parallel_degree=2", "--compile.no-enable")
+    found = dry_run(config, 2, kernels=False, quiet=True, rank=1, device="cpu", target=this_machine())
+    args, positions = BLT_FLAVORS["debug"], config.training.seq_len // config.data.segment_bytes
+    positions *= config.data.segment_patches
+    gathers = {one.axis: one.moved_bytes for one in found.sent if one.kind == "all-gather" and one.in_micro_batch}
+    assert gathers.keys() == {"fsdp", "cp"}
+    # Keys and values of each global layer, of which the other rank has half; what little else there is, is masks.
+    kept = 2 * args.global_layers * positions * args.global_dim * 4 / 2
+    assert kept <= gathers["cp"]
+    assert {one.axis for one in found.sent} == {"fsdp", "cp"}
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from blt_titan.simulate.failures import (
     intervals_to_try,
     outcome,
     stored_saves,
+    with_the_formula_s,
 )
 
 SIGMAS = 4.5
@@ -110,6 +111,24 @@ def test_young_and_daly_are_near_the_best():
     assert 0 <= found.behind_best < 0.002
     far = [found.intervals[0].goodput, found.intervals[-1].goodput]
     assert max(far) < found.of(found.best_steps).goodput - 0.05
+
+
+def test_intervals_that_are_asked_for_are_measured_by_the_formula_s():
+    tried = with_the_formula_s([500, 900], SYNC, 10**6)
+    best = round(best_interval(30.0, 20_000.0) / 2.0)
+    assert tried == sorted([best, 500, 900])
+    assert outcome(SYNC, tried, run_steps=10**6, histories=4, seed=3).young_daly_steps == best
+    assert with_the_formula_s([900, 500], replace(SYNC, between_failures_s=math.inf), 10**6) == [500, 900]
+
+
+@pytest.mark.parametrize("between_failures_s", [2_000.0, 20_000.0])
+def test_a_store_that_is_slow_to_keep_costs_what_the_formula_says(between_failures_s):
+    operation = replace(ASYNC, between_failures_s=between_failures_s, restart_s=0.0)
+    found = outcome(operation, [100], run_steps=10**6, histories=32, seed=4).intervals[0]
+    # The formula leaves out failures that strike twice: products of two small shares.
+    lost = (found.seconds / 2 + operation.save_s) / between_failures_s
+    assert found.formula == pytest.approx(found.goodput, abs=SIGMAS * found.spread + lost**2)
+    assert found.formula < 1 - operation.save_s / between_failures_s
 
 
 def test_a_slow_store_makes_a_save_wait_for_the_one_before():
