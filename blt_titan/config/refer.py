@@ -78,7 +78,7 @@ def refer(config: RunConfig, *, dp: int, verify_data: bool) -> None:
                 and not weights_only
                 and "dataloader" not in config.checkpoint.exclude_from_loading
             ):
-                _check_position(config, shards[0], checkpoint, dp)
+                _check_position(config, shards[0], checkpoint)
         with _noted(faults):
             if config.export.hf_every:
                 _check_export(config, shards[0])
@@ -159,22 +159,17 @@ def _verify(shards: ShardSets, data: Data) -> None:
             shard_set.verify_structure()
 
 
-def _check_position(config: RunConfig, shards: ShardSets, checkpoint: Path, dp: int) -> None:
+def _check_position(config: RunConfig, shards: ShardSets, checkpoint: Path) -> None:
     """Check that the run's data can be read on from where a checkpoint is."""
     order = stream_order(config.data, shards)
     fingerprint = entropies_fingerprint(config.patching, dataset_paths(config.data, config.training), shards)
     patching = patch_decisions(PatchRule.of(config.patching), fingerprint)
     try:
-        saved, rows_served = saved_position(checkpoint)
+        saved, _ = saved_position(checkpoint)
         own = data_identity(shards.fingerprint, order, patching)
         check_continues(saved, own, patching_may_change=config.patching.allow_change)
     except DataError as error:
         raise RunConfigError(f"{checkpoint}: {error}") from error
-    if rows_served % dp:
-        raise RunConfigError(
-            f"parallelism: {dp} data-parallel ranks do not divide the {rows_served} rows that {checkpoint} has served; "
-            "choose degrees whose product over replicas and shards does"
-        )
 
 
 def _check_export(config: RunConfig, shards: ShardSets) -> None:

@@ -121,10 +121,11 @@ def deal(text: Text, world: World, steps: int, checkpoint: Path | None, workers:
     return [Part(text, world, tuple(part.tolist()), steps, path) for part in parts(world.dp_size, workers)]
 
 
-def gather(found: Sequence[dict[str, Any]]) -> Served:
-    """Put together what the parts of a world handed out, in the order of its ranks."""
-    # A rank's rows are a column: row n of these steps is rank n mod dp's.
-    digests, n_ids = (np.concatenate([one[key] for one in found]).T.ravel() for key in ("digests", "n_ids"))
+def gather(found: Sequence[dict[str, Any]], first_row: int = 0) -> Served:
+    """Put together what the parts of a world handed out, in the order of its ranks, from a row of the run on."""
+    # A rank's rows are a column: row n of the run is rank n mod dp's.
+    columns = (np.concatenate([one[key] for one in found]).T for key in ("digests", "n_ids"))
+    digests, n_ids = (np.roll(rows, -first_row, axis=1).ravel() for rows in columns)
     longest = {key: max(one[key] for one in found) for key in ("state_s", "load_s", "first_batch_s")}
     return Served(digests, n_ids, _merged([one["state"] for one in found]), **longest)
 

@@ -85,21 +85,16 @@ def _conserved(found: Simulation) -> Iterator[str]:
             f"  {after.world_size:,} GPUs do not fit the settings as they are; taken there, as the run must be told: "
             f"{', '.join(found.adapted)}"
         )
-    if found.own_interval % found.whole_steps:
-        every = found.whole_steps // math.gcd(found.whole_steps, found.own_interval)
+    served = run.resume_at * before.global_batch
+    if rank := served % after.dp_size:
         yield (
-            f"  {after.dp_size:,} ranks divide the rows that were served after multiples of {found.whole_steps} steps: "
-            f"with checkpoint.interval = {found.own_interval:,} one checkpoint in {every} can be gone on from on "
-            f"{after.world_size:,} GPUs, with {_up(found.own_interval, found.whole_steps):,} each"
+            f"  {after.dp_size:,} ranks do not divide the {served:,} rows before the resume, and need not: "
+            f"rank {rank} makes the next one"
         )
     if run.faults:
         yield from (f"  FAULT: {sentence}" for sentence in run.faults)
     else:
         yield "  each row of a run that never stops came once, in its order: none lost, none repeated"
-
-
-def _up(number: int, unit: int) -> int:
-    return -(-number // unit) * unit
 
 
 def _failures(found: Simulation) -> Iterator[str]:

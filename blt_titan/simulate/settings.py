@@ -1,7 +1,6 @@
 """What is simulated of a run: its text, its ranks before and after a resume, and the steps between them."""
 
 import copy
-import math
 
 from blt_titan.config.check import RunConfigError, check_run
 from blt_titan.config.rules.ranks import data_parallel
@@ -60,7 +59,8 @@ def resumed_world(config: RunConfig, world_size: int) -> tuple[World, list[str]]
     """
     asked = config.parallelism.data_parallel_replicate_degree
     first: RunConfigError | None = None
-    for replicas in range(max(1, asked), min(world_size, _MOST_REPLICAS) + 1):
+    least = max(1, asked)
+    for replicas in (least, *range(least + 1, min(world_size, _MOST_REPLICAS) + 1)):
         changed = copy.deepcopy(config)
         changed.parallelism.data_parallel_replicate_degree = replicas
         dp = data_parallel(changed.parallelism, world_size)
@@ -81,15 +81,6 @@ def resumed_world(config: RunConfig, world_size: int) -> tuple[World, list[str]]
     raise RunConfigError(*(f"--resume-on {world_size}: {sentence}" for sentence in first.sentences)) from first
 
 
-def whole_steps(before: World, after: World) -> int:
-    """Return the number whose multiples are the steps that another world can go on from: its ranks divide their rows.
-
-    >>> whole_steps(World(1024, 64, 2, 128), World(768, 48, 2, 96))
-    3
-    """
-    return after.dp_size // math.gcd(after.dp_size, before.global_batch)
-
-
 def choose_steps(
     streams: int, before: World, after: World, steps: int | None, resume_at: int | None
 ) -> tuple[int, int]:
@@ -100,26 +91,19 @@ def choose_steps(
         before: the world that begins.
         after: the world that goes on.
         steps: asked for; None for as many as give each stream a row before the save and one after it.
-        resume_at: asked for; None for about the middle.
+        resume_at: asked for; None for about the middle, and if possible where the ranks that go on do not divide the
+            rows before.
 
     Raises:
         RunConfigError: there is no such step.
     """
-    unit = whole_steps(before, after)
-    if resume_at is not None and resume_at % unit:
-        raise RunConfigError(
-            f"--resume-at {resume_at}: {resume_at * before.global_batch:,} rows have been served by then, which the "
-            f"{after.dp_size} data-parallel ranks of {after.world_size} GPUs do not divide; name a multiple of {unit}"
-        )
-    first_round = -(-streams // before.global_batch)
     if resume_at is None:
-        middle = first_round if steps is None else steps // 2
-        resume_at = max(unit, (middle if steps is not None else middle + unit - 1) // unit * unit)
+        middle = -(-streams // before.global_batch) if steps is None else steps // 2
+        last = middle + 1 if steps is None else min(middle + 1, steps - 1)
+        uneven = (step for step in range(middle, last + 1) if step * before.global_batch % after.dp_size)
+        resume_at = next(uneven, middle)
     if steps is None:
         steps = resume_at + -(-streams // after.global_batch)
     if steps <= resume_at:
-        raise RunConfigError(
-            f"--steps {steps}: must be more than the step that is saved, {resume_at} (on {after.world_size} GPUs a run "
-            f"can go on from multiples of {unit})"
-        )
+        raise RunConfigError(f"--steps {steps}: must be more than the step that is saved, {resume_at}")
     return steps, resume_at

@@ -22,7 +22,7 @@ from blt_titan.simulate.data import SyntheticShards, Text, open_text
 from blt_titan.simulate.failures import Operation, Outcome, intervals_to_try, outcome, with_the_formula_s
 from blt_titan.simulate.ranks import Part, Served, World, deal, gather, in_processes, save
 from blt_titan.simulate.rates import WorkerRates, stream_bytes, worker_rates
-from blt_titan.simulate.settings import choose_steps, resumed_world, text_of, whole_steps, world_of
+from blt_titan.simulate.settings import choose_steps, resumed_world, text_of, world_of
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,6 @@ class Simulation:
     before: World
     after: World
     streams: int
-    whole_steps: int
-    """Steps whose multiples the world after can go on from."""
     own_interval: int
     """As `checkpoint.interval`."""
     adapted: list[str]
@@ -189,7 +187,6 @@ def simulate(config: RunConfig, ask: Ask, assumptions: Assumptions, *, name: str
         before=before,
         after=after,
         streams=text.streams,
-        whole_steps=whole_steps(before, after),
         own_interval=own,
         adapted=adapted,
         opened=opened,
@@ -239,7 +236,7 @@ def conserve(
         what = f"{after.world_size:,} GPUs go on, and one that never stops"
         n_bytes = (n_first + 2 * n_second) * row_bytes
         found = in_processes(run_part, tasks, workers=workers, n_bytes=n_bytes, what=what)
-    second = gather(found[: len(going_on)])
+    second = gather(found[: len(going_on)], n_first)
     whole = gather_streams(n_first + n_second, found[len(going_on) :])
     digests, n_ids = (np.concatenate([getattr(part, key) for part in (first, second)]) for key in ("digests", "n_ids"))
     inside = first.state["positions"][:, 1] > 0

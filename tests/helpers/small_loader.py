@@ -60,9 +60,10 @@ def rows_of(batches: list[Batch]) -> torch.Tensor:
     return torch.cat([torch.cat(of_batch, dim=1) for of_batch in fields])
 
 
-def interleaved(ranks: list[torch.Tensor]) -> torch.Tensor:
-    """Rows of the ranks in the run's order: row n is rank n mod dp's."""
-    return torch.stack(ranks, dim=1).flatten(0, 1)
+def interleaved(ranks: list[torch.Tensor], first_row: int = 0) -> torch.Tensor:
+    """Rows of the ranks in the run's order, from a row of the run on: row n is rank n mod dp's."""
+    first = first_row % len(ranks)
+    return torch.stack([*ranks[first:], *ranks[:first]], dim=1).flatten(0, 1)
 
 
 def merged(states: list[dict[str, Any]]) -> dict[str, Any]:

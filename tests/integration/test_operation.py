@@ -187,7 +187,7 @@ def operate(out: str, overrides: list[str]) -> dict:
     found["warned"] = [line for line in said.lines if "metrics cannot be written" in line]
     found["warned of TensorBoard"] = [line for line in said.lines if "TensorBoard's files cannot be written" in line]
 
-    # Weights alone, and ranks that do not divide the rows that were served.
+    # Weights alone. Ranks that do not divide the rows that were served may go on.
     train(f"{out}/weights", *overrides, "--checkpoint.last_save_model_only")
     found["weights"] = refusal(train, f"{out}/weights", *overrides, "--training.steps=4")
 
@@ -220,7 +220,7 @@ def test_faults_while_it_runs(small_run, tmp_path):
     assert len(found["warned"]) == 1, "said once"
     assert len(found["warned of TensorBoard"]) == 1
     assert "step-3: holds weights alone (checkpoint.last_save_model_only" in found["weights"]
-    assert "12 data-parallel ranks do not divide the 8 rows" in found["many"]
+    assert found["many"] == "went on"
     assert "step-0 is there already" in found["seed"]
     assert found["logged"] == [1, 2], "the first and the last step are logged, whatever log_freq is"
     assert found["aside"] == ["step-1", "step-2"]

@@ -74,6 +74,36 @@ def train_then_go_back(out: str, overrides: list[str]) -> list[dict]:
     return found
 
 
+LEGS = ((2, 4, 2), (3, 3, 4))
+"""Replicas, rows of a step, and last step: 3 ranks go on after 8 rows."""
+LOSS_ATOL = 1e-4
+"""Gradients summed in another order; AdamW divides rounding noise by itself."""
+
+
+def train_leg(out: str, overrides: list[str], rows: int, last_step: int) -> None:
+    train(out, *overrides, f"--training.global_batch_size={rows}", f"--training.steps={last_step}")
+
+
+def train_legs(out: str, overrides: list[str]) -> None:
+    for _, rows, last_step in LEGS:
+        train_leg(out, overrides, rows, last_step)
+
+
+def test_ranks_that_do_not_divide_the_rows_that_were_served_train_on(small_run, tmp_path):
+    run_distributed(train_legs, 1, str(tmp_path / "one"), small_run)
+    for ranks, rows, last_step in LEGS:
+        replicas = [
+            f"--parallelism.data_parallel_replicate_degree={ranks}",
+            "--parallelism.data_parallel_shard_degree=1",
+        ]
+        settings = [*small_run, *replicas]
+        run_distributed(train_leg, ranks, str(tmp_path / "several"), settings, rows, last_step)
+    one, several = losses(tmp_path / "one"), losses(tmp_path / "several")
+    assert list(one) == list(several) == [1, 2, 3, 4]
+    for step, loss in one.items():
+        assert abs(several[step] - loss) <= LOSS_ATOL, f"step {step}: {several[step]} and {loss}"
+
+
 def test_going_back_to_an_earlier_step_sets_the_later_ones_aside(small_run, tmp_path):
     """A save over a complete checkpoint would leave its old .metadata beside half-written files."""
     [(first, again)] = run_distributed(train_then_go_back, 1, str(tmp_path), small_run)

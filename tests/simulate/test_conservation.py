@@ -29,6 +29,7 @@ TEXT = Text(
 )
 BEFORE, AFTER = World(16, 8, 2, 48), World(12, 6, 2, 36)
 STEPS, RESUME_AT = 9, 4
+UNEVEN = World(16, 8, 1, 40)
 ENTROPIES = replace(TEXT, rule=PatchRule("global", threshold=1.0, max_patch_bytes=16))
 MIXED = replace(TEXT, sets=(("data/x", 50_000), ("data/y", 30_000)), weights=(0.7, 0.3))
 
@@ -49,6 +50,14 @@ def test_no_row_is_lost_or_repeated(text):
     assert found.amid_record_batches > 12, "most streams shall go on inside a record batch"
     assert found.more_than_once == 24
     assert state.file_bytes > 24 * 4 * 8
+
+
+@pytest.mark.parametrize("resume_at", [4, 5])
+def test_ranks_that_do_not_divide_the_rows_before_go_on(resume_at):
+    assert resume_at * UNEVEN.global_batch % AFTER.dp_size
+    found, _ = conserve(TEXT, UNEVEN, AFTER, STEPS, resume_at, workers=1)
+    assert found.faults == []
+    assert found.rows == resume_at * 40 + (STEPS - resume_at) * 36
 
 
 def test_an_epoch_may_end():
@@ -153,13 +162,23 @@ def test_ranks_that_change_places_are_seen(monkeypatch):
     """Each row comes once, in another order."""
     right = simulate.gather
 
-    def gather(found):
-        return right([found[1], found[0], *found[2:]]) if len(found) == 6 else right(found)
+    def gather(found, *first_row):
+        return right([found[1], found[0], *found[2:]] if len(found) == 6 else found, *first_row)
 
     monkeypatch.setattr(simulate, "gather", gather)
     found, _ = conserved()
     assert words(found) >= {"order"}
     assert "0 rows of that run are missing, 0 are none of its rows" in found.faults[0]
+
+
+def test_ranks_that_begin_as_if_they_divided_the_rows_before_are_seen(monkeypatch):
+    def next_row(self):
+        return self._rows_served // self.dp_size * self.dp_size + self.dp_rank
+
+    monkeypatch.setattr(RowLoader, "_next_row", next_row)
+    assert conserved()[0].faults == [], "where they divide them it is the same"
+    found, _ = conserve(TEXT, UNEVEN, AFTER, STEPS, RESUME_AT, workers=1)
+    assert words(found) >= {"order", "whole"}
 
 
 def test_an_order_that_is_no_permutation_is_seen(monkeypatch):

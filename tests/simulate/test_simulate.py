@@ -5,7 +5,7 @@ import json
 import pytest
 
 from blt_titan.commands import simulate as command
-from blt_titan.config.check import RunConfigError, load_run_config
+from blt_titan.config.check import load_run_config
 from blt_titan.simulate import simulate
 from blt_titan.simulate.ranks import World
 from blt_titan.simulate.rates import WorkerRates
@@ -57,6 +57,7 @@ def test_a_row_that_is_lost_ends_it_with_1(capsys, monkeypatch):
     [
         (["--resume-at=9", "--steps=9"], "--steps 9: must be more than the step that is saved, 9"),
         (["--resume-on=5"], "--resume-on 5: data.streams = 24: must be a multiple of 5 data-parallel ranks"),
+        (["--parallelism.data_parallel_replicate_degree=2", "--resume-on=1"], "--resume-on 1: "),
         (["--text=1MB", "--record-batch-bytes=64KiB"], "the data has 1"),
         (["--steps=1"], "--steps 1: must be a whole number from 2"),
         (["--straggle=-1"], "--straggle -1: must be a number from 0"),
@@ -69,15 +70,24 @@ def test_what_cannot_be_is_a_sentence(words, says, capsys):
     assert f"blt-titan simulate: error: {says}" in capsys.readouterr().err
 
 
-def test_steps_are_those_that_both_worlds_can_stand_at():
-    assert choose_steps(30_720, BIG, SMALLER, None, None) == (560, 240)
-    assert choose_steps(30_720, BIG, SMALLER, 20, None) == (20, 9)
+def test_a_run_is_saved_where_the_ranks_that_go_on_do_not_divide_its_rows():
+    assert choose_steps(30_720, BIG, SMALLER, None, None) == (561, 241)
+    assert choose_steps(30_720, BIG, SMALLER, 20, None) == (20, 10)
+    assert choose_steps(30_720, BIG, SMALLER, 24, None) == (24, 13)
     assert choose_steps(30_720, BIG, BIG, 20, None) == (20, 10)
+    assert choose_steps(30_720, BIG, SMALLER, 2, None) == (2, 1)
     assert choose_steps(30_720, BIG, SMALLER, None, 300) == (620, 300)
-    with pytest.raises(
-        RunConfigError, match=r"--resume-at 250: 32,000 rows .* 48 data-parallel ranks .* multiple of 3"
-    ):
-        choose_steps(30_720, BIG, SMALLER, 300, 250)
+    assert choose_steps(30_720, BIG, SMALLER, 300, 250) == (300, 250)
+
+
+def test_ranks_that_do_not_divide_the_rows_before_are_said(capsys):
+    uneven = [*DEBUG, "--training.global_batch_size=4", "--steps=12", "--resume-on=3", "--step-seconds=0.5"]
+    assert command.main([*uneven, "--failures=0", "--resume-at=7"]) == 0
+    said = capsys.readouterr().out
+    assert "3 ranks do not divide the 28 rows before the resume, and need not: rank 1 makes the next one" in said
+    assert "none lost, none repeated" in said
+    assert command.main([*uneven, "--failures=0", "--resume-at=6"]) == 0
+    assert "do not divide" not in capsys.readouterr().out
 
 
 def test_a_world_that_the_settings_do_not_fit_is_adapted_and_said():

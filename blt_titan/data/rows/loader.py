@@ -6,6 +6,11 @@ n mod dp = r, so dp must divide S, and worker w of W makes every W-th of the ran
     rank 0   rows 0 2 4 6 8 10 ...   from streams 0 2 4 0 2 4 ...   made by workers 0 1 2 0 1 2 ...
     rank 1   rows 1 3 5 7 9 11 ...   from streams 1 3 5 1 3 5 ...   made by workers 0 1 2 0 1 2 ...
 
+After any N rows, each rank goes on with the first of its own that is not among them: dp rows in a row, wherever they
+begin, hold one of each rank, so a step takes consecutive rows and dp need not divide N. With dp = 4 after N = 10 rows:
+
+    rank 0   rows 12 16 ...      rank 1   rows 13 17 ...      rank 2   rows 10 14 ...      rank 3   rows 11 15 ...
+
 State rides with the batch: a row carries its stream's position after it, and the loader's state is that of the batches
 it has handed out, so what workers made ahead is neither lost nor repeated. The state is one table of S positions,
 gathered over ranks at a save; it fits any number of ranks and workers.
@@ -130,11 +135,15 @@ class RowLoader:
                 rows = self._rows()
                 continue
             for _, position in taken:
-                self._positions[(self._rows_served + self.dp_rank) % self.order.streams] = position
+                self._positions[self._next_row() % self.order.streams] = position
                 self._rows_served += self.dp_size
             if self._batches_since_lost is not None:
                 self._batches_since_lost += 1
             yield [row for row, _ in taken]
+
+    def _next_row(self) -> int:
+        """Return the number of the row that this rank serves next: of its rows, the first that was not served."""
+        return self._rows_served + (self.dp_rank - self._rows_served) % self.dp_size
 
     def _note_lost(self, lost: WorkerLostError) -> None:
         """Say that workers are begun anew.
@@ -157,7 +166,7 @@ class RowLoader:
             dp_rank=self.dp_rank,
             dp_size=self.dp_size,
             positions=self._positions.copy(),
-            first_row=self._rows_served // self.dp_size,
+            first_row=self._next_row() // self.dp_size,
             rows_per_block=self.rows_per_batch,
             quarantine=self._quarantine,
             quarantine_log=self._quarantine_log,
@@ -244,8 +253,6 @@ class RowLoader:
         Raises:
             DataError: if there is no such place.
         """
-        if rows_served % self.dp_size:
-            raise DataError(f"{rows_served} rows were served, which {self.dp_size} data-parallel ranks do not divide")
         if (positions < 0).any():
             raise DataError("the checkpoint holds the stream positions of one rank only; save with merge_positions")
         if positions.shape != self._positions.shape:

@@ -25,7 +25,7 @@ from blt_titan.patching.rule import PatchRule
 from tests.helpers.elastic_rank import STREAMS
 from tests.helpers.small_loader import interleaved, loader_of, merged, random_documents, rows_of, take, write
 
-WORLDS = (8, 6, 16, 4)
+WORLDS = (8, 6, 16, 4, 3)
 STOPS = 200
 ROOT = Path(__file__).parents[3]
 
@@ -56,14 +56,13 @@ def hashes(rows: torch.Tensor) -> list[bytes]:
 
 
 def broken_run(data: Path, stops: list[tuple[int, int, int]]) -> tuple[list[bytes], dict]:
-    """Return the rows' hashes of a run in parts, (ranks, steps, workers) of each, and its last state."""
+    """Return the rows' hashes of a run in parts, (ranks, rows of each, workers), and its last state."""
     rows: list[bytes] = []
     state: dict = {}
-    for dp_size, steps, num_workers in stops:
-        # A global batch is 48 rows here, which all worlds divide: a step of dp ranks is 48 / dp rows of each.
+    for dp_size, rows_of_each, num_workers in stops:
         loaders = world(data, dp_size, state, num_workers)
-        ranks = [rows_of(take(loader, steps * STREAMS // dp_size)) for loader in loaders]
-        rows += hashes(interleaved(ranks))
+        ranks = [rows_of(take(loader, rows_of_each)) for loader in loaders]
+        rows += hashes(interleaved(ranks, len(rows)))
         state = merged([loader.state_dict() for loader in loaders])
         assert state["rows_served"] == len(rows)
     return rows, state
@@ -76,7 +75,10 @@ def unbroken_run(data: Path, n_rows: int) -> list[bytes]:
 def test_two_hundred_stops_lose_and_repeat_nothing(data):
     rng = np.random.default_rng(0)
     worlds = itertools.cycle(WORLDS)
-    stops = [(next(worlds), int(rng.integers(1, 4)), 0) for _ in range(STOPS)]
+    stops = [(dp_size, int(rng.integers(1, 4 * STREAMS // dp_size)), 0) for dp_size in itertools.islice(worlds, STOPS)]
+    served = itertools.accumulate((dp_size * rows for dp_size, rows, _ in stops), initial=0)
+    uneven = sum(rows % dp_size > 0 for rows, (dp_size, *_) in zip(served, stops, strict=False))
+    assert uneven > STOPS // 2, "ranks shall seldom divide the rows that were served"
     rows, state = broken_run(data, stops)
     assert rows == unbroken_run(data, len(rows))
     order = loader_of(data, streams=STREAMS).order
@@ -86,7 +88,7 @@ def test_two_hundred_stops_lose_and_repeat_nothing(data):
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_workers_come_and_go(data, num_workers):
-    stops = [(8, 2, 0), (4, 1, num_workers), (6, 2, num_workers), (16, 1, 0), (4, 2, 3 - num_workers)]
+    stops = [(8, 13, 0), (6, 9, num_workers), (3, 25, num_workers), (16, 5, 0), (4, 11, 3 - num_workers), (6, 8, 2)]
     rows, _ = broken_run(data, stops)
     assert rows == unbroken_run(data, len(rows))
 

@@ -193,12 +193,41 @@ def test_a_state_that_was_not_merged_is_refused(data):
         loader_of(data).load_state_dict(loader.state_dict())
 
 
-def test_rows_that_the_ranks_do_not_divide_are_refused(data):
-    loader = loader_of(data, rows_per_batch=1)
-    take(loader, 3)
-    state = loader.state_dict()
-    with pytest.raises(DataError, match="3 rows were served, which 2 data-parallel ranks do not divide"):
-        loader_of(data, dp_rank=0, dp_size=2).load_state_dict(state)
+@pytest.mark.parametrize("batches", [5, 7], ids=["two over", "one over"])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_ranks_that_do_not_divide_the_rows_that_were_served_go_on(data, expected, num_workers, batches):
+    before = [loader_of(data, dp_rank=r, dp_size=4, rows_per_batch=1, num_workers=num_workers) for r in range(4)]
+    for loader in before:
+        take(loader, batches)
+    state = merged([loader.state_dict() for loader in before])
+    first = state["rows_served"]
+    assert first == 4 * batches
+    assert first % 3
+    after = [loader_of(data, dp_rank=r, dp_size=3, rows_per_batch=2, num_workers=num_workers) for r in range(3)]
+    steps = []
+    for loader in after:
+        loader.load_state_dict(state)
+        # Iterated twice, so that what makes rows begins amid them too.
+        steps.append([rows_of([batch]) for part in (3, 4) for batch in take(loader, part)])
+        assert loader.rows_served == first + 7 * 6
+    for step in range(7):
+        together = interleaved([ranks[step] for ranks in steps], first)
+        assert torch.equal(together, expected[first + 6 * step : first + 6 * (step + 1)]), f"step {step}"
+    # Each stream is where its rows end, with whoever owns it.
+    whole = loader_of(data, rows_per_batch=1)
+    take(whole, first + 42)
+    assert np.array_equal(merged([loader.state_dict() for loader in after])["positions"], whole._positions)
+
+
+def test_ranks_keep_their_streams_wherever_they_begin(data):
+    """Of any row on, a rank's rows come from the streams whose positions it saves."""
+    for rows_served in range(2 * STREAMS):
+        for rank in range(3):
+            loader = loader_of(data, dp_rank=rank, dp_size=3, rows_per_batch=1)
+            loader.go_to(np.zeros_like(loader._positions), rows_served)
+            take(loader, STREAMS // 3)
+            moved = np.flatnonzero(loader._positions[:, POSITION_FIELDS.index("rows")])
+            assert moved.tolist() == list(range(rank, STREAMS, 3)), f"rank {rank} after {rows_served} rows"
 
 
 def test_another_order_or_other_data_is_refused_by_name(data, tmp_path):
