@@ -21,6 +21,11 @@ KEYS = {
     *("padded_byte_share", "padded_patch_share", "grad_norm", "lr", "data_wait_share"),
 }
 
+LEGS = ((2, 4, 2), (3, 3, 4))
+"""Replicas, rows of a step, and last step: 3 ranks go on after 8 rows."""
+LOSS_ATOL = 1e-4
+"""Gradients summed in another order; AdamW divides rounding noise by itself."""
+
 
 def train_straight_and_resumed(out: str, overrides: list[str]) -> tuple[dict, dict]:
     straight = train(f"{out}/straight", *overrides)
@@ -72,12 +77,6 @@ def train_then_go_back(out: str, overrides: list[str]) -> list[dict]:
     (Path(out) / "checkpoint/load_step.json").unlink()
     train(out, *overrides, "--checkpoint.load_step=8", "--training.steps=9")
     return found
-
-
-LEGS = ((2, 4, 2), (3, 3, 4))
-"""Replicas, rows of a step, and last step: 3 ranks go on after 8 rows."""
-LOSS_ATOL = 1e-4
-"""Gradients summed in another order; AdamW divides rounding noise by itself."""
 
 
 def train_leg(out: str, overrides: list[str], rows: int, last_step: int) -> None:

@@ -220,7 +220,7 @@ def test_ranks_that_do_not_divide_the_rows_that_were_served_go_on(data, expected
 
 
 def test_ranks_keep_their_streams_wherever_they_begin(data):
-    """Of any row on, a rank's rows come from the streams whose positions it saves."""
+    """A rank's rows come from the streams whose positions it saves, from any row of the run on."""
     for rows_served in range(2 * STREAMS):
         for rank in range(3):
             loader = loader_of(data, dp_rank=rank, dp_size=3, rows_per_batch=1)
