@@ -43,6 +43,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 20.0
 LONGEST_REQUEST_S = 60.0
 _WARN_EVERY_S = 10.0
 _FINAL_ERRORS = (errno.EINVAL, errno.EPERM, errno.ENAMETOOLONG)
+_PASSING_STATUSES = (408, 425, 429)  # of HTTP: a timeout, too early, too many requests
 _MISUSES = (ValueError, TypeError, ImportError, NotImplementedError, AttributeError)
 
 
@@ -244,16 +245,27 @@ def _why_final(error: Exception) -> str | None:
     """Say why an error will not pass; None if it may."""
     if isinstance(error, TimeoutError | asyncio.TimeoutError | FutureTimeoutError):
         return None
-    if isinstance(error, PermissionError):
+    status = _http_status(error)
+    if isinstance(error, PermissionError) or status in (401, 403):
         return "access is denied; check credentials and permissions"
     name = type(error).__name__  # of drivers, whose own classes cannot be imported here
     if "Credential" in name or "Token" in name or name == "ProfileNotFound":
         return "there are no credentials that can be used; set them as the driver expects them, such as AWS_PROFILE"
-    if isinstance(error, OSError) and error.errno in _FINAL_ERRORS:
+    is_refused = 400 <= status < 500 and status not in _PASSING_STATUSES
+    if is_refused or (isinstance(error, OSError) and error.errno in _FINAL_ERRORS):
         return "the request is refused; the address is wrong, or a shorter object has taken this one's place"
     if "Validation" in name or "Region" in name or isinstance(error, _MISUSES):
         return "the driver cannot read it; check the address and the driver's settings"
     return None
+
+
+def _http_status(error: Exception) -> int:
+    """Return the status that a server answered with, wherever a driver's error has it; 0 if nowhere."""
+    for holder in (error, getattr(error, "response", None)):
+        for name in ("status", "status_code", "code"):  # `code` last: aiohttp warns of it
+            if isinstance(status := getattr(holder, name, None), int):
+                return status
+    return 0
 
 
 def _said(error: Exception) -> str:
