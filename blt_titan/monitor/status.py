@@ -55,6 +55,8 @@ class Status:
     began: float
     heard: float
     """When the run last wrote."""
+    line_logged: float | None
+    """When the last line was logged, which a held-out figure may have followed."""
     step: int
     steps: int
     steps_per_second: float | None
@@ -117,6 +119,7 @@ def _status(folder: Path, record: dict[str, Any], now: float) -> Status:
         world_size=int(start["world_size"]),
         began=_time(start["time"]),
         heard=max(heard, _time(end.time)) if end and state != "running" else heard,
+        line_logged=_time(last["time"]) if last else None,
         step=step,
         steps=int(start["steps"]),
         steps_per_second=rate,
@@ -202,8 +205,8 @@ def status_lines(status: Status, *, now: float | None = None) -> Iterator[str]:
     yield f"  step {status.step:,} of {status.steps:,}{rate}"
     if status.seconds_left is not None:
         yield f"  {span(status.seconds_left)} left: until {_clock(now + status.seconds_left)}"
-    if status.bits_per_byte is not None:
-        ago = f", {span(now - status.heard)} ago" if status.state == "running" else ""
+    if status.bits_per_byte is not None and status.line_logged is not None:
+        ago = f", {span(now - status.line_logged)} ago" if status.state == "running" else ""
         yield f"  last line: {status.bits_per_byte:.4f} bits/byte{ago}"
     if status.checkpoint_step is None or status.checkpoint_saved is None:
         yield "  no checkpoint"

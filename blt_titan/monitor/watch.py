@@ -52,6 +52,8 @@ class Line:
     """Since the line before."""
     saving_s: float
     """What of these training waited for while a checkpoint was saved."""
+    saves: int
+    """Checkpoints that were begun since the line before; one beside the training may be waited for in a later line."""
     n_bytes: float
     """Targets of all ranks since the line before."""
     grad_norm: float
@@ -133,7 +135,7 @@ class RunWatch:
     def _saving(self, line: Line, figures: dict[str, float]) -> Iterator[Alert]:
         self._seconds += line.seconds
         self._saving_s += line.saving_s
-        self._saves += line.saving_s > 0
+        self._saves += line.saves
         if not self._saves or self._seconds <= 0:
             return
         share = figures["saving_share"] = self._saving_s / self._seconds

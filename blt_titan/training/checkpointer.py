@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -40,16 +40,24 @@ from blt_titan.training.run_folder import LOCK_NAME
 _SAVE_ERRORS = (CheckpointException, OSError, EOFError, RuntimeError, pickle.PickleError)
 
 
+class Saving(NamedTuple):
+    """What saves have cost."""
+
+    saves: int = 0
+    """How many were begun."""
+    waited_s: float = 0.0
+    """How long training has waited for them, and for those that were begun before."""
+
+
 class RunCheckpoints(CheckpointManager):
     """Loads and saves a run's checkpoints; collective over all ranks.
 
     Attributes:
         on_loaded: called after `load`, whether there was a checkpoint or not.
-        waited_s: how long training has waited for saves since somebody set it to 0.
     """
 
     on_loaded: Callable[[], None] | None = None
-    waited_s: float = 0.0
+    _spent = Saving()
 
     def __init__(self, *args: Any, base_folder: str = "", **options: Any):
         super().__init__(*args, base_folder=base_folder, **options)
@@ -101,6 +109,7 @@ class RunCheckpoints(CheckpointManager):
         """
         if not self._should_save(curr_step, last_step):
             return
+        self._spent = self._spent._replace(saves=self._spent.saves + 1)
         with self._waited():
             self._async_wait()
             self._check_before(curr_step)
@@ -122,7 +131,12 @@ class RunCheckpoints(CheckpointManager):
     def _waited(self) -> Iterator[None]:
         began = time.perf_counter()
         yield
-        self.waited_s += time.perf_counter() - began
+        self._spent = self._spent._replace(waited_s=self._spent.waited_s + time.perf_counter() - began)
+
+    def take_saving(self) -> Saving:
+        """Return what saves have cost since the last call."""
+        taken, self._spent = self._spent, Saving()
+        return taken
 
     def save_now(self, step: int) -> None:
         """Have `step` saved when this returns, whether it is due or not; collective.

@@ -178,7 +178,7 @@ class BLTMetrics(MetricsProcessor):
         failures: Mapping[str, float] = types.MappingProxyType({}),
         dataset_ids: Sequence[float] = (),
         ranks: Sequence[RankFigures] = (),
-        saving_s: float = 0.0,
+        saving: tuple[int, float] = (0, 0.0),
     ) -> None:
         """Write the figures of a step and of the steps since the last line.
 
@@ -193,7 +193,7 @@ class BLTMetrics(MetricsProcessor):
             failures: what was skipped, and other counts of what went wrong, by name.
             dataset_ids: ids of each data set of the mixture since the run began, summed over ranks.
             ranks: what each rank measured since the last line.
-            saving_s: what training has waited for a checkpoint since the last line.
+            saving: checkpoints that were begun since the last line, and seconds that training has waited for saves.
         """
         now = time.perf_counter()
         seconds = now - self.time_last_log
@@ -231,7 +231,8 @@ class BLTMetrics(MetricsProcessor):
         if (memory_gib := self.device_memory_monitor.get_peak_stats().max_reserved_gib) > 0:
             metrics["memory_gib"] = memory_gib
         if self.monitor is not None:
-            line = Line(step, seconds, saving_s, count["byte_targets"], grad_norm, ranks)
+            saves, saving_s = saving
+            line = Line(step, seconds, saving_s, saves, count["byte_targets"], grad_norm, ranks)
             metrics |= self.monitor.look(line)
         self._write(step, metrics)
         logger.info(

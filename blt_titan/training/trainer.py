@@ -380,9 +380,8 @@ class BLTTrainer(Trainer):
             failures=self.watch.metrics(),
             dataset_ids=rest[len(COUNTS) :],
             ranks=figures_of_ranks(self.metrics_processor.rank_figures(self._block_times.take()), self.device),
-            saving_s=self.checkpointer.waited_s,
+            saving=self.checkpointer.take_saving(),
         )
-        self.checkpointer.waited_s = 0.0
 
     def _sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
         if not self._counts:

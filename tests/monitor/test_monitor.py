@@ -57,7 +57,7 @@ class Receiver:
 
 def slow(step: int, rank: int = 1) -> Line:
     times = [RankFigures(0.02 if r == rank else 0.01, 0.0) for r in range(2)]
-    return Line(step, 1.0, 0.0, 1e6, 1.0, times)
+    return Line(step, 1.0, 0.0, 0, 1e6, 1.0, times)
 
 
 def make(tmp_path: Path, clock=time.monotonic, **settings) -> tuple[RunMonitor, RunRecord]:

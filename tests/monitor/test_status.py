@@ -94,6 +94,20 @@ def test_a_run_that_is_silent_and_one_that_starts(held):
     assert (status.held_out, status.warning) == (None, None)
 
 
+def test_a_line_is_as_old_as_it_is_whatever_came_after_it(held):
+    record = trained(held)
+    change(held, ago=3.0)
+    before = json.loads((held / "status.json").read_text())["last"]["time"]
+    record._status["last"]["time"] = before
+    record.held_out(6, 2.5)
+    status = read_status(held)
+    assert status.line_logged == before
+    assert "  last line: 2.5000 bits/byte, 3 s ago" in status_lines(status, now=before + 3.0)
+    assert read_status(held).heard > before + 2.0
+    begin(held)
+    assert read_status(held).line_logged is None
+
+
 def test_what_an_earlier_start_said_holds_as_far_as_its_steps_are_kept(tmp_path):
     trained(tmp_path)
     again = begin(tmp_path)

@@ -7,7 +7,8 @@ from blt_titan.monitor.watch import FEWEST, LOW_LINES, RANK_LINES, Alert, Line, 
 
 
 def line(step: int, **changes) -> Line:
-    figures = {"seconds": 1.0, "saving_s": 0.0, "n_bytes": 1e6, "grad_norm": 1.0, "ranks": [RankFigures(0.01, 0.01)]}
+    figures = {"seconds": 1.0, "saving_s": 0.0, "saves": 0, "n_bytes": 1e6, "grad_norm": 1.0}
+    figures["ranks"] = [RankFigures(0.01, 0.01)]
     return Line(step, **figures | changes)
 
 
@@ -71,7 +72,7 @@ def test_a_drop_of_throughput_is_seen_and_noise_is_not():
 def test_time_of_saves_and_of_the_first_line_is_no_drop():
     compiling = line(0, seconds=100.0)
     steady = [line(n) for n in range(1, 20)]
-    saving = [line(n, seconds=5.0, saving_s=4.0) for n in range(20, 30)]
+    saving = [line(n, seconds=5.0, saving_s=4.0, saves=1) for n in range(20, 30)]
     assert alerts_of([compiling, *steady, *saving], saving=0.0) == {}
     figures, _ = RunWatch(Monitor(), hosts=["a"]).look(saving[0])
     assert figures == {"saving_share": 0.8}
@@ -89,13 +90,24 @@ def test_a_spike_of_the_gradient_is_said_at_once():
 
 
 def test_much_time_for_saves_is_said_with_what_one_takes():
-    rare = [line(n, saving_s=1.0 if n % 20 == 10 else 0.0) for n in range(100)]
+    rare = [line(n, saving_s=1.0 if n % 20 == 10 else 0.0, saves=int(n % 20 == 10)) for n in range(100)]
     assert alerts_of(rare) == {}
-    often = [line(n, saving_s=0.4 if n % 2 else 0.0) for n in range(10)]
+    often = [line(n, saving_s=0.4 if n % 2 else 0.0, saves=n % 2) for n in range(10)]
     [alert] = alerts_of(often)[9]
     assert alert.sentence.startswith(
         "saving has taken 20% of the time since the start, 0.4 s each: raise checkpoint.in"
     )
+
+
+def test_what_a_save_takes_is_by_saves_and_not_by_lines():
+    several_a_line = [line(n, saving_s=0.6, saves=3) for n in range(3)]
+    [alert] = alerts_of(several_a_line)[2]
+    assert "60% of the time since the start, 0.2 s each" in alert.sentence
+    # A save beside the training is begun in one line, and waited for in another.
+    beside = [line(n, saving_s=0.3, saves=int(n % 2 == 0)) for n in range(4)]
+    found = alerts_of(beside)
+    assert list(found) == [2, 3], "one save says nothing of how often there will be one"
+    assert "30% of the time since the start, 0.6 s each" in found[3][0].sentence
 
 
 def test_a_rank_that_waits_for_rows_is_named_with_the_others():

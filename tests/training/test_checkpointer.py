@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import torch.distributed as dist
 from blt_titan.checkpoint.read import CheckpointError
 from blt_titan.checkpoint.steps import complete_steps, set_aside, step_folders
 from blt_titan.checkpoint.verify import faults
+from blt_titan.titan import CheckpointManager
+from blt_titan.training.checkpointer import RunCheckpoints
 from blt_titan.training.failures import NonFiniteLossError
 from blt_titan.training.finite import are_finite, not_finite
 from tests.helpers.distributed import run_distributed
@@ -269,3 +272,18 @@ def test_numbers_that_are_not_finite_are_named():
     assert not_finite(named) == ["b", "c"]
     largest = torch.finfo(torch.float32).max
     assert are_finite([torch.full((4,), largest), torch.zeros(0), torch.ones(2, dtype=torch.bfloat16)])
+
+
+def test_each_save_is_counted_with_what_training_waited_for_it(monkeypatch):
+    monkeypatch.setattr(RunCheckpoints, "_should_save", lambda self, step, last: step % 2 == 0)
+    for name in ("_async_wait", "_check_before", "_settle"):
+        monkeypatch.setattr(RunCheckpoints, name, lambda *_: None)
+    monkeypatch.setattr(CheckpointManager, "save", lambda *_: time.sleep(0.02))
+    checkpoints = RunCheckpoints.__new__(RunCheckpoints)
+    checkpoints.save_future = None
+    for step in range(1, 7):
+        checkpoints.save(step)
+    saving = checkpoints.take_saving()
+    assert saving.saves == 3
+    assert saving.waited_s >= 0.06
+    assert checkpoints.take_saving() == (0, 0.0)
