@@ -53,16 +53,19 @@ class Data:
     Record batches of an object store that each worker fetches before they are due, with what it holds of them in
     memory; 0 fetches each when it is needed.
     """
-    fetch_timeout_s: float = 300.0
+    fetch_timeout_s: float | None = None
     """
     Seconds that a request to an object store is made again and again, with growing pauses, before the run ends. What
-    cannot pass, such as denied access, ends it at once, and so under on_damage = 'quarantine'.
+    cannot pass, such as denied access, ends it at once, and so under on_damage = 'quarantine'. Below what other ranks
+    wait: heartbeat.limit_seconds. Default: 300, but no more than two thirds of that limit where ranks wait (60 with
+    comm.train_timeout_seconds = 100).
     """
     wait_seconds: int | None = None
     """
     How long a loader worker may show no sign of life (no batch, no time on a processor, nothing read) before it is
     named and all workers of its rank begin anew, without a row lost or repeated; also if one is killed. If it happens
-    again soon the run ends. Default: 300, with several ranks 4 tenths of comm.train_timeout_seconds.
+    again soon the run ends. One that waits for an object store does show it, see fetch_timeout_s. Default: 300, with
+    several ranks 4 tenths of comm.train_timeout_seconds.
     """
 
 

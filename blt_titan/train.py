@@ -15,7 +15,7 @@ from blt_titan.config.check import RunConfigError, check_run, load_run_config
 from blt_titan.config.resume import RunStateError
 from blt_titan.data.prepare.worker_pool import die_with_parent
 from blt_titan.data.rows.workers import WorkerLostError
-from blt_titan.data.store.errors import DataError
+from blt_titan.data.store.errors import DataError, UnreachableError
 from blt_titan.monitor.record import RunRecord
 from blt_titan.patching.registry import RuleError
 from blt_titan.titan import init_logger, logger
@@ -31,8 +31,8 @@ from blt_titan.training.trainer import BLTTrainer
 WRONG_WORK = (NonFiniteLossError, LossSpikeError, RowsDifferError, ExportFailedError)
 """What ends a run that was asked for rightly, and would end it again; `commands/ranks.py` says their sentences."""
 
-LOST_WORK = (HungError, PeerLostError, WorkerLostError)
-"""What ends a run because a rank or a worker of it is lost: exit code 1, as of a fault of the program."""
+LOST_WORK = (HungError, PeerLostError, WorkerLostError, UnreachableError)
+"""What ends a run because a rank, a worker or its store is lost: exit code 1, as of a fault of the program."""
 _SAID = (
     *(RunConfigError, RunFolderError, DataError, CheckpointError, RunStateError, RuleError),
     *WRONG_WORK,

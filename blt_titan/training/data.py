@@ -21,10 +21,17 @@ def dataset_paths(data: Data, training: Training) -> list[str]:
     return list(data.mixture) or [path for path in (training.dataset_path,) if path is not None]
 
 
-def fetching_of(data: Data) -> Fetching:
-    """Return how a run reads object stores."""
+def fetching_of(data: Data, timeout_s: float | None = None) -> Fetching:
+    """Return how a run reads object stores.
+
+    Args:
+        data: the settings.
+        timeout_s: how long its ranks ask a store, see `fetch_timeout_s`; None where no rank waits for another.
+    """
     where = {} if data.cache_dir is None else {"cache_dir": Path(data.cache_dir)}
-    return Fetching(cache_bytes=data.cache_bytes, timeout_s=data.fetch_timeout_s, **where)
+    return Fetching(
+        cache_bytes=data.cache_bytes, timeout_s=timeout_s or data.fetch_timeout_s or Fetching.timeout_s, **where
+    )
 
 
 def open_shards(paths: list[str], split: str, fetching: Fetching) -> ShardSets:
@@ -57,7 +64,14 @@ def open_sidecars(paths: list[str], name: str, shards: ShardSets) -> EntropySide
 
 
 def row_source(
-    data: Data, training: Training, patching: Patching, split: str, *, seq_len: int, share: Share | None = None
+    data: Data,
+    training: Training,
+    patching: Patching,
+    split: str,
+    *,
+    seq_len: int,
+    share: Share | None = None,
+    fetching: Fetching | None = None,
 ) -> RowSource:
     """Return what makes the rows of one split.
 
@@ -68,6 +82,7 @@ def row_source(
         split: `train` or `validation`.
         seq_len: byte slots of a row.
         share: gives entropies that are made while training to all ranks that read the same rows.
+        fetching: how object stores are read; None where no rank waits for another.
 
     Raises:
         DataError: the data or its entropies are missing or damaged.
@@ -75,7 +90,7 @@ def row_source(
     """
     shape = RowShape(seq_len // data.segment_bytes, data.segment_bytes, data.segment_patches)
     paths, rule = dataset_paths(data, training), PatchRule.of(patching)
-    shards = open_shards(paths, split, fetching_of(data))
+    shards = open_shards(paths, split, fetching or fetching_of(data))
     ahead = data.fetch_ahead if shards.is_remote else 0
     if not rule.by_entropy:
         return RowSource(shards, TextPatcher(rule), shape, ahead)

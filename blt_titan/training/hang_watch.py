@@ -40,6 +40,7 @@ from blt_titan.training.heartbeat import (
     process_state,
 )
 from blt_titan.training.laggards import laggards, named, seconds_there, where_ranks_stand
+from blt_titan.training.patience import default_limit_s
 from blt_titan.training.peers import Peers
 
 _BEATS = 30
@@ -334,17 +335,6 @@ def begin_hang_watch(heartbeat: Heartbeat, config: RunConfig) -> HangWatch:
     )
     watch.begin()
     return watch
-
-
-def default_limit_s(timeout_s: float) -> float:
-    """Return how long ranks may wait, so that they are named before a collective gives up after `timeout_s`.
-
-    >>> default_limit_s(100)
-    90.0
-    >>> default_limit_s(12)
-    6.0
-    """
-    return max(timeout_s / 2, timeout_s - max(10.0, timeout_s / 10))
 
 
 def _collectives_begun() -> dict[str, int]:

@@ -8,14 +8,15 @@ import torch.distributed as dist
 
 from blt_titan.batch import WHOLE_ROW, ContextSlice
 from blt_titan.config.run_config import RunConfig
-from blt_titan.data.rows.loader import WAIT_S, RowLoader
+from blt_titan.data.rows.loader import RowLoader
 from blt_titan.data.rows.mixture import ShardSets
 from blt_titan.data.rows.patcher import EntropyPatcher
 from blt_titan.data.rows.source import RowSource
 from blt_titan.model.flavors import BLT_FLAVORS
 from blt_titan.scoring.online import OnlineEntropies
 from blt_titan.titan import device_type, logger
-from blt_titan.training.data import row_source, stream_order
+from blt_titan.training.data import fetching_of, row_source, stream_order
+from blt_titan.training.patience import fetch_timeout_s, worker_wait_s
 from blt_titan.training.row_ranks import row_ranks
 from parallelisms.parallelize import run_halo_slices
 
@@ -36,7 +37,7 @@ def build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: None, job_conf
         context_slice=context_slice(job_config),
         num_workers=0 if online else settings.num_workers,
         prefetch_factor=settings.prefetch_factor,
-        wait_s=wait_s(job_config),
+        wait_s=worker_wait_s(job_config.data, job_config.comm, dist.get_world_size()),
         quarantine=job_config.data.on_damage == "quarantine",
         quarantine_log=Path(job_config.job.dump_folder) / "quarantined.jsonl",
         patching_may_change=job_config.patching.allow_change,
@@ -50,19 +51,10 @@ def build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: None, job_conf
     return loader
 
 
-def wait_s(job_config: RunConfig) -> float:
-    """Return how long a worker may show no sign of life.
-
-    Where ranks wait for each other there is time for two such waits before a collective gives up.
-    """
-    if job_config.data.wait_seconds is not None:
-        return job_config.data.wait_seconds
-    return WAIT_S if dist.get_world_size() == 1 else min(WAIT_S, 0.4 * job_config.comm.train_timeout_seconds)
-
-
 def split_source(job_config: RunConfig, split: str, seq_len: int) -> RowSource:
     """Return what makes the rows of one split of a run, among the ranks that read the same ones."""
     ranks = row_ranks(job_config.parallelism) if job_config.patching.source == "online" else None
+    timeout_s = fetch_timeout_s(job_config.data, job_config.heartbeat, job_config.comm, dist.get_world_size())
     return row_source(
         job_config.data,
         job_config.training,
@@ -70,6 +62,7 @@ def split_source(job_config: RunConfig, split: str, seq_len: int) -> RowSource:
         split,
         seq_len=seq_len,
         share=ranks.share if ranks else None,
+        fetching=fetching_of(job_config.data, timeout_s),
     )
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch.distributed as dist
 
 from blt_titan.checkpoint.read import CheckpointError
-from blt_titan.training import hang_watch
 from blt_titan.training.collective_errors import is_of_a_collective
 from blt_titan.training.heartbeat import Heartbeat, NeighbourHeartbeat, Pulse
 from blt_titan.training.laggards import laggards, named, where_ranks_stand
@@ -83,8 +82,3 @@ def test_what_a_checkpoint_could_not_be_written_for_may_be_a_collective():
     assert is_of_a_collective(error)
     assert is_of_a_collective(dist.DistStoreError("timed out"))
     assert not is_of_a_collective(RuntimeError("out of memory"))
-
-
-@pytest.mark.parametrize(("timeout_s", "limit_s"), [(100, 90), (600, 540), (12, 6)])
-def test_ranks_are_named_before_a_collective_gives_up(timeout_s, limit_s):
-    assert hang_watch.default_limit_s(timeout_s) == limit_s

@@ -16,6 +16,7 @@ from blt_titan.titan import (
     Profiling,
     Training,
 )
+from blt_titan.training.patience import others_wait_s
 
 
 def schedule(lr_scheduler: LRScheduler, training: Training) -> Iterator[str]:
@@ -93,6 +94,15 @@ def waits(heartbeat: Heartbeat, data: Data, comm: Comm, world_size: int) -> Iter
                 f"{key} = {value}: must be below comm.train_timeout_seconds = {timeout}, after which a collective "
                 "gives up and names the rank that waits; raise that, or lower this"
             )
+    fetch, others = data.fetch_timeout_s, others_wait_s(heartbeat, comm, world_size)
+    if fetch is not None and others is not None and fetch >= others:
+        is_set = heartbeat.limit_seconds is not None
+        limit = "heartbeat.limit_seconds = " if is_set else ""
+        why = "" if is_set else f" with comm.train_timeout_seconds = {timeout}"
+        yield (
+            f"data.fetch_timeout_s = {fetch:g}: must be below {limit}{others:g}{why}, after which ranks that wait end "
+            "the run, without the store's error; raise that, or lower this"
+        )
 
 
 def on_a_cpu(checkpoint: Checkpoint, profiling: Profiling, training: Training, target: Target) -> Iterator[str]:

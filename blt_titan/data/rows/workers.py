@@ -29,6 +29,7 @@ import torch
 
 from blt_titan.data.prepare.worker_pool import die_with_parent
 from blt_titan.data.store.fetch_counts import count_as_worker
+from blt_titan.data.store.waits import say_to
 
 MakeBlocks = Callable[[int, Callable[[str], None]], Iterator[Any]]
 """Makes the blocks of worker w, given w and a function that notes in a few words what it begins to read."""
@@ -79,12 +80,12 @@ class Worker:
 
     def __init__(self, number: int, make: MakeBlocks, *, ahead: int, wait_s: float):
         self.number, self._wait_s = number, wait_s
-        self._note = Note()
+        self._note, self._waits = Note(), Note()
         self._reader, writer = os.pipe()
         # Workers know the rules that the user registered, as they are copies of this process.
         context = multiprocessing.get_context("fork")
         self._process = context.Process(
-            target=_work, args=(number, make, ahead, self._note, self._reader, writer), daemon=True
+            target=_work, args=(number, make, ahead, self._note, self._waits, self._reader, writer), daemon=True
         )
         self._process.start()
         os.close(writer)  # so that the end of the worker is the end of the pipe
@@ -121,7 +122,9 @@ class Worker:
             if not poll.poll(_LOOK_S * 1000):
                 # Not by the clock: all processes of a job may be stopped for a while, and go on.
                 passed_s = min(time.monotonic() - began, 2 * _LOOK_S)
-                waited_s, silent_s = waited_s + passed_s, silent_s + passed_s
+                silent_s += passed_s
+                # A wait for a store that shows signs of life ends by itself, after `data.fetch_timeout_s`.
+                waited_s += 0.0 if self._waits.read() else passed_s
                 if signs != (signs := self._signs_of_life()):
                     silent_s = 0.0
                 if silent_s >= self._wait_s or waited_s >= BUSY_WAITS * self._wait_s:
@@ -140,14 +143,15 @@ class Worker:
             times = (process / "stat").read_text().rpartition(")")[2].split()
             read = (process / "io").read_text().split()
         except OSError:  # it has ended, or there is no such place
-            return (self._note.read(),)
-        return (self._note.read(), times[_MAJOR_FAULTS], times[_USER_TIME], times[_SYSTEM_TIME], read[1], read[9])
+            return (self._note.read(), self._waits.read())
+        cpu = (times[_MAJOR_FAULTS], times[_USER_TIME], times[_SYSTEM_TIME])
+        return (self._note.read(), self._waits.read(), *cpu, read[1], read[9])
 
     def _name(self) -> str:
         return f"loader worker {self.number} (process {self._process.pid})"
 
     def _reading(self) -> str:
-        return f"; {note}" if (note := self._note.read()) else ""
+        return "".join(f"; {words}" for note in (self._note, self._waits) if (words := note.read()))
 
     def _silence(self, silent_s: float, waited_s: float) -> str:
         if silent_s < self._wait_s:
@@ -173,10 +177,11 @@ def _end(process: Any, reader: int) -> None:
     os.close(reader)
 
 
-def _work(number: int, make: MakeBlocks, ahead: int, note: Note, reader: int, writer: int) -> None:
+def _work(number: int, make: MakeBlocks, ahead: int, note: Note, waits: Note, reader: int, writer: int) -> None:
     """Make blocks and write each as its length and its pickle, in a process of its own."""
     die_with_parent()
     count_as_worker(number)
+    say_to(waits.write)
     # What tells the run to leave (`training/preemption.py`) may reach workers as well, as from a scheduler; the trainer
     # still needs their rows then.
     for number_of_signal in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):

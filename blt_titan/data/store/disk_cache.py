@@ -26,6 +26,7 @@ from pathlib import Path
 
 from blt_titan.data.store.errors import DataError
 from blt_titan.data.store.fetch_counts import count
+from blt_titan.data.store.waits import BEAT_S, Wait
 
 logger = logging.getLogger(__name__)
 
@@ -116,8 +117,8 @@ class DiskCache:
             (self.directory / key).unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def alone(self, key: str) -> Iterator[None]:
-        """Let one process or thread at a time fetch a key; the others wait, `LOCK_WAIT_S` at most."""
+    def alone(self, key: str, wait: Wait) -> Iterator[None]:
+        """Let one process or thread at a time fetch a key; the others wait, `LOCK_WAIT_S` at most, and say so."""
         try:
             lock: int | None = self._open(f"locks/{key[:3]}")
         except OSError as error:
@@ -127,7 +128,8 @@ class DiskCache:
             yield
             return
         try:
-            _take(lock)
+            with wait:
+                _take(lock, wait)
             yield
         finally:
             _give_back(lock)
@@ -193,7 +195,7 @@ class DiskCache:
         self._has_warned = True
 
 
-def _take(lock: int) -> bool:
+def _take(lock: int, wait: Wait | None = None) -> bool:
     """Take a lock; False if another has it for too long."""
     deadline, pause = time.monotonic() + LOCK_WAIT_S, 0.001
     while True:
@@ -203,6 +205,8 @@ def _take(lock: int) -> bool:
         except BlockingIOError:
             if time.monotonic() > deadline:
                 return False
+        if wait is not None and wait.seconds > BEAT_S:
+            wait.beat()
         time.sleep(pause)
         pause = min(2 * pause, 0.05)
 

@@ -18,21 +18,23 @@ import logging
 import os
 import random
 import tempfile
+import threading
 import time
 import zlib
 from collections.abc import Callable
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import fsspec.asyn
-
 from blt_titan.data.store.address import Address, file_system
 from blt_titan.data.store.disk_cache import DiskCache
 from blt_titan.data.store.errors import DataError, UnreachableError
 from blt_titan.data.store.fetch_counts import count
+from blt_titan.data.store.waits import BEAT_S, Wait
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,9 @@ T = TypeVar("T")
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 20.0
 """Pauses before a request is made again: each twice the one before, give or take a half."""
-LONGEST_REQUEST_S = 60.0
+LONGEST_REQUEST_S = 30.0
+SHORTEST_REQUEST_S, FEWEST_REQUESTS = 1.0, 4
+"""How long an answer may take: a server that is silent is asked at least so often within the limit of time."""
 _WARN_EVERY_S = 10.0
 _FINAL_ERRORS = (errno.EINVAL, errno.EPERM, errno.ENAMETOOLONG)
 _PASSING_STATUSES = (408, 425, 429)  # of HTTP: a timeout, too early, too many requests
@@ -56,7 +60,7 @@ class Fetching:
     cache_bytes: int = 8 * 1024**3
     """The most that it takes."""
     timeout_s: float = 300.0
-    """How long a request is made again and again."""
+    """How long a request is made again and again, its last try included."""
 
 
 class RemoteFolder:
@@ -88,13 +92,13 @@ class RemoteFolder:
             raise FileNotFoundError(errno.ENOENT, "no such object", str(self.place / name))
         found = self._sizes[name]
         if found is None:  # as listings of the web have it
-            found = self._try(name, lambda fs, root: fs.info(f"{root}/{name}")["size"])
+            found = self._try(name, lambda fs, root: _asked(fs, "info", f"{root}/{name}"))["size"]
         return int(found)
 
     def folders(self) -> list[str]:
         """Name the folders in this one; none if it is not there."""
         try:
-            listed = self._try("", lambda fs, root: fs.ls(root, detail=True))
+            listed = self._try("", lambda fs, root: _asked(fs, "ls", root, detail=True))
         except FileNotFoundError:
             return []
         return sorted(entry["name"].rstrip("/").rpartition("/")[2] for entry in listed if entry["type"] == "directory")
@@ -125,7 +129,7 @@ class RemoteFolder:
         if kept is not None and is_sound(kept):
             count(cache_hits=1)
             return kept
-        with self.cache.alone(key):
+        with self.cache.alone(key, Wait("another process, which fetches the same,")):
             # Another process may have had the lock, and fetched it.
             kept = self.cache.get(key)
             if kept is not None and is_sound(kept):
@@ -140,26 +144,19 @@ class RemoteFolder:
             return content
 
     def _fetch(self, name: str, begin: int | None, end: int | None) -> bytes:
-        def fetch(fs: Any, root: str) -> bytes:
-            path = f"{root}/{name}"
-            if not fs.async_impl:
-                return fs.cat_file(path, begin, end)
-            found: Any = fsspec.asyn.sync(fs.loop, fs._cat_file, path, start=begin, end=end, timeout=self._request_s)
-            return found
-
-        content = self._try(name, fetch)
+        content = self._try(name, lambda fs, root: _asked(fs, "cat_file", f"{root}/{name}", start=begin, end=end))
         count(requests=1, fetched_bytes=len(content))
         return content
 
     @cached_property
     def _sizes(self) -> dict[str, int | None]:
         """Bytes of the files in this folder, from one listing."""
-        listed = self._try("", lambda fs, root: fs.ls(root, detail=True))
+        listed = self._try("", lambda fs, root: _asked(fs, "ls", root, detail=True))
         return {entry["name"].rpartition("/")[2]: entry["size"] for entry in listed if entry["type"] == "file"}
 
     @property
     def _request_s(self) -> float:
-        return min(LONGEST_REQUEST_S, self.fetching.timeout_s)
+        return min(LONGEST_REQUEST_S, self.fetching.timeout_s / FEWEST_REQUESTS)
 
     def _connected(self) -> tuple[Any, str]:
         # fsspec's loop is a thread, which a fork leaves behind.
@@ -170,38 +167,47 @@ class RemoteFolder:
             self._connection = (os.getpid(), fs, root.rstrip("/"))
         return self._connection[1:]
 
-    def _try(self, name: str, call: Callable[[Any, str], T]) -> T:
-        """Call with the file system and the folder's path in it, again and again while what fails may pass.
+    def _try(self, name: str, ask: Callable[[Any, str], "Future[T]"]) -> T:
+        """Ask with the file system and the folder's path in it, again and again while what fails may pass.
 
         Raises:
             FileNotFoundError: there is no such object, or no such bucket.
             UnreachableError: it may not be read, or could not be for `timeout_s`.
         """
         where = self.place / name if name else self.place
-        began, pause, tries = time.monotonic(), FIRST_PAUSE_S, 1
-        while True:
-            try:
-                return call(*self._connected())
-            except DataError:
-                raise
-            except FileNotFoundError as error:
-                raise FileNotFoundError(errno.ENOENT, f"no such object ({_said(error)})", str(where)) from error
-            except Exception as error:
-                if (reason := _why_final(error)) is not None:
-                    raise UnreachableError(f"{where}: {reason} ({_said(error)})") from error
-                wait = pause * random.uniform(0.5, 1.5)
-                waited = time.monotonic() - began
-                if waited + wait > self.fetching.timeout_s:
-                    raise UnreachableError(
-                        f"{where}: cannot be read: tried {tries} times in {waited:.0f} s (data.fetch_timeout_s = "
-                        f"{self.fetching.timeout_s:g}), the last time: {_said(error)}"
-                    ) from error
-                self._warn(
-                    f"{where}: {_said(error)}; trying again, for {self.fetching.timeout_s - waited:.0f} s at most"
-                )
-                count(retries=1)
-                time.sleep(wait)
-                pause, tries = min(2 * pause, LONGEST_PAUSE_S), tries + 1
+        with Wait(str(where)) as waiting:
+            pause = FIRST_PAUSE_S
+            while True:
+                try:
+                    left_s = self.fetching.timeout_s - waiting.seconds
+                    seconds = max(SHORTEST_REQUEST_S, min(self._request_s, left_s))
+                    return _answer(ask(*self._connected()), waiting, seconds)
+                except DataError:
+                    raise
+                except FileNotFoundError as error:
+                    raise FileNotFoundError(errno.ENOENT, f"no such object ({_said(error)})", str(where)) from error
+                except Exception as error:
+                    self._pause(where, waiting, pause * random.uniform(0.5, 1.5), error)
+                    pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    def _pause(self, where: Address, waiting: Wait, pause_s: float, error: Exception) -> None:
+        """Wait before what failed is tried again.
+
+        Raises:
+            UnreachableError: it will not pass, or there is no time left.
+        """
+        if (reason := _why_final(error)) is not None:
+            raise UnreachableError(f"{where}: {reason} ({_said(error)})") from error
+        limit_s, waited_s = self.fetching.timeout_s, waiting.seconds
+        if waited_s + pause_s > limit_s:
+            raise UnreachableError(
+                f"{where}: cannot be read: tried {waiting.tries} times in {waited_s:.0f} s (data.fetch_timeout_s = "
+                f"{limit_s:g}), the last time: {_said(error)}"
+            ) from error
+        self._warn(f"{where}: {_said(error)}; trying again, for {limit_s - waited_s:.0f} s at most")
+        count(retries=1)
+        waiting.tries, waiting.error = waiting.tries + 1, _said(error)
+        waiting.sleep(pause_s)
 
     def _warn(self, sentence: str) -> None:
         """Log, but not of every thread and request while a store is away."""
@@ -228,6 +234,40 @@ class RemoteFile:
             return self.folder.message(self.name, offset, length, crc32)
         except FileNotFoundError as error:
             raise DataError(f"{error.filename}: {error.strerror}; restore it, or prepare the data again") from error
+
+
+def _asked(fs: Any, verb: str, *args: Any, **options: Any) -> "Future[Any]":
+    """Ask a driver for something; give what will hold its answer."""
+    if fs.async_impl:
+        return asyncio.run_coroutine_threadsafe(getattr(fs, f"_{verb}")(*args, **options), fs.loop)
+    answer: Future[Any] = Future()
+    answer.set_running_or_notify_cancel()  # nothing can stop it
+
+    def ask() -> None:
+        try:
+            answer.set_result(getattr(fs, verb)(*args, **options))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    # One that never comes back is left to itself, and ends with the process.
+    threading.Thread(target=ask, name="request", daemon=True).start()
+    return answer
+
+
+def _answer(asked: "Future[T]", waiting: Wait, seconds: float) -> T:
+    """Wait for an answer.
+
+    Raises:
+        TimeoutError: there was none for so long.
+        Exception: what the driver raised.
+    """
+    end = time.monotonic() + seconds
+    while not wait_for([asked], min(BEAT_S, max(0.0, end - time.monotonic()))).done:
+        if time.monotonic() >= end:
+            asked.cancel()
+            raise TimeoutError(f"no answer within {seconds:.1f} s")
+        waiting.beat()
+    return asked.result()
 
 
 def _is_s3(url: str) -> bool:

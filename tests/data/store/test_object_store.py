@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import fsspec
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from blt_titan.data.rows import workers
 from blt_titan.data.rows.ahead import ReadAhead
 from blt_titan.data.rows.held_out import HeldOutRows
 from blt_titan.data.rows.loader import RowLoader
@@ -33,6 +36,7 @@ from blt_titan.data.store.sidecars import (
     complete_sidecar,
     sidecar_directory,
 )
+from blt_titan.data.store.waits import Wait
 from blt_titan.patching.rule import PatchRule
 from tests.helpers.small_loader import PATCHER, SHAPE, STREAMS, random_documents, rows_of, take, write
 
@@ -211,6 +215,36 @@ def test_a_store_that_is_away_ends_the_rows_and_is_no_damage(data, tmp_path, fai
     assert not log.exists()
 
 
+def test_a_worker_whose_store_is_away_says_so_and_is_not_lost(data, tmp_path, failing, monkeypatch):
+    monkeypatch.setattr(workers, "_LOOK_S", 0.1)
+    source = source_of(f"file://{data}", Fetching(tmp_path, timeout_s=4.0))
+    failing.left = 10**9
+    with pytest.raises(
+        UnreachableError, match=r"file://.*\.arrow: cannot be read: tried .*fetch_timeout_s = 4\).*_Away"
+    ):
+        take(loader_of(source, num_workers=1, wait_s=0.5), 10)
+
+
+def test_a_driver_that_does_not_come_back_is_asked_again(data, tmp_path, monkeypatch):
+    cls, calls = type(fsspec.filesystem("file")), []
+    cat_file, over = cls.cat_file, threading.Event()
+
+    def hang_once(self, path, *args, **options):
+        calls.append(path)
+        if len(calls) == 1:
+            over.wait(60)
+        return cat_file(self, path, *args, **options)
+
+    shards = ShardSet(f"file://{data}", "train", fetching=Fetching(tmp_path, timeout_s=8.0))
+    monkeypatch.setattr(cls, "cat_file", hang_once)
+    monkeypatch.setattr(object_store, "FIRST_PAUSE_S", 0.01)
+    began = time.monotonic()
+    assert len(shards.read(0).text)
+    assert time.monotonic() - began < 8.0
+    over.set()
+    assert calls[0] == calls[1]
+
+
 def test_the_cache_keeps_what_was_used_last(tmp_path):
     cache, contents = DiskCache(tmp_path, 1000), {f"{n:064x}": bytes([n]) * 100 for n in range(12)}
     names = list(contents)
@@ -236,7 +270,7 @@ def _put_and_get(directory: Path, seed: int, most: int) -> None:
     cache, rng = DiskCache(directory, most), np.random.default_rng(seed)
     for n in rng.integers(200, size=400).tolist():
         name = f"{n:064x}"
-        with cache.alone(name):
+        with cache.alone(name, Wait("it")):
             content = cache.get(name)
             if content is None:
                 cache.put(name, bytes([n]) * (50 + n))
