@@ -270,7 +270,7 @@ def _checkpoints_of(run: Path) -> str:
     """Return where a run keeps its checkpoints, as its settings say."""
     try:
         folder = tomli.loads((run / CONFIG_NAME).read_text())["checkpoint"]["folder"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         folder = "checkpoint"
     return folder if isinstance(folder, str) else "checkpoint"
 

@@ -99,6 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     load_run_config(run_arguments(args.config, [override.replace(NUMBER, "0") for override in overrides]))
     folders = [word.partition("=")[2] for word in overrides if word.startswith("--job.dump_folder=")]
     folder = folders[-1] if folders else load_run_config(run_arguments(args.config, [])).job.dump_folder
+    for what, name in (("job.dump_folder", folder), ("CONFIG", str(args.config))):
+        if len(name.splitlines()) > 1:
+            raise RunConfigError(f"{what} = {name!r}: has a line end, which options of sbatch cannot have; rename it")
     script = batch_script(args, overrides, folder)
     if args.out is None:
         print(script, end="")

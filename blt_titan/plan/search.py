@@ -29,6 +29,7 @@ from blt_titan.plan.time import HIDDEN_AXES, WITHIN_KINDS, step_time
 _STATES = (PARAMETERS, GRADIENTS, OPTIMIZER)
 DEGREES = (1, 2, 4, 8)
 ROWS = (1, 2, 4)
+_ONE_ROW = "--training.local_batch_size=1"
 CHECKPOINTING = (
     ("--activation_checkpoint.mode=none",),
     ("--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op"),
@@ -69,7 +70,22 @@ class _Candidate:
 
 
 def splits(read: Read, world_size: int, node_gpus: int) -> list[tuple[str, ...]]:
-    """Return the overrides of all splits whose settings are sound on so many ranks, smallest first."""
+    """Return the overrides of all splits whose settings are sound on so many ranks, smallest first.
+
+    Raises:
+        RunConfigError: there is none; says what is wrong with the settings in every split, else in the smallest.
+    """
+    ways = _ways(world_size, node_gpus)
+    possible = [overrides for overrides in ways if _rows_of(read, overrides, world_size) is not None]
+    if possible:
+        return possible
+    wrong = [list(sound(read([*overrides, _ONE_ROW]), world_size, CARD)) for overrides in ways]
+    in_all = [sentence for sentence in wrong[0] if all(sentence in faults for faults in wrong)]
+    raise RunConfigError(*(in_all or wrong[0]))
+
+
+def _ways(world_size: int, node_gpus: int) -> list[tuple[str, ...]]:
+    """Return the overrides of all splits of so many ranks, smallest first."""
     found = []
     for pp, tp, cp in itertools.product(DEGREES, DEGREES, DEGREES):
         if tp > node_gpus or world_size % (pp * tp * cp):
@@ -87,7 +103,7 @@ def splits(read: Read, world_size: int, node_gpus: int) -> list[tuple[str, ...]]
                 f"--parallelism.data_parallel_shard_degree={rest // replicas}",
             )
             found.append((pp * tp * cp, replicas, overrides))
-    return [overrides for _, _, overrides in sorted(found) if _rows_of(read, overrides, world_size) is not None]
+    return [overrides for _, _, overrides in sorted(found)]
 
 
 def search(
@@ -114,6 +130,9 @@ def search(
         device: as in `make_plan`.
         say: is told of progress.
         measure: makes a dry run.
+
+    Raises:
+        RunConfigError: the settings are not sound in any split.
     """
 
     def planned(overrides: Sequence[str]) -> Plan:

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from blt_titan.checkpoint.steps import set_aside, step_folders
 from blt_titan.checkpoint.storage_writer import DigestWriter
 from blt_titan.commands import checkpoint
-from blt_titan.training.run_folder import LOCK_NAME, RunLock
+from blt_titan.training.run_folder import CONFIG_NAME, LOCK_NAME, RunLock
 from tests.helpers.bits import flip
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -64,6 +64,13 @@ def test_list_says_what_is_there(run, below, capsys):
         lines[1:], ["looks sound", "damaged: ", "looks sound", "half written", "set aside in "], strict=True
     ):
         assert state in line
+
+
+@pytest.mark.parametrize("damage", ["", "[", "checkpoint = 1", "x = " + "[" * 5000, "[checkpoint]\nfolder = 1"])
+def test_settings_that_cannot_be_read_leave_the_usual_folder(run, damage, capsys):
+    (run / CONFIG_NAME).write_text(damage)
+    assert call("list", run, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["folder"] == str(run / "checkpoint")
 
 
 def test_verify_names_each_damaged_file(run, capsys):

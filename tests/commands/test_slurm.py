@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from blt_titan.commands import slurm
+from blt_titan.commands.run_settings import SHIPPED
 
 ROOT = Path(__file__).parents[2]
 # A task on each node; signals go to all of their processes.
@@ -197,6 +198,17 @@ def test_jobs_of_an_array_differ_by_their_number(capsys):
 def test_what_is_asked_wrongly(arguments, said, capsys):
     assert slurm.main(arguments) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_line_end_in_a_name_writes_no_line_of_its_own(capsys, tmp_path):
+    config = tmp_path / "a\necho b #.toml"
+    config.write_bytes((SHIPPED / "debug.toml").read_bytes())
+    for words, what in ((["debug", "--job.dump_folder=a\necho b #"], "job.dump_folder"), ([str(config)], "CONFIG")):
+        assert slurm.main([*words, "--nodes", "1"]) == 2
+        said = capsys.readouterr()
+        assert not said.out
+        assert said.err.startswith(f"blt-titan slurm: error: {what} = ")
+        assert "has a line end" in said.err
 
 
 def test_the_script_in_the_checkout_is_what_is_written(capsys):

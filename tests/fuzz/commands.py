@@ -4,82 +4,15 @@ import json
 from collections.abc import Callable
 
 from tests.fuzz.base import DATA, HF, MODELS, RUN, SMALL
-from tests.fuzz.damage import damage
 from tests.fuzz.draw import FOLDER_NAMES, HUGE, ODD_STRINGS, Draw, Option
+from tests.fuzz.lines import data_set, finish, output_path, perhaps_damage, perhaps_elsewhere
+from tests.fuzz.operating import check_cuda, checkpoint, plan, simulate, slurm, status
 from tests.fuzz.options import CALIBRATE, EVALUATE, GENERATE, INSPECT, PORT, PREPARE, SCORE, TO_HF, VIEW
 from tests.fuzz.place import Place
 from tests.fuzz.settings import run_config
 from tests.fuzz.sources import write_tree
 from tests.fuzz.training import train
 from tests.fuzz.watch import Case
-
-
-def _faults(draw: Draw) -> int:
-    return draw.choice([0, 0, 0, 0, 1, 1, 2])
-
-
-def _perhaps_damage(draw: Draw, case: Case, place: Place, path: str, probability: float = 0.5) -> None:
-    while draw.chance(probability):
-        case.done.append(damage(draw, place.folder / path, attack_at=place.folder))
-        probability = 0.2
-
-
-def _data(draw: Draw, case: Case, place: Place, probability: float = 0.5) -> str:
-    name = draw.choice([DATA, SMALL])
-    shown = place.copy(name)
-    _perhaps_damage(draw, case, place, f"in/{name}", probability)
-    return _perhaps_elsewhere(draw, case, place, shown)
-
-
-def _perhaps_elsewhere(draw: Draw, case: Case, place: Place, path: str) -> str:
-    """Return a path, at times one where nothing of the kind is."""
-    if draw.chance(0.05):
-        path = draw.choice(
-            [place.path("in/nothing"), "", "x" * 300, "/proc/self/mem", "memory://x", "nosuch://x", "/dev/null"]
-        )
-        case.refused.append(f"input {path!r}")
-    return path
-
-
-def _out(draw: Draw, case: Case, place: Place, name: str = "out") -> str:
-    """Return a path to write, at times one that cannot be written or where something is."""
-    if draw.chance(0.15):
-        where = draw.choice(["in a file", "in /proc", "empty", "is there", "missing folder", "long", "nul folder"])
-        case.done.append(f"output {where}")
-        if where == "in a file":
-            (place.folder / "in").mkdir(exist_ok=True)
-            (place.folder / "in/file").write_text("x")
-            case.refused.append("an output inside of a file")
-            return place.path("in/file/out")
-        if where == "missing folder":
-            return place.path("out/a/b/c")
-        if where == "is there":
-            (place.folder / "out").mkdir(exist_ok=True)
-            (place.folder / "out" / "notes.txt").write_text("mine")
-            case.kept.append("out/notes.txt")
-            return place.path("out")
-        path = {"in /proc": "/proc/x", "empty": "", "long": "x" * 300, "nul folder": "/dev/null/x"}[where]
-        case.refused.append(f"output {path!r}")
-        return path
-    return place.path(name)
-
-
-def _finish(draw: Draw, case: Case, table: list[Option]) -> Case:
-    arguments, refused = draw.options(table, faults=_faults(draw))
-    case.arguments += arguments
-    case.refused += refused
-    if draw.chance(0.03):
-        extra = draw.choice(["--nosuch", "extra", "--", "", "-z", "--=1", "é"])
-        case.arguments.append(extra)
-        if extra not in ("--",):
-            case.refused.append(extra or "an empty argument")
-    if draw.chance(0.02):
-        del case.arguments[draw.randrange(len(case.arguments))]
-        # What is left may mean anything.
-        case.refused.clear()
-        case.done.append("an argument is missing")
-        case.writable.append("in")
-    return case
 
 
 def prepare_data(draw: Draw, place: Place) -> Case:
@@ -106,11 +39,11 @@ def prepare_data(draw: Draw, place: Place) -> Case:
         place.copy(SMALL, "out")
         (place.folder / "out/notes.txt").write_text("mine")
         case.kept.append("out/notes.txt")
-        _perhaps_damage(draw, case, place, "out", 0.3)
+        perhaps_damage(draw, case, place, "out", 0.3)
         case.done.append("a data set is there")
         case.arguments += ["--out", place.path("out")]
     else:
-        case.arguments += ["--out", _out(draw, case, place)]
+        case.arguments += ["--out", output_path(draw, case, place)]
     if draw.chance(0.1):
         case.arguments += ["--work", "work"]
     workers, refused = draw.choices(
@@ -119,14 +52,14 @@ def prepare_data(draw: Draw, place: Place) -> Case:
     case.arguments += ["--workers", workers]
     if refused:
         case.refused.append(f"--workers {workers}")
-    return _finish(draw, case, PREPARE)
+    return finish(draw, case, PREPARE)
 
 
 def inspect_data(draw: Draw, place: Place) -> Case:
     """Byte shards, damaged more often than not."""
     case = Case("inspect_data", [], writable=[])
-    case.arguments = [_data(draw, case, place, 0.75)]
-    _finish(draw, case, INSPECT)
+    case.arguments = [data_set(draw, case, place, 0.75)]
+    finish(draw, case, INSPECT)
     if changed := [] if "--no-verify" in case.arguments else _damaged_shards(place):
         case.refused.append(f"call {', '.join(changed)} sound")
     return case
@@ -142,29 +75,29 @@ def _damaged_shards(place: Place) -> list[str]:
 def score_entropies(draw: Draw, place: Place) -> Case:
     """Entropies beside the shards."""
     case = Case("score_entropies", [])
-    data = _data(draw, case, place, 0.3)
+    data = data_set(draw, case, place, 0.3)
     models = place.copy(MODELS)
-    _perhaps_damage(draw, case, place, f"in/{MODELS}/entropy", 0.3)
-    checkpoint = _perhaps_elsewhere(draw, case, place, f"{models}/{draw.choice(['entropy'] * 8 + ['blt', 'of_run'])}")
+    perhaps_damage(draw, case, place, f"in/{MODELS}/entropy", 0.3)
+    checkpoint = perhaps_elsewhere(draw, case, place, f"{models}/{draw.choice(['entropy'] * 8 + ['blt', 'of_run'])}")
     case.arguments = ["--data", data, "--checkpoint", checkpoint]
     # Which name it is does not matter: one that leads elsewhere is refused.
     case.writable = case.left_by_error = [f"in/{name}/entropies" for name in (DATA, SMALL)]
-    return _finish(draw, case, SCORE)
+    return finish(draw, case, SCORE)
 
 
 def calibrate_threshold(draw: Draw, place: Place) -> Case:
     """A threshold of entropies."""
     case = Case("calibrate_threshold", [])
-    case.arguments = ["--data", _data(draw, case, place, 0.3)]
+    case.arguments = ["--data", data_set(draw, case, place, 0.3)]
     (place.folder / "out").mkdir(exist_ok=True)
     if draw.chance(0.4):
         case.arguments += [
             "--json",
-            _out(draw, case, place, "out/patch_lengths.json") if draw.chance(0.5) else place.path("out/x.json"),
+            output_path(draw, case, place, "out/patch_lengths.json") if draw.chance(0.5) else place.path("out/x.json"),
         ]
     if draw.chance(0.05):
         case.arguments += ["--png", place.path(draw.choice(["out/a.png", "out/a.xyz", "out/no/a.png", "out"]))]
-    return _finish(draw, case, CALIBRATE)
+    return finish(draw, case, CALIBRATE)
 
 
 def view_patches(draw: Draw, place: Place) -> Case:
@@ -174,16 +107,16 @@ def view_patches(draw: Draw, place: Place) -> Case:
         case.arguments = ["--text", draw.choice(["to be, or not", "é日本", "\udcff", "<script>", *ODD_STRINGS[:-1]])]
         if draw.chance(0.9):
             models = place.copy(MODELS)
-            _perhaps_damage(draw, case, place, f"in/{MODELS}/entropy", 0.4)
+            perhaps_damage(draw, case, place, f"in/{MODELS}/entropy", 0.4)
             case.arguments += ["--checkpoint", f"{models}/entropy"]
     else:
-        case.arguments = ["--data", _data(draw, case, place, 0.4)]
+        case.arguments = ["--data", data_set(draw, case, place, 0.4)]
     (place.folder / "out").mkdir(exist_ok=True)
     case.arguments += [
         "--out",
-        _out(draw, case, place, "out/page.html") if draw.chance(0.3) else place.path("out/page.html"),
+        output_path(draw, case, place, "out/page.html") if draw.chance(0.3) else place.path("out/page.html"),
     ]
-    _finish(draw, case, VIEW)
+    finish(draw, case, VIEW)
     if "--text" in case.arguments:
         # It reads no sidecar.
         case.refused = [what for what in case.refused if not what.startswith("--name")]
@@ -196,11 +129,11 @@ def _model(draw: Draw, case: Case, place: Place) -> list[str]:
         return ["--model", draw.choice(["no/such", "no-such", "a/b/c", "..", "é/x", "no/such@x"])]
     if kind == "directory":
         arguments = ["--model", place.copy(HF)]
-        _perhaps_damage(draw, case, place, f"in/{HF}")
+        perhaps_damage(draw, case, place, f"in/{HF}")
         return arguments
     models = place.copy(MODELS)
     damaged = draw.choice(["blt", "of_run", "entropy"])
-    _perhaps_damage(draw, case, place, f"in/{MODELS}/{damaged}", 0.4)
+    perhaps_damage(draw, case, place, f"in/{MODELS}/{damaged}", 0.4)
     arguments = ["--model", f"{models}/{'blt' if kind == 'checkpoint' else 'of_run'}"]
     if draw.chance(0.9):
         arguments += ["--entropy-checkpoint", f"{models}/{draw.choice(['entropy'] * 9 + ['blt'])}"]
@@ -212,18 +145,18 @@ def evaluate(draw: Draw, place: Place) -> Case:
     case = Case("evaluate", [])
     case.arguments = _model(draw, case, place)
     if draw.chance(0.5):
-        data = [_data(draw, case, place, 0.3)]
+        data = [data_set(draw, case, place, 0.3)]
     else:
         case.done += write_tree(draw, place.folder / "in/src")
-        data = [_perhaps_elsewhere(draw, case, place, place.path("in/src"))]
+        data = [perhaps_elsewhere(draw, case, place, place.path("in/src"))]
     case.arguments += ["--data", *data]
     (place.folder / "out").mkdir(exist_ok=True)
     if draw.chance(0.4):
         case.arguments += [
             "--out",
-            _out(draw, case, place, "out/scores.json") if draw.chance(0.3) else place.path("out/s.json"),
+            output_path(draw, case, place, "out/scores.json") if draw.chance(0.3) else place.path("out/s.json"),
         ]
-    return _finish(draw, case, EVALUATE)
+    return finish(draw, case, EVALUATE)
 
 
 def generate(draw: Draw, place: Place) -> Case:
@@ -238,16 +171,16 @@ def generate(draw: Draw, place: Place) -> Case:
         case.stdin = draw.text()
     else:
         (place.folder / "in/prompts").write_bytes(draw.text(60))
-        case.arguments += ["--batch", _perhaps_elsewhere(draw, case, place, place.path("in/prompts"))]
-    return _finish(draw, case, GENERATE)
+        case.arguments += ["--batch", perhaps_elsewhere(draw, case, place, place.path("in/prompts"))]
+    return finish(draw, case, GENERATE)
 
 
 def convert_to_hf(draw: Draw, place: Place) -> Case:
     """A checkpoint into a model directory."""
     case = Case("convert_to_hf", [])
     models = place.copy(MODELS)
-    _perhaps_damage(draw, case, place, f"in/{MODELS}/{draw.choice(['blt', 'entropy'])}", 0.4)
-    checkpoint = _perhaps_elsewhere(draw, case, place, f"{models}/{draw.choice(['blt'] * 8 + ['of_run', 'entropy'])}")
+    perhaps_damage(draw, case, place, f"in/{MODELS}/{draw.choice(['blt', 'entropy'])}", 0.4)
+    checkpoint = perhaps_elsewhere(draw, case, place, f"{models}/{draw.choice(['blt'] * 8 + ['of_run', 'entropy'])}")
     case.arguments = ["--checkpoint", checkpoint]
     if draw.chance(0.8):
         case.arguments += ["--entropy-checkpoint", f"{models}/{draw.choice(['entropy'] * 8 + ['blt'])}"]
@@ -262,36 +195,36 @@ def convert_to_hf(draw: Draw, place: Place) -> Case:
         place.copy(HF, "out")
         case.arguments += ["--out", place.path("out")]
     else:
-        case.arguments += ["--out", _out(draw, case, place)]
-    return _finish(draw, case, TO_HF)
+        case.arguments += ["--out", output_path(draw, case, place)]
+    return finish(draw, case, TO_HF)
 
 
 def convert_from_hf(draw: Draw, place: Place) -> Case:
     """A model directory into a checkpoint."""
     case = Case("convert_from_hf", [], writable=["out", "out2"])
     model = place.copy(HF)
-    _perhaps_damage(draw, case, place, f"in/{HF}", 0.6)
-    case.arguments = ["--model", _perhaps_elsewhere(draw, case, place, model)]
+    perhaps_damage(draw, case, place, f"in/{HF}", 0.6)
+    case.arguments = ["--model", perhaps_elsewhere(draw, case, place, model)]
     if draw.chance(0.9):
-        case.arguments += ["--out", _out(draw, case, place)]
+        case.arguments += ["--out", output_path(draw, case, place)]
     if draw.chance(0.5):
         case.arguments += ["--entropy-out", place.path(draw.choice(["out2", "out2", "out2", "out"]))]
-    return _finish(draw, case, [Option("--revision", ("main",), ODD_STRINGS, (), often=0.05)])
+    return finish(draw, case, [Option("--revision", ("main",), ODD_STRINGS, (), often=0.05)])
 
 
 def serve_plots(draw: Draw, place: Place) -> Case:
     """A folder of runs, whose pages are asked for."""
     case = Case("serve_plots", [], writable=[])
     place.copy(RUN)
-    _perhaps_damage(draw, case, place, f"in/{RUN}", 0.85)
+    perhaps_damage(draw, case, place, f"in/{RUN}", 0.85)
     if draw.chance(0.1) and (place.folder / f"in/{RUN}/one").is_dir():
         (place.folder / f"in/{RUN}/one").rename(
             place.folder / f"in/{RUN}" / draw.choice(FOLDER_NAMES).replace("/", "-")
         )
     if draw.chance(0.1) and (place.folder / f"in/{RUN}").is_dir():  # damage may have made a file of it
         case.done += write_tree(draw, place.folder / f"in/{RUN}/tree")
-    case.arguments = ["--dir", _perhaps_elsewhere(draw, case, place, place.path(f"in/{RUN}"))]
-    return _finish(draw, case, [PORT])
+    case.arguments = ["--dir", perhaps_elsewhere(draw, case, place, place.path(f"in/{RUN}"))]
+    return finish(draw, case, [PORT])
 
 
 GRAMMAR: dict[Callable[[Draw, Place], Case], float] = {
@@ -306,6 +239,12 @@ GRAMMAR: dict[Callable[[Draw, Place], Case], float] = {
     convert_to_hf: 3,
     convert_from_hf: 3,
     serve_plots: 2,
+    checkpoint: 3,
+    status: 2,
+    slurm: 2,
+    plan: 0.5,
+    simulate: 1,
+    check_cuda: 0.5,
 }
 """What makes a case of each command, and how often it does."""
 

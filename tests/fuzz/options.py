@@ -1,5 +1,7 @@
 """The options of each command, with values by what may be made of them."""
 
+from dataclasses import replace
+
 from tests.fuzz.draw import (
     HUGE,
     NOT_INTEGERS,
@@ -99,3 +101,79 @@ TO_HF = [
     Option("--overwrite"),
 ]
 PORT = Option("--port", ("0",), (), (HUGE, *NOT_INTEGERS, "-1", "65536", str(2**31)), often=1)
+
+JSON = Option("--json")
+DRY_RUN = Option("--dry-run", often=0.3)
+NO_VERIFY = Option("--no-verify", often=0.2)
+NOT_STEPS = (*NOT_INTEGERS, "-1", str(2**63), HUGE)
+STEP = Option("--step", ("2", "4", "6"), ("0", "8", "10", str(2**61)), NOT_STEPS, often=0.3)
+CHECKPOINT = {
+    "list": [JSON],
+    "verify": [STEP, JSON, NO_PROGRESS],
+    "prune": [
+        Option("--keep", ("1", "2", "3"), ("1000000",), (*NOT_COUNTS, HUGE), often=0.7),
+        Option("--abandoned"),
+        Option("--half-written"),
+        DRY_RUN,
+        NO_VERIFY,
+        NO_PROGRESS,
+    ],
+    "rollback": [replace(STEP, often=0.95), DRY_RUN, NO_VERIFY, NO_PROGRESS],
+}
+SLURM = [
+    Option("--nodes", ("1", "2"), ("100000",), (*NOT_COUNTS, "100001", HUGE), often=0.97),
+    Option("--gpus-per-node", ("1", "8"), ("64",), (*NOT_COUNTS, "65", HUGE)),
+    Option("--leave-before", ("60",), ("1", "1000000"), (*NOT_COUNTS, HUGE)),
+    Option("--max-restarts", ("0", "3"), ("1000000",), (*NOT_INTEGERS, "-1", HUGE)),
+    Option(
+        "--array",
+        ("0-3", "1,4,7%2", "0-8:2"),
+        ("9-1", "0", "0-3%0"),
+        ("", "x", "-1", "0-3;rm", "1..3", "0-3\n", "\u0663"),
+    ),
+    Option(
+        "--sbatch",
+        ("partition=gpu", "time=24:00:00", "--account=a b"),
+        ("nodes=7", "output=/dev/null", "x=\x1b[31m"),
+        ("", "gpu", "=x", "partition=", "a\nb=c", "a=b\nc", "UPPER=x"),
+    ),
+]
+WORLD_SIZE = Option("--world-size", ("1", "2"), ("3", "4"), (*NOT_COUNTS, "1000001", HUGE), often=0.97)
+GPU = Option("--gpu", ("h100", "h200"), (), ("x", "", "H100"))
+ASSUMED = [
+    GPU,
+    Option("--mfu", ("0.4", "1"), ("1e-320", "1e-300"), (*NOT_NUMBERS, "0", "-1", "1.1")),
+    Option("--store", ("2",), ("1e-320", "1e-300", "1e6"), (*NOT_NUMBERS, "0", "-1")),
+    Option("--failures", ("0", "1e-4"), ("1e3", "1e-320", "1e-300"), (*NOT_NUMBERS, "-1", "1e4")),
+    Option("--restart", ("0", "300"), ("1e6", "1e-320"), (*NOT_NUMBERS, "-1", "1e7")),
+]
+PLAN = [
+    WORLD_SIZE,
+    *ASSUMED,
+    Option("--network", ("ib400",), (), ("x", ""), often=0.2),
+    Option("--price", ("2.5", "0"), ("1e-320", "1e6"), (*NOT_NUMBERS, "-1", "1e7")),
+    Option("--tries", ("1",), (), (*NOT_COUNTS, "1001", HUGE), often=0.1),
+    JSON,
+]
+CHECK_CUDA = [
+    WORLD_SIZE,
+    GPU,
+    Option("--rank", ("0",), ("1", "1000000"), (*NOT_INTEGERS, "-1", "1000001", HUGE)),
+    replace(JSON, name="--memory-only", often=1),
+    JSON,
+]
+SIMULATE = [
+    WORLD_SIZE,
+    *ASSUMED,
+    Option("--steps", ("2", "3", "6"), ("7",), (*NOT_COUNTS, "1", HUGE), often=0.95),
+    Option("--resume-on", ("1", "2"), ("3", "7"), (*NOT_COUNTS, HUGE)),
+    Option("--resume-at", ("1", "2"), ("5", str(10**9)), (*NOT_COUNTS, HUGE)),
+    Option("--text", ("1MB", "2MB"), ("1.5MB",), (*NOT_SIZES, "0", "1KB", "999999TB"), often=1),
+    Option("--record-batch-bytes", ("4096", "16KiB"), ("16MiB",), (*NOT_SIZES, "0", "1", "1GiB"), often=0.9),
+    Option("--step-seconds", ("2.1",), ("1e-320", "1e-300", "1e6"), (*NOT_NUMBERS, "0", "-1", "1e7")),
+    Option("--straggle", ("0", "0.01"), ("100", "1e-320"), (*NOT_NUMBERS, "-1", "101")),
+    Option("--intervals", ("1", "100"), (str(10**9),), (*NOT_COUNTS, HUGE)),
+    Option("--histories", ("2",), (), (*NOT_COUNTS, "1", "1001"), often=1),
+    SEED,
+    JSON,
+]

@@ -125,7 +125,33 @@ def _perhaps_damage(draw: Draw, case: Case, place: Place, path: str) -> None:
 def draw_settings(
     draw: Draw, case: Case, place: Place, settings: dict[str, Any], *, integers: Sequence[int] = INTEGERS
 ) -> None:
-    """Set a few random keys well or badly, in a TOML or as overrides."""
+    """Set a few random keys well or badly, in a TOML or as overrides; the command line is that of a rank."""
+    file, overrides = draw_file_and_overrides(draw, case, place, settings, integers=integers)
+    case.arguments += draw.choice(
+        [[f"--job.config_file={file}"], ["--job.config_file", file], [f"--job.config-file={file}"]]
+    )
+    case.arguments += overrides
+    if draw.chance(0.04):
+        case.arguments += draw.choice(
+            [["--job.config_file"], ["x"], [""], ["--"], ["--="], ["--help.x=1"], ["--x.y"], ["-x"]]
+        )
+        case.refused.append(shlex.join(case.arguments[-1:]))
+    if draw.chance(0.03):
+        draw.shuffle(case.arguments)
+
+
+def draw_file_and_overrides(
+    draw: Draw, case: Case, place: Place, settings: dict[str, Any], *, integers: Sequence[int] = INTEGERS
+) -> tuple[str, list[str]]:
+    """Set a few random keys well or badly; return the name of the TOML, and the overrides as a command line has them.
+
+    Args:
+        draw: of the case.
+        case: is told what must be refused.
+        place: its folder.
+        settings: what is right.
+        integers: what a whole number may be.
+    """
     keys = [key for key in all_keys() if key not in NEVER_SET]
     overrides: dict[str, Any] = {}
     for key in draw.some(list(settings), 1) if draw.chance(0.15) else []:
@@ -150,19 +176,11 @@ def draw_settings(
         if draw.chance(0.05) and key not in overrides:
             overrides[key] = settings.pop(key)
     file = _write_file(draw, case, place, toml(settings))
-    case.arguments += draw.choice(
-        [[f"--job.config_file={file}"], ["--job.config_file", file], [f"--job.config-file={file}"]]
-    )
+    words = []
     for key, value in overrides.items():
         name = key if draw.chance(0.8) else key.replace("_", "-")
-        case.arguments += [f"--{name}={_argument(value)}"]
-    if draw.chance(0.04):
-        case.arguments += draw.choice(
-            [["--job.config_file"], ["x"], [""], ["--"], ["--="], ["--help.x=1"], ["--x.y"], ["-x"]]
-        )
-        case.refused.append(shlex.join(case.arguments[-1:]))
-    if draw.chance(0.03):
-        draw.shuffle(case.arguments)
+        words.append(f"--{name}={_argument(value)}")
+    return file, words
 
 
 def _argument(value: Any) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.verbs import VERB_OF
+from tests.helpers.verbs import verb_of
 
 TRACEBACK = "Traceback (most recent call last)"
 TRACEBACK_PARTS = re.compile(r'File "[^"]+", line|\^\^\^|<class |object at 0x')
@@ -54,6 +54,8 @@ class Case:
     """Paths below the case's folder."""
     left_by_error: list[str] = field(default_factory=list)
     """Paths that may be there after an error too, because the next start goes on from them."""
+    touched: list[str] = field(default_factory=list)
+    """Paths that may be written whatever comes of it, as the lock of a run's folder is."""
     kept: list[str] = field(default_factory=list)
     """Paths inside `writable` that stay as they are."""
     shown: dict[str, str] = field(default_factory=dict)
@@ -102,6 +104,7 @@ def differences(before: Snapshot, after: Snapshot) -> dict[str, str]:
 def forbidden_changes(case: Case, exit_code: int, changed: dict[str, str]) -> list[str]:
     """List the changes that the case does not allow."""
     allowed = [*case.writable, "cwd"] if exit_code == 0 else [] if case.refused else case.left_by_error
+    allowed = [*allowed, *case.touched]
     faults = []
     for path, what in changed.items():
         parents_of_allowed = what == "touched" and any(f"{a}/".startswith(f"{path}/") for a in allowed)
@@ -131,9 +134,10 @@ def what_is_wrong_with_the_outcome(case: Case, exit_code: Any, stdout: str, stde
             last = errors[-1]
         prefix = {
             "inspect_data": r"(blt-titan inspect: error|damaged): ",
+            "checkpoint": r"(blt-titan checkpoint: error|damaged): ",
             "run_config": r"([\w.]+: )?error: ",
             "train": r"(.* - ERROR - |([\w.]+: )?error: )",
-        }.get(case.command, rf"blt-titan {VERB_OF.get(case.command, case.command)}: (error|stopped)[:;] ")
+        }.get(case.command, rf"blt-titan {verb_of(case.command)}: (error|stopped)[:;] ")
         if not re.match(prefix + r".*\S+ \S+", last):
             faults.append(f"exit code {exit_code} without a sentence; the last line of stderr is {last[:200]!r}")
         elif leaked := TRACEBACK_PARTS.search(last) or INTERNALS.search(re.sub(r"\(.*\)", "", last)):

@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.verbs import VERB_OF
+from tests.helpers.verbs import verb_of
 
 CPU_S, WALL_S = 20, 90
 """For one case: of its own, and on a busy machine."""
@@ -68,10 +68,10 @@ def _import_everything() -> dict[str, Callable[[list[str]], Any]]:
     from tests.fuzz.settings import all_keys
 
     all_keys()
-    verbs = {
-        name: importlib.import_module(f"blt_titan.commands.{VERBS[verb][0]}").main for name, verb in VERB_OF.items()
-    }
-    return verbs | {"run_config": check.main, "train": train.main}
+    others: dict[str, Callable[..., Any]] = {"run_config": check.main, "train": train.main}
+    names = {make.__name__ for make in commands.GRAMMAR} - others.keys()
+    verbs = {name: importlib.import_module(f"blt_titan.commands.{VERBS[verb_of(name)][0]}").main for name in names}
+    return verbs | others
 
 
 def _in_a_child(function: Callable[[], None], reports: Path) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def _answer(request: dict[str, Any], base: Path, reports: Path, mains: dict[str,
 def _described(case: Any) -> dict[str, Any]:
     environment = "".join(f"{key}={shlex.quote(value)} " for key, value in case.environment.items())
     module = {"run_config": "blt_titan.config.check", "train": "blt_titan.train"}.get(case.command)
-    program = f"python -m {module}" if module else f"blt-titan {VERB_OF.get(case.command, case.command)}"
+    program = f"python -m {module}" if module else f"blt-titan {verb_of(case.command)}"
     return {
         "command": case.command,
         "line": f"{environment}{program} {shlex.join(case.arguments)}",

@@ -26,6 +26,11 @@ VERB_OF = {
 """The verbs by the names of `scripts/`, which `FUZZ_COMMAND` takes too."""
 
 
+def verb_of(case: str) -> str:
+    """The verb of a case of the fuzz, which is named as in `scripts/`, or as its verb."""
+    return VERB_OF.get(case, case.replace("_", "-"))
+
+
 def module_of(command: str) -> ModuleType:
     """The module that runs a command."""
     return importlib.import_module(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from blt_titan.commands import plan as command
-from blt_titan.config.check import load_run_config
+from blt_titan.config.check import RunConfigError, load_run_config
 from blt_titan.config.rules.target import this_machine
 from blt_titan.dry_run.memory import GRADIENTS, OPTIMIZER, PARAMETERS, Memory
 from blt_titan.dry_run.result import DryRun
@@ -123,6 +123,16 @@ def test_a_search_finds_what_fits_and_is_fastest():
     assert "no layout was found" in searched_report(
         search(load, 2, ASSUMED, name="x", tries=2, measure=Measured(activation_bytes=1e12))
     )
+
+
+def test_a_search_over_wrong_settings_says_what_is_wrong():
+    def load(overrides):
+        return config_of("--training.seq_len=0", *overrides)
+
+    with pytest.raises(RunConfigError, match=r"training\.seq_len = 0: must be") as caught:
+        search(load, 4, ASSUMED, name="x", measure=Measured())
+    assert "parallel_degree" not in str(caught.value), "no split of the ranks is at fault"
+    assert command.main(["--config", "debug", "--world-size", "2", "--search", "--training.seq_len=0"]) == 2
 
 
 def test_the_command_is_asked_wrongly():
