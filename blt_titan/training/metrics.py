@@ -21,16 +21,22 @@ import torch
 
 from blt_titan.batch import Batch
 from blt_titan.data.rows.mixture import dataset_names
+from blt_titan.data.store.address import is_remote
 from blt_titan.data.store.atomic_file import write_atomically
+from blt_titan.data.store.fetch_counts import counted
 from blt_titan.loss import count_targets
 from blt_titan.monitor.monitor import RunMonitor
 from blt_titan.monitor.watch import Line, RankFigures
 from blt_titan.titan import MetricsProcessor, ParallelDims, get_peak_flops, logger
+from blt_titan.training.data import dataset_paths
 from blt_titan.training.tensorboard import Curves
 
 COUNTS = ("byte_targets", "eos_targets", "bytes", "byte_slots", "patches", "patch_slots", "quarantined")
 """What is counted of each batch, in this order. `bytes` are all real positions, BOS and EOS too; `quarantined` are the
 record batches that were passed over on the way to it."""
+
+FETCHED = {"fetched_bytes": "fetched_bytes", "fetch_retries": "retries", "cache_evictions": "evictions"}
+"""What a run is told of object stores, and the field of `FetchCounts` that counts it."""
 
 _KNOWN_DEVICES = ("A100", "H100", "H200", "H20", "B200", "MI250", "MI300X", "MI325X", "MI355X")
 
@@ -133,6 +139,8 @@ class BLTMetrics(MetricsProcessor):
         self.model_args = model_args
         self.world_size = parallel_dims.world_size
         self.n_slices = parallel_dims.cp * parallel_dims.tp
+        self._reads_store = any(map(is_remote, dataset_paths(job_config.data, job_config.training)))
+        self._fetched = torch.zeros(len(FETCHED), dtype=torch.int64)
         self.counts = torch.zeros(len(COUNTS), dtype=torch.int64)
         is_writer = torch.distributed.get_rank() == 0
         self.json_lines = JsonLines(Path(job_config.job.dump_folder) / "metrics.jsonl") if is_writer else None
@@ -165,6 +173,18 @@ class BLTMetrics(MetricsProcessor):
         counts, self.counts = self.counts, torch.zeros_like(self.counts)
         return counts
 
+    def take_fetched(self) -> torch.Tensor:
+        """Return what this rank and its workers fetched since the last call, int64 [len(FETCHED)].
+
+        Empty where no data set is in an object store. The first call tells of all since the process began: manifests
+        and indices are fetched before there is a step.
+        """
+        if not self._reads_store:
+            return torch.zeros(0, dtype=torch.int64)
+        now = counted()
+        before, self._fetched = self._fetched, torch.tensor([getattr(now, field) for field in FETCHED.values()])
+        return self._fetched - before
+
     def log_step(
         self,
         step: int,
@@ -177,6 +197,7 @@ class BLTMetrics(MetricsProcessor):
         bytes_seen: int,
         failures: Mapping[str, float] = types.MappingProxyType({}),
         dataset_ids: Sequence[float] = (),
+        fetched: Sequence[float] = (),
         ranks: Sequence[RankFigures] = (),
         saving: tuple[int, float] = (0, 0.0),
     ) -> None:
@@ -192,6 +213,7 @@ class BLTMetrics(MetricsProcessor):
             bytes_seen: targets since the run began, EOS included, summed over ranks.
             failures: what was skipped, and other counts of what went wrong, by name.
             dataset_ids: ids of each data set of the mixture since the run began, summed over ranks.
+            fetched: FETCHED since the last line, summed over ranks; empty of a run that reads from no object store.
             ranks: what each rank measured since the last line.
             saving: checkpoints that were begun since the last line, and seconds that training has waited for saves.
         """
@@ -220,6 +242,8 @@ class BLTMetrics(MetricsProcessor):
         metrics |= failures
         for name, ids in zip(self._datasets, dataset_ids, strict=True):
             metrics[f"share/{name}"] = ids / sum(dataset_ids)
+        if fetched:
+            metrics |= dict(zip(FETCHED, map(int, fetched), strict=True))
         if self._counts_quarantined:
             metrics["quarantined_record_batches"] = count["quarantined"]
         if self.online_seconds is not None:

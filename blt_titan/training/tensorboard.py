@@ -17,6 +17,7 @@ GROUPS = {
         "training_flops",
     ),
     "patches": ("mean_patch_bytes", "padded_byte_share", "padded_patch_share"),
+    "store": ("fetched_bytes", "fetch_retries", "cache_evictions"),
 }
 OTHER, DATA_SETS = "health", "share/"
 """The group of all other figures, and the prefix of those of a mixture's data sets, which are a group already."""
@@ -35,6 +36,10 @@ CHARTS = {
         "bytes of a patch": ["patches/mean_patch_bytes"],
         "padding": ["patches/padded_byte_share", "patches/padded_patch_share"],
         "data sets": ["share/.*"],
+    },
+    "store": {
+        "bytes fetched": ["store/fetched_bytes"],
+        "retries and evictions": ["store/fetch_retries", "store/cache_evictions"],
     },
     "health": {
         "waiting": ["health/data_wait_share", "health/slowest_data_wait_share", "health/saving_share"],

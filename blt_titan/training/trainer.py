@@ -361,14 +361,14 @@ class BLTTrainer(Trainer):
     def _log(
         self, loss: torch.Tensor, sums: StepSums, grad_norm: torch.Tensor, lr: float, global_targets: torch.Tensor
     ) -> None:
-        eos_nats = torch.zeros_like(loss) if sums.eos_nats is None else sums.eos_nats
-        nats = torch.stack([loss, eos_nats]).double()
+        nats = torch.stack([loss, torch.zeros_like(loss) if sums.eos_nats is None else sums.eos_nats]).double()
         counts = to_device(self.metrics_processor.take_counts(), self.device)
         dataset_ids = to_device(torch.from_numpy(self.dataloader.ids_by_dataset()), self.device)
+        counted = torch.cat([nats, counts.double(), dataset_ids.double()])
         # The one place where the host waits for the device.
-        summed = self._sum_over_ranks(torch.cat([nats, counts.double(), dataset_ids.double()])).tolist()
+        summed = self._sum_over_ranks(counted, to_device(self.metrics_processor.take_fetched(), self.device)).tolist()
         n_targets, n_eos = global_targets.tolist()
-        loss_nats, all_eos_nats, *rest = summed
+        loss_nats, all_eos_nats, *rest = summed[: len(counted)]
         self.metrics_processor.log_step(
             self.step,
             loss_nats=loss_nats,
@@ -379,13 +379,14 @@ class BLTTrainer(Trainer):
             bytes_seen=int(self._targets_seen),
             failures=self.watch.metrics(),
             dataset_ids=rest[len(COUNTS) :],
+            fetched=summed[len(counted) :],
             ranks=figures_of_ranks(self.metrics_processor.rank_figures(self._block_times.take()), self.device),
             saving=self.checkpointer.take_saving(),
         )
 
-    def _sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
-        if not self._counts:
-            tensor = torch.zeros_like(tensor)
+    def _sum_over_ranks(self, counted: torch.Tensor, fetched: torch.Tensor) -> torch.Tensor:
+        # Every rank fetches for itself.
+        tensor = torch.cat([counted if self._counts else torch.zeros_like(counted), fetched.double()])
         dist.all_reduce(tensor)
         return tensor
 
