@@ -77,14 +77,14 @@ def end(trainer: BLTTrainer) -> tuple[dict[str, bytes], int]:
     return found
 
 
-def skip(out: str, overrides: list[str]) -> dict:
+def skip_and_twin(out: str, overrides: list[str]) -> dict:
+    """A run that skips a step, and one that is never given the rows, and has no word for skipping."""
     found: dict = {}
     trainer, seen = make_poisoned(gradient_of_one_rank, {POISONED}, f"{out}/skipped", *overrides, *SKIP)
     trainer.train()
     found["unchanged"] = seen["before"] == seen["after"]
+    found["compiled"] = {name for part in trainer.model_parts for name in compiled_blocks(part)}
     found["skipped"] = end(trainer)
-
-    # The twin is never given the rows, and has no word for skipping.
     twin = make_trainer(f"{out}/twin", *overrides, "--training.steps=6", "--checkpoint.no-enable")
     batches = twin.batch_generator(twin.dataloader)
     for twin.step in range(1, 7):
@@ -95,6 +95,15 @@ def skip(out: str, overrides: list[str]) -> dict:
         else:
             twin.train_step(batches)
     found["twin"] = end(twin)
+    return found
+
+
+def compiled_blocks(part: torch.nn.Module) -> list[str]:
+    return [name for name, block in part.named_modules() if getattr(block, "_compiled_call_impl", None) is not None]
+
+
+def skip(out: str, overrides: list[str]) -> dict:
+    found = skip_and_twin(out, overrides)
 
     # The count outlives a stop; too many end the run before it saves.
     trainer, _ = make_poisoned(
@@ -134,6 +143,17 @@ def test_a_step_that_is_skipped_is_as_if_its_rows_had_not_been_there(small_run, 
     assert "number 2 of the last 50 steps that was skipped" in found["bound"]
     assert "step-6 was saved before" in found["bound"]
     assert "rank 1: " in other["bound"], "all ranks end"
+
+
+def test_compiled_blocks_skip_a_step_as_if_its_rows_had_not_been_there(small_run, tmp_path):
+    compiled = ["--compile.enable", "--activation_checkpoint.mode=none"]
+    [found] = run_distributed(skip_and_twin, 1, str(tmp_path), [*small_run, *compiled])
+    assert found["compiled"]
+    assert found["unchanged"]
+    assert found["skipped"] == found["twin"]
+    by_step, of_twin = losses(tmp_path / "skipped"), losses(tmp_path / "twin")
+    assert {step: loss for step, loss in by_step.items() if step != POISONED} == of_twin
+    assert [line["skipped_steps"] for line in metrics(tmp_path / "skipped")] == [0, 0, 0, 1, 1, 1]
 
 
 def skip_in_layouts(out: str, overrides: list[str]) -> dict[str, bool]:
@@ -177,9 +197,9 @@ class Said(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-def roll_back(out: str, overrides: list[str]) -> dict:
+def roll_back_and_twin(out: str, overrides: list[str]) -> dict:
+    """A run that goes back once, and one that was given the rows after the spike by hand."""
     found: dict = {}
-    said = Said()
     once, _ = make_poisoned(spike, {SPIKED}, f"{out}/once", *overrides, *ROLLBACK)
     load = once.checkpointer.load
     poisoned = once.forward_backward_step
@@ -208,6 +228,12 @@ def roll_back(out: str, overrides: list[str]) -> dict:
     for twin.step in range(BACK_AT + 1, 10):
         twin.train_step(batches)
     found["twin"] = end(twin)
+    return found
+
+
+def roll_back(out: str, overrides: list[str]) -> dict:
+    said = Said()
+    found = roll_back_and_twin(out, overrides)
 
     # A run that dies right after a rollback goes on as if it had not; what spikes again ends it, before it is saved.
     dying, _ = make_poisoned(spike, {SPIKED}, f"{out}/again", *overrides, *ROLLBACK)
@@ -270,3 +296,19 @@ def test_a_rollback_is_a_run_that_was_given_the_rows_after_the_spike(small_run, 
     last = metrics(tmp_path / "early")[-1]
     assert (last["step"], last["rollbacks"], last["loss_spikes"]) == (5, 0, 1)
     assert (tmp_path / "early/checkpoint/step-5/.metadata").is_file()
+
+
+def test_both_stages_of_a_pipeline_roll_back_to_what_a_run_given_the_later_rows_is(small_run, tmp_path):
+    """Only the last stage knows the loss; both go back, and on with the same rows."""
+    stages = ["--parallelism.pipeline_parallel_degree=2", "--training.local_batch_size=2"]
+    first, last = run_distributed(roll_back_and_twin, 2, str(tmp_path), [*small_run, *stages])
+    for rank in (first, last):
+        assert rank["healed"]
+        assert rank["once"] == rank["twin"]
+    assert first["once"][0].keys() != last["once"][0].keys(), "each holds its own stage"
+    twin = losses(tmp_path / "twin")
+    assert losses(tmp_path / "once") == twin
+    assert list(twin) == list(range(1, 10))
+    assert [line["rollbacks"] for line in metrics(tmp_path / "once")] == [0, 0, 1, 1, 1, 1, 1, 1, 1]
+    [line] = map(json.loads, (tmp_path / "once/skipped.jsonl").read_text().splitlines())
+    assert (line["first_row"], line["last_row"]) == (8, 23)
