@@ -26,7 +26,7 @@ ASSUMED_MFU = 0.40
 _STAGING_BYTES_PER_S = 20e9
 """From a GPU to its host's memory, which an asynchronous save holds up."""
 AGREEING_S = 1.0
-"""What ranks take to say what each saves, which one of them puts together; assumed, and likewise held up."""
+"""What ranks take to say what each saves, which one of them puts together; assumed, and held up in any case."""
 _STATES = 3
 """A parameter and Adam's two moments."""
 _FLOAT = 4
@@ -222,7 +222,7 @@ def checkpoint_of(
     """Return what saving costs a run whose steps take `step_s`."""
     size = parameters * _STATES * _FLOAT
     nodes = max(1, -(-layout.world_size // assumptions.network.node_gpus))
-    save = size / (assumptions.store_bytes_per_s * nodes)
+    save = AGREEING_S + size / (assumptions.store_bytes_per_s * nodes)
     is_async = config.checkpoint.async_mode != "disabled"
     # Each rank copies its whole part, though of replicas one writes it.
     part = size * layout.replicas / layout.world_size

@@ -111,7 +111,7 @@ def _operation(plan: Plan) -> Iterator[str]:
     yield (
         f"checkpoint: {saved.size_bytes / 1e9:.1f} GB, stored in {saved.save_s:.0f} s at "
         f"{assumed.store_bytes_per_s / 1e9:g} GB/s a node, of which training waits {saved.blocked_s:.1f} s"
-        + (f" ({AGREEING_S:g} s assumed for ranks to agree on it)" if saved.is_async else "")
+        f" ({AGREEING_S:g} s of it, for ranks to agree on it, assumed)"
     )
     failures = "no failures assumed"
     if not math.isinf(saved.between_failures_s):

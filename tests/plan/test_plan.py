@@ -1,5 +1,6 @@
 """Plans of dry runs: against the sizes that the model and the layout make by hand."""
 
+import dataclasses
 import json
 
 import pytest
@@ -14,7 +15,7 @@ from blt_titan.dry_run.run import dry_run
 from blt_titan.model.blt import BLT
 from blt_titan.model.flavors import BLT_FLAVORS
 from blt_titan.plan.network import NETWORKS
-from blt_titan.plan.plan import Assumptions, make_plan
+from blt_titan.plan.plan import AGREEING_S, Assumptions, make_plan
 from blt_titan.plan.report import report, searched_report
 from blt_titan.plan.search import search, splits
 
@@ -69,13 +70,34 @@ def test_a_plan_by_hand():
     assert plan.time.seconds == pytest.approx(flops * plan.step_bytes / 4 / (989e12 * 0.4))
     assert plan.mfu == pytest.approx(0.4)
     assert plan.checkpoint.size_bytes == 12 * plan.parameters
-    assert plan.checkpoint.save_s == pytest.approx(plan.checkpoint.size_bytes / 2e9)
+    assert plan.checkpoint.save_s == pytest.approx(AGREEING_S + plan.checkpoint.size_bytes / 2e9)
     assert plan.gpu_hours == pytest.approx(4 * 1000 * plan.time.seconds / plan.checkpoint.goodput / 3600)
     assert plan.loader_rows_per_s == pytest.approx(rows / plan.time.seconds)
     said = report(plan)
     assert "fits" in said.splitlines()[-1]
     assert "any rank" in said
-    json.dumps(plan.to_json())
+    json.dumps(plan.to_json(), allow_nan=False)
+
+
+def test_a_plan_without_failures_is_sound_json():
+    never = dataclasses.replace(ASSUMED, failures_per_gpu_hour=0.0)
+    said = make_plan(config_of(), 4, never, name="x", measure=Measured()).to_json()
+    assert json.loads(json.dumps(said, allow_nan=False))["checkpoint"]["between_failures_s"] is None
+
+
+def test_each_replica_copies_what_it_holds():
+    """A save beside the training waits for a rank's copy: twice as much where two replicas share the ranks."""
+    sharded, replicated = (
+        make_plan(
+            config_of(f"--parallelism.data_parallel_replicate_degree={replicas}", "--checkpoint.async_mode=async"),
+            *(4, ASSUMED),
+            name="x",
+            measure=Measured(),
+        ).checkpoint
+        for replicas in (1, 2)
+    )
+    assert replicated.blocked_s - AGREEING_S == pytest.approx(2 * (sharded.blocked_s - AGREEING_S))
+    assert replicated.size_bytes == sharded.size_bytes
 
 
 def test_what_does_not_fit_is_said():
