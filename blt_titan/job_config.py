@@ -145,7 +145,7 @@ class Checkpoint:
     load_step: int = -1
     """
     Go back to this step of the run, and set later ones aside; -1 goes on from the newest. Done once: a command that is
-    started again with it goes on from the newest. To go back again, remove load_step.json in the folder of checkpoints.
+    started again with it goes on from the newest. To go back again, start once without it.
     """
 
 

@@ -26,12 +26,13 @@ from blt_titan.training.hang_watch import HangWatch, HungError, PeerLostError, b
 from blt_titan.training.preemption import PreemptedError, Preemption
 from blt_titan.training.row_ranks import RowsDifferError
 from blt_titan.training.run_folder import RunFolderError
+from blt_titan.training.storage_errors import StorageLostError, lost_storage
 from blt_titan.training.trainer import BLTTrainer
 
 WRONG_WORK = (NonFiniteLossError, LossSpikeError, RowsDifferError, ExportFailedError)
 """What ends a run that was asked for rightly, and would end it again; `commands/ranks.py` says their sentences."""
 
-LOST_WORK = (HungError, PeerLostError, WorkerLostError, UnreachableError)
+LOST_WORK = (HungError, PeerLostError, StorageLostError, WorkerLostError, UnreachableError)
 """What ends a run because a rank, a worker or its store is lost: exit code 1, as of a fault of the program."""
 _SAID = (
     *(RunConfigError, RunFolderError, DataError, CheckpointError, RunStateError, RuleError),
@@ -88,7 +89,7 @@ def _train(preemption: Preemption) -> None:
         sys.stdout.flush()
         os._exit(LEFT)
     except Exception as error:
-        found = (watch and watch.lost_peer(error)) or error
+        found = (watch and watch.lost_peer(error)) or (record.has_trained and lost_storage(error)) or error
         if not isinstance(found, _SAID):
             record.end("failed", 1, f"{type(found).__name__}: {str(found)[:1000]}")
             raise

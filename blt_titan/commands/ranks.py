@@ -30,7 +30,7 @@ RANK_MODULE = "blt_titan.train"
 DEFAULT_PORT = 29500
 WRONG_WORK = ("NonFiniteLossError", "LossSpikeError", "RowsDifferError", "ExportFailedError")
 """Errors of `blt_titan.train.WRONG_WORK` by name."""
-LOST_WORK = ("HungError", "PeerLostError", "WorkerLostError", "UnreachableError")
+LOST_WORK = ("HungError", "PeerLostError", "StorageLostError", "WorkerLostError", "UnreachableError")
 """Errors of `blt_titan.train.LOST_WORK` by name: another try may go well; with a sentence."""
 _TALKATIVE = ("agent.server.api", "multiprocessing.api")
 """Modules of torchrun's that log each process that they end, and each that failed, which is said in the end."""

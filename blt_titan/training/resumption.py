@@ -1,5 +1,6 @@
 """What a checkpoint says of its run beside weights, optimizer and data, and what it means for a run that resumes."""
 
+from contextlib import suppress
 from typing import Any
 
 import torch.distributed as dist
@@ -57,13 +58,20 @@ def set_learning_rate(lr_schedulers: Any, next_step: int | None) -> None:
 
 
 def go_back_once(config: RunConfig) -> None:
-    """Have `checkpoint.load_step` mean the newest step, if the run has gone back to it before; collective."""
+    """Have `checkpoint.load_step` mean the newest step, if the run has gone back to it before; collective.
+
+    A start without it forgets that, so that the run may be told to go back to the same step at another time.
+    """
     settings = config.checkpoint
+    if settings.load_step < 0 and not settings.load_only and dist.get_rank() == 0:
+        with suppress(OSError):
+            (run_checkpoints(config) / LOAD_STEP_NAME).unlink()
     found = [step_to_load(config) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found)
     if found[0] != settings.load_step:
-        logger.info(
+        logger.warning(
             f"checkpoint.load_step = {settings.load_step}: this run has gone back to it before, and goes on from the "
-            f"newest step; to go back again, remove {run_checkpoints(config) / LOAD_STEP_NAME}"
+            f"newest step; to go back again, start once without it, or remove "
+            f"{run_checkpoints(config) / LOAD_STEP_NAME}"
         )
         settings.load_step = -1

@@ -14,6 +14,8 @@ import numpy as np
 import torch.distributed as dist
 
 from blt_titan.checkpoint.find import latest_before
+from blt_titan.checkpoint.read import DamagedError
+from blt_titan.checkpoint.rollback import NAME as ROLLBACK_NAME
 from blt_titan.checkpoint.rollback import Rollback, read_rollback
 from blt_titan.checkpoint.steps import step_folder
 from blt_titan.config.resume import saved_position
@@ -21,6 +23,7 @@ from blt_titan.data.rows.loader import RowLoader
 from blt_titan.titan import logger
 from blt_titan.training.checkpointer import RunCheckpoints
 from blt_titan.training.failures import StepFigures, StepWatch
+from blt_titan.training.heartbeat import Heartbeat
 
 
 class Rollbacks:
@@ -32,6 +35,7 @@ class Rollbacks:
         checkpointer: loads them; what the trainer does after a load it does after these, too.
         dataloader: stays where it is.
         watch: counts.
+        heartbeat: is told what takes long.
     """
 
     def __init__(
@@ -42,9 +46,11 @@ class Rollbacks:
         checkpointer: RunCheckpoints,
         dataloader: RowLoader,
         watch: StepWatch,
+        heartbeat: Heartbeat,
     ):
         self._rollback_steps, self._checkpoints = rollback_steps, checkpoints
         self._checkpointer, self._dataloader, self._watch = checkpointer, dataloader, watch
+        self._heartbeat = heartbeat
         self._due: int | None = None
 
     @property
@@ -59,6 +65,7 @@ class Rollbacks:
             LossSpikeError: the run has gone back as often as it may.
         """
         self._watch.spike = None
+        self._heartbeat.at("save")  # one that is not stored yet is waited for
         self._checkpointer._async_wait()
         found: list[tuple[int, int] | None] = [None]
         if dist.get_rank() == 0 and (before := latest_before(self._checkpoints, spike.step - self._rollback_steps)):
@@ -76,13 +83,23 @@ class Rollbacks:
             )
 
     def go_back(self) -> None:
-        """Go back to the checkpoint that was found, between steps.
+        """Go back to the checkpoint that was found, or to the last sound one before it, between steps.
 
         Raises:
-            CheckpointError: it cannot be read, or nothing be written beside it.
+            CheckpointError: none can be read, or nothing be written beside it.
         """
         assert self._due is not None
         step, self._due = self._due, None
+        self._heartbeat.at("load")
+        while True:
+            try:
+                self._go_back_to(step)
+            except DamagedError as error:
+                step = self._before_damage(step, error)
+            else:
+                return
+
+    def _go_back_to(self, step: int) -> None:
         data = self._dataloader.state_dict()
         if dist.get_rank() == 0:
             rollback = Rollback(data["rows_served"], data["positions"].tolist(), self._watch.rollbacks)
@@ -90,6 +107,22 @@ class Rollbacks:
         dist.barrier()
         self._checkpointer.load_only = False
         self._checkpointer.load(step)
+
+    def _before_damage(self, step: int, error: DamagedError) -> int:
+        """Return the last step before one that is damaged, at which nothing says any more that the run went back to it.
+
+        Raises:
+            DamagedError: there is none.
+        """
+        found: list[int | None] = [None]
+        if dist.get_rank() == 0:
+            (step_folder(self._checkpoints, step) / ROLLBACK_NAME).unlink(missing_ok=True)
+            found = [latest_before(self._checkpoints, step - 1)]
+            logger.warning(f"{step_folder(self._checkpoints, step)} is passed over: {error}")
+        dist.broadcast_object_list(found)
+        if found[0] is None:
+            raise error
+        return found[0]
 
     def go_on(self, step: int) -> None:
         """Go where the data goes on, if a run has gone back to the step that was just loaded."""

@@ -75,8 +75,15 @@ class Curves:
         self._writer: SummaryWriter | None = None
 
     def resume_at(self, step: int) -> None:
-        """Go on after `step`."""
+        """Go on after `step`: a new file takes back what the ones before it say of later steps.
+
+        Raises:
+            OSError: what is waiting cannot be written.
+        """
         self._first_step = step + 1
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Write the figures of a step.

@@ -98,12 +98,15 @@ class BLTTrainer(Trainer):
         self._targets_seen = torch.zeros((), dtype=torch.int64, device=self.device)
         self.watch = StepWatch.of_run(job_config, self.device.type)
         """Looks at each step's loss and gradient norm."""
+        self.heartbeat = Heartbeat()
+        """Where the training is; the entry point has it watched."""
         self._rollbacks = Rollbacks(
             job_config.failure.rollback_steps,
             checkpoints=self._checkpoints,
             checkpointer=self.checkpointer,
             dataloader=self.dataloader,
             watch=self.watch,
+            heartbeat=self.heartbeat,
         )
         quarantines = job_config.data.on_damage == "quarantine"
         check_same_data(self.dataloader.identity())
@@ -111,8 +114,6 @@ class BLTTrainer(Trainer):
         self._most_documents = most_documents(job_config)
         self.preemption = Preemption()
         """Asked after each step whether to leave; it hears of nothing until the entry point has it listen."""
-        self.heartbeat = Heartbeat()
-        """Where the training is; the entry point has it watched."""
         if job_config.validation.enable:
             self.validator.heartbeat = self.heartbeat  # pyright: ignore[reportAttributeAccessIssue]
         self._first_step = 1

@@ -28,3 +28,14 @@ def test_steps_that_are_made_again_and_a_new_run_hide_the_old_points(tmp_path):
     write(tmp_path, range(1, 3), 3.0)
     assert read(tmp_path) == [(1, 3.0), (2, 3.0)]
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_steps_that_are_made_again_after_a_rollback_hide_the_old_points(tmp_path):
+    curves = Curves(tmp_path)
+    for step in range(1, 11):
+        curves.log({"bits_per_byte": 1.0}, step)
+    curves.resume_at(5)
+    for step in range(6, 9):
+        curves.log({"bits_per_byte": 2.0}, step)
+    curves.close()
+    assert read(tmp_path) == [*((step, 1.0) for step in range(1, 6)), *((step, 2.0) for step in range(6, 9))]
