@@ -64,9 +64,12 @@ def complete_steps(folder: str | os.PathLike[str]) -> dict[int, Path]:
     return {step: path for step, path in step_folders(folder).items() if is_complete(path)}
 
 
-def set_later_aside(
-    folder: str | os.PathLike[str], step: int, *, is_kept: Callable[[Path], bool] = is_complete
-) -> None:
+def is_whole(path: Path) -> bool:
+    """Tell whether a folder is a checkpoint, or a Hugging Face directory, and not what was left of making one."""
+    return is_complete(path) or is_model_directory(path)
+
+
+def set_later_aside(folder: str | os.PathLike[str], step: int, *, is_kept: Callable[[Path], bool] = is_whole) -> None:
     """Make room for the steps that a run will make again: move later ones to `abandoned-TIME`, and log it.
 
     A save over an old checkpoint would leave the old `.metadata` beside half-written files, and a later resume would

@@ -30,6 +30,7 @@ from blt_titan.checkpoint.steps import (
     METADATA,
     complete_steps,
     is_complete,
+    is_model_directory,
     set_aside,
     set_later_aside,
     stale_steps,
@@ -191,7 +192,8 @@ def _prune(args: argparse.Namespace) -> int:
             stale = stale_steps(folder, args.keep, is_kept=lambda path: _is_sound(path, args))
             stale = [path for path in stale if is_complete(path)]
         if args.half_written:
-            stale += [path for path in step_folders(folder).values() if not is_complete(path)]
+            steps = step_folders(folder).values()
+            stale += [path for path in steps if not is_complete(path) and not is_model_directory(path)]
         if args.abandoned:
             stale += set_aside(folder)
         for path in stale:
@@ -260,7 +262,9 @@ def _folders(given: str | Path) -> tuple[Path, Path | None]:
     """
     given = Path(given)
     for folder in (given, given / _checkpoints_of(given)):
-        if step_folders(folder) or set_aside(folder):
+        steps = step_folders(folder).values()
+        # Exports are step-N too, and no checkpoints.
+        if not all(map(is_model_directory, steps)) or (not steps and set_aside(folder)):
             above = (folder, *folder.absolute().parents)
             return folder, next((run for run in above if (run / LOCK_NAME).exists()), None)
     raise CheckpointError(f"{given}: neither the folder of a run with checkpoints nor that of checkpoints (step-N)")

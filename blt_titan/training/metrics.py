@@ -235,11 +235,11 @@ class BLTMetrics(MetricsProcessor):
             "lr": lr,
             "data_wait_share": sum(self.data_loading_times) / seconds,
             "bytes_seen": bytes_seen,
+            **failures,
         }
         flops = 3 * self.model_args.forward_flops_per_byte(self.job_config.training.seq_len, mean_patch_bytes)
         # Of all bytes, as if patches had always been as long as since the last line.
         metrics["training_flops"] = flops * metrics["bytes_seen"]
-        metrics |= failures
         for name, ids in zip(self._datasets, dataset_ids, strict=True):
             metrics[f"share/{name}"] = ids / sum(dataset_ids)
         if fetched:
@@ -255,8 +255,7 @@ class BLTMetrics(MetricsProcessor):
         if (memory_gib := self.device_memory_monitor.get_peak_stats().max_reserved_gib) > 0:
             metrics["memory_gib"] = memory_gib
         if self.monitor is not None:
-            saves, saving_s = saving
-            line = Line(step, seconds, saving_s, saves, count["byte_targets"], grad_norm, ranks)
+            line = Line(step, seconds, saving[1], saving[0], count["byte_targets"], grad_norm, ranks)
             metrics |= self.monitor.look(line)
         self._write(step, metrics)
         logger.info(

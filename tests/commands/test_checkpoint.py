@@ -119,6 +119,20 @@ def test_prune_keeps_the_newest_sound_ones(run, capsys):
     assert "nothing to remove" in capsys.readouterr().out
 
 
+def test_exports_are_no_checkpoints_to_remove(run, capsys):
+    """They are `step-N` too, beside `checkpoint` or, as by hand, in it."""
+    for export in (run / "hf" / "step-6", run / "checkpoint" / "step-10"):
+        export.mkdir(parents=True)
+        (export / "config.json").write_text("{}")
+    assert call("prune", run / "hf", "--half-written") == 2
+    assert "step-N" in capsys.readouterr().err
+    assert call("prune", run, "--half-written") == 0
+    assert steps(run) == [2, 4, 6, 10]
+    assert call("rollback", run, "--step", 4, "--no-progress") == 0
+    assert steps(run) == [2, 4]
+    assert len(list(run.rglob("config.json"))) == 2, "set aside, not removed"
+
+
 def test_rollback_sets_later_steps_aside(run, capsys):
     assert call("rollback", run, "--step", 4, "--dry-run", "--no-progress") == 0
     assert steps(run) == [2, 4, 6, 8]
