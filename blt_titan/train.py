@@ -75,7 +75,7 @@ def _train(preemption: Preemption) -> None:
             logger.info("Wrote the seed checkpoint")
             record.end("done", 0, "wrote the seed checkpoint")
         else:
-            watch = begin_hang_watch(trainer.heartbeat, config)
+            watch = begin_hang_watch(trainer.heartbeat, config, record)
             trainer.train()
     except PreemptedError as error:
         if os.environ["RANK"] == "0":

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from blt_titan.config.run_config import RunConfig
+from blt_titan.monitor.record import RunRecord
 from blt_titan.titan import logger
 from blt_titan.training.collective_errors import is_of_a_collective
 from blt_titan.training.heartbeat import (
@@ -71,6 +72,7 @@ class HangWatch:
         train_timeout_s: after which a collective of a step gives up.
         init_timeout_s: the same until the first step is made.
         folder: to write reports to.
+        record: told how the run ended where the watch ends it.
     """
 
     def __init__(
@@ -81,8 +83,9 @@ class HangWatch:
         train_timeout_s: float,
         init_timeout_s: float,
         folder: Path,
+        record: RunRecord,
     ):
-        self._heartbeat = heartbeat
+        self._heartbeat, self._record = heartbeat, record
         self._is_users = limit_s is not None
         self._limit_s = limit_s or default_limit_s(train_timeout_s)
         self._long_limit_s = max(self._limit_s, default_limit_s(init_timeout_s))
@@ -243,6 +246,9 @@ class HangWatch:
             if not reporter:
                 # The one that reports is to be the first that failed.
                 time.sleep(2.5)
+            # Its folder or its webhook may be what hangs. The first rank's sentence stands; rank 0's tells the webhook.
+            recorder = threading.Thread(target=self._record.end, args=("failed", 1, sentence), daemon=True)
+            recorder.start()
             self._report("The run hangs", late, now, sentence, reports=reporter)
             get_error_handler().record_exception(HungError(sentence))
             if reporter:
@@ -251,6 +257,7 @@ class HangWatch:
                     if rank in self._peers.node and rank != self._own.rank:
                         with contextlib.suppress(OSError):
                             os.kill(now[rank].pid, signal.SIGKILL)
+            recorder.join(2.0)
             sys.stdout.flush()
             os._exit(1)
 
@@ -324,14 +331,15 @@ class HangWatch:
         return "(it does not answer)"
 
 
-def begin_hang_watch(heartbeat: Heartbeat, config: RunConfig) -> HangWatch:
-    """Begin to watch a run's rank as its settings say."""
+def begin_hang_watch(heartbeat: Heartbeat, config: RunConfig, record: RunRecord) -> HangWatch:
+    """Begin to watch a run's rank as its settings say; `record` is told if that ends the run."""
     watch = HangWatch(
         heartbeat,
         limit_s=config.heartbeat.limit_seconds,
         train_timeout_s=config.comm.train_timeout_seconds,
         init_timeout_s=config.comm.init_timeout_seconds,
         folder=Path(config.job.dump_folder),
+        record=record,
     )
     watch.begin()
     return watch

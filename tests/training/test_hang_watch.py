@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from blt_titan.monitor.record import ENDED_NAME, read_end
 from tests.helpers.training_runs import losses
 
 LIMIT_S = 6
@@ -19,6 +20,28 @@ def spin_for_ever(*_):
     while True:
         pass
 signal.signal(signal.SIGVTALRM, spin_for_ever)
+"""
+HUNG_ALONE = """
+import sys, time
+from pathlib import Path
+import torch.distributed as dist
+from blt_titan.monitor.record import RunRecord
+from blt_titan.training.hang_watch import HangWatch
+from blt_titan.training.heartbeat import Heartbeat
+folder = Path(sys.argv[1])
+dist.init_process_group("gloo", store=dist.TCPStore("127.0.0.1", 0, 1, True), rank=0, world_size=1)
+record = RunRecord()
+record.begin(folder, rank=0, world_size=1, steps=9, log_freq=1, checkpoints=folder / "checkpoints")
+def on_end(end):
+    (folder / "told").write_text(end.reason)
+    time.sleep(600)  # as a webhook that does not answer
+record.on_end = on_end
+heartbeat = Heartbeat()
+heartbeat.warm = True
+heartbeat.at("data", 7)
+watch = HangWatch(heartbeat, limit_s=1, train_timeout_s=60, init_timeout_s=60, folder=folder, record=record)
+watch.begin()
+time.sleep(600)
 """
 
 
@@ -63,6 +86,18 @@ def wait_for_steps(out: Path, process: subprocess.Popen, steps: int) -> None:
         time.sleep(0.02)
 
 
+def test_a_run_that_hung_says_so_in_its_folder_and_to_whoever_asked_to_be_told(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", HUNG_ALONE, str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1, done.stderr
+    end = read_end(tmp_path / ENDED_NAME)
+    assert end is not None, "it left no word of its end"
+    assert (end.reason, end.exit_code, end.rank) == ("failed", 1, 0)
+    assert end.sentence.startswith("rank 0: the run hangs: no rank is behind; all wait in step 7, data, for ")
+    assert (tmp_path / "told").read_text() == "failed"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "victim", "how"),
@@ -87,6 +122,9 @@ def test_the_rank_that_hangs_is_named_and_not_the_one_that_waits(number, victim,
         rf"[\w/]+, for \d+ s{how}(; rank {1 - victim} waits in step \d+, [\w/]+)?\n",
         out,
     ), out
+    end = read_end(tmp_path / ENDED_NAME)
+    assert end is not None, "it left no word of its end"
+    assert f"the run hangs: rank {victim} on " in end.sentence
     [report] = tmp_path.glob("hang-step-*.txt")
     said = report.read_text()
     assert f"rank {1 - victim} on" not in said
