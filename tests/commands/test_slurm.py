@@ -20,8 +20,11 @@ for ((node = 0; node < SLURM_NNODES; node++)); do
     SLURM_NODEID=$node setsid "$@" &
     pids+=($!)
 done
-trap 'kill -USR1 -- "${pids[@]/#/-}"' USR1
-trap 'kill -TERM -- "${pids[@]/#/-}"' TERM
+# Slurm signals all that a task has started, or, where it follows tasks by control groups, the tasks alone.
+told=("${pids[@]/#/-}")
+[[ -z ${TASKS_ALONE:-} ]] || told=("${pids[@]}")
+trap 'kill -USR1 -- "${told[@]}"' USR1
+trap 'kill -TERM -- "${told[@]}"' TERM
 worst=0
 for pid in "${pids[@]}"; do
     while kill -0 "$pid" 2> /dev/null; do wait "$pid"; code=$?; done
@@ -89,9 +92,11 @@ def wait_for(path: Path) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.parametrize("alone", ["", "yes"])
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_job_that_is_told_to_leave_is_queued_again(number, capsys, tmp_path):
-    process = start(tmp_path, written(capsys, "blt_8b", "--nodes", "2", "--optimizer.lr=1e-4"), seconds=60)
+def test_a_job_that_is_told_to_leave_is_queued_again(number, alone, capsys, tmp_path):
+    script = written(capsys, "blt_8b", "--nodes", "2", "--optimizer.lr=1e-4")
+    process = start(tmp_path, script, seconds=60, TASKS_ALONE=alone)
     for node in range(2):
         wait_for(tmp_path / f"launcher-{node}")
     process.send_signal(number)
