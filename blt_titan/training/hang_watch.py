@@ -47,7 +47,7 @@ from blt_titan.training.peers import Peers
 _BEATS = 30
 """The watch looks so many times within the limit,"""
 _LOOK_BACK_BEATS = 4
-"""and at others so many beats before its end, to see which of them look at themselves still."""
+"""and at others so many beats before its end, or more of many ranks, to see which look at themselves still."""
 _ENDLESS_FACTOR = 3
 """Without a limit of the user's, ranks of which none is behind are given so many times as long."""
 _STACK_BYTES = 6000
@@ -97,10 +97,12 @@ class HangWatch:
         rank, world_size = dist.get_rank(), dist.get_world_size()
         self._own = Pulse(rank, socket.gethostname(), os.getpid(), page=heartbeat.descriptor, stacks=self._stacks)
         self._peers = Peers(rank, world_size, self._beat_s)
+        self._look_back_s = max(_LOOK_BACK_BEATS * self._beat_s, 2 * self._peers.round_s)
         self._seen: tuple[Any, ...] = ()
         self._moved_bytes = 0
         self._before: dict[int, Pulse] = {}
         self._looked_at_s = self._warned_s = 0.0
+        self._rounds = 0
         self._concluding = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="hang watch", daemon=True)
@@ -124,17 +126,15 @@ class HangWatch:
         with self._concluding:
             self._peers.ask(all_ranks=True)
             time.sleep(2 * self._beat_s)
-            before = self._peers.read()
-            waited = 0
-            while not self._peers.gone() and waited < _LOOK_BACK_BEATS:
-                waited += 1
-                time.sleep(self._beat_s)
+            self._wait(2 * (self._peers.round_s - self._beat_s))
+            before, rounds = self._peers.read(), self._peers.rounds
+            has_waited = self._wait(self._look_back_s)
             # Ranks whose end this one hears of first are given time to be heard by their launcher.
             time.sleep(1.5)
             now, gone = self._peers.read(), self._peers.gone()
             now = {rank: pulse for rank, pulse in now.items() if rank in before}
             silent = [rank for rank in now if rank in gone or before[rank].beats == now[rank].beats]
-            late = laggards(before, now, gone) if waited == _LOOK_BACK_BEATS or gone else []
+            late = laggards(before, now, gone) if gone or (has_waited and self._is_news(rounds)) else []
             late = [rank for rank in late if rank != self._own.rank]
             if gone:
                 late = gone
@@ -158,13 +158,15 @@ class HangWatch:
             passed, began = time.monotonic() - began, time.monotonic()
             self._look_at_own(min(passed, 2 * self._beat_s))
             limit = self._own.limit_s
-            look_back_s = _LOOK_BACK_BEATS * self._beat_s
+            look_back_s = self._look_back_s
             # Other nodes take a while to be heard of.
-            self._peers.ask(all_ranks=limit is not None and self._own.idle_s >= limit - 2 * look_back_s)
+            waits = limit is not None and self._own.idle_s >= limit - 2 * look_back_s
+            self._peers.ask(all_ranks=waits or self._concluding.locked())
             if limit is None or self._own.idle_s < limit - look_back_s:
                 self._before, self._warned_s = {}, 0.0
             elif not self._before:
-                self._before, self._looked_at_s = self._peers.read(), self._own.idle_s
+                if self._is_news(self._peers.rounds_before):
+                    self._look_at_all()
             elif self._own.idle_s >= max(limit, self._looked_at_s + look_back_s):
                 self._look_at_others(limit)
 
@@ -185,6 +187,25 @@ class HangWatch:
         self._heartbeat.write_seen(own)
         self._peers.tell(Pulse.from_json(own.to_json()))
 
+    def _look_at_all(self) -> None:
+        self._before, self._rounds = self._peers.read(), self._peers.rounds
+        self._looked_at_s = self._own.idle_s
+
+    def _wait(self, seconds: float) -> bool:
+        """Wait, but no longer than until a rank of this node is gone; tell whether none is."""
+        waited = 0.0
+        while waited < seconds and not self._peers.gone():
+            waited += self._beat_s
+            time.sleep(self._beat_s)
+        return waited >= seconds
+
+    def _is_news(self, rounds: int) -> bool:
+        """Tell whether all ranks were asked for again since so many rounds, or the store does not answer."""
+        return self._peers.rounds >= rounds + 2 or self._is_store_silent()
+
+    def _is_store_silent(self) -> bool:
+        return self._peers.store_silent_s > _LOOK_BACK_BEATS * self._beat_s
+
     def _limit_of(self, phase: str) -> float:
         return self._long_limit_s if phase in LONG_PHASES or not self._heartbeat.warm else self._limit_s
 
@@ -201,13 +222,13 @@ class HangWatch:
         now, gone = self._peers.read(), self._peers.gone()
         before = self._before
         unheard = sorted(set(range(self._peers.world_size)) - now.keys())
-        if self._peers.store_silent_s > _LOOK_BACK_BEATS * self._beat_s:
+        if self._is_store_silent():
             self._conclude_without_store(now, gone, before, limit)
             return
-        if unheard:
+        if unheard or not self._is_news(self._rounds):
             return
         if now.keys() - before.keys():
-            self._before, self._looked_at_s = now, self._own.idle_s
+            self._look_at_all()
             return
         late = laggards(before, now, gone)
         if late:
@@ -317,8 +338,13 @@ class HangWatch:
         return lines
 
     def _ask_for_stack(self, pulse: Pulse) -> str:
-        """Ask a process of this node for its stacks by SIGUSR2, which C code answers whatever Python does."""
-        if pulse.rank not in self._peers.node or pulse.stacks < 0 or not process_state(pulse.pid):
+        """Ask a process of this node for its stacks by SIGUSR2, which C code answers whatever Python does.
+
+        The store is asked for the last that a rank of another node told.
+        """
+        if pulse.rank not in self._peers.node:
+            return "" if self._is_store_silent() else self._peers.stack_of(pulse.rank)
+        if pulse.stacks < 0 or not process_state(pulse.pid):
             return ""
         with contextlib.suppress(OSError):
             path = Path(f"/proc/{pulse.pid}/fd/{pulse.stacks}")
