@@ -257,7 +257,7 @@ class Nodes:
                         next_beat = now + BEAT_S
                     if self._ranks_run.is_set():
                         if not self._me:
-                            self._look_for_silence(heard, now)
+                            self._look_for_silence(heard, now, self._others)
                         failed = self._store.check([self._key("failed")])
             except NodesError as error:
                 self._lost = str(error)
@@ -269,12 +269,16 @@ class Nodes:
             elif now >= ends_at:
                 self._end_ranks()
 
-    def _look_for_silence(self, heard: dict[int, tuple[int, float]], now: float) -> None:
-        for node in self._others:
+    def _look_for_silence(self, heard: dict[int, tuple[int, float]], now: float, nodes: list[int]) -> set[int]:
+        """Say of the nodes that are silent that they failed, and return them."""
+        silent = set()
+        for node in nodes:
             beat, since = self._store.add(f"beat/{node}", 0), heard.get(node, (-1, now))
             heard[node] = (beat, now) if beat != since[0] else since
             if now - heard[node][1] > SILENT_S and not self._store.check([self._key("out", node)]):
                 self._say_failed(Outcome(1, f"{self._name(node)} gives no sign of life for {SILENT_S:g} s"))
+                silent.add(node)
+        return silent
 
     def settle(self, outcome: Outcome, judge: Judge) -> Verdict:
         """Say how the ranks of this node ended, and return how the job did.
@@ -302,16 +306,17 @@ class Nodes:
             return verdict
 
     def _collect(self) -> dict[int, Outcome]:
-        """Return what the nodes say of their end, as soon as all have, or the rest is not waited for any more."""
+        """Return what the nodes say of their end, as soon as all but silent ones have, or the time is up."""
         outcomes: dict[int, Outcome] = {}
+        heard: dict[int, tuple[int, float]] = {}
         deadline = None
         while True:
             for node in range(self._ranks.nnodes):
                 if node not in outcomes and self._store.check([self._key("out", node)]):
                     outcomes[node] = Outcome(**json.loads(self._store.get(self._key("out", node))))
-            if len(outcomes) == self._ranks.nnodes:
+            now, missing = time.monotonic(), [node for node in self._others if node not in outcomes]
+            if self._look_for_silence(heard, now, missing) == set(missing):
                 return outcomes
-            now = time.monotonic()
             if deadline is None and (self._failed() or any(one.code for one in outcomes.values())):
                 deadline = now + SETTLE_S
             if deadline is not None and now > deadline:

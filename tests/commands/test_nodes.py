@@ -38,13 +38,15 @@ with notes.open("a") as file:
 exec((folder / "what").read_text())
 """
 LAUNCH = """
-import json, sys
+import json, os, sys
 from blt_titan.commands import launch, nodes, ranks
 ranks.RANK_MODULE = "stand_in"
 nodes.SILENT_S, nodes.BEAT_S, nodes.LOOK_S, nodes.GRACE_S, nodes.SETTLE_S = 4.0, 0.5, 0.2, 1.0, 6.0
 launch.FIRST_WAIT_S = 0.2
 said = json.loads(sys.argv[1])
 here = ranks.Ranks(1, said["nnodes"], said["node"], "localhost", said["port"])
+if "dies" in said:
+    nodes.Nodes.settle = lambda *of_its_ranks: os.kill(os.getpid(), 9)
 if "refuses" in said:
     launch.tell_other_nodes(here, said["refuses"], said["meeting_s"])
     sys.exit(2)
@@ -166,6 +168,18 @@ def test_a_lost_node_is_replaced_and_a_living_one_is_not(tmp_path):
     assert re.search(r"node 1 (\(\S+\) gives no sign of life for 4 s|was lost: another launcher)", err), err
     assert end(third)[0] == 0
     assert [len(cluster.starts(rank)) for rank in (0, 1)] == [2, 2]
+
+
+@pytest.mark.slow
+def test_a_launcher_that_dies_as_its_ranks_are_done_is_named_and_not_waited_for(tmp_path):
+    cluster = Cluster(tmp_path, "")
+    first, second = cluster.start(0), cluster.start(1, dies=True)
+    assert second.wait(60) == -signal.SIGKILL
+    began = time.monotonic()
+    code, err = end(first)
+    assert code == 1
+    assert re.search(r"x: error: node 1 \(\S+\) gives no sign of life for 4 s", err), err
+    assert time.monotonic() - began < 45
 
 
 @pytest.mark.slow
