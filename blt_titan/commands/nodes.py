@@ -26,16 +26,20 @@ from typing import Any, NoReturn
 
 from torch.distributed import DistError, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+from blt_titan.commands.bounded_store import BoundedStore, SilentStoreError
 from blt_titan.commands.ranks import DEFAULT_PORT, Outcome, Ranks
 from blt_titan.training.exit_codes import CAME_OUT_WRONG, LEFT, REFUSED
 
 LOOK_S, BEAT_S, SILENT_S = 1.0, 5.0, 60.0
-"""Seconds between looks of a launcher, between its signs of life, and after which node 0 takes it for dead."""
+"""Seconds between looks of a launcher, between its signs of life, and after which node 0, or it node 0, is taken for
+dead."""
 GRACE_S = 10.0
 """What ranks have, after those of another node failed, to say themselves what is wrong."""
 SETTLE_S = 60.0
 """What launchers have to end their ranks and say so, once the attempt has failed."""
 _POLL_S = 0.2
+_CLOSE_S = 2.0
+"""What threads have to end; one that waits for a silent store is left to the end of the process."""
 
 
 class NodesError(RuntimeError):
@@ -109,22 +113,18 @@ class Nodes:
     def close(self) -> None:
         """Give no more signs of life."""
         self._ended.set()
-        self._watcher.join()
+        self._watcher.join(LOOK_S + _CLOSE_S)
+        self._store.close(_CLOSE_S)
 
     def _connect(self) -> None:
         deadline = time.monotonic() + self._seconds
         while True:
             left = max(1.0, deadline - time.monotonic())
             try:
-                self._store = TCPStore(
-                    self._host,
-                    self._port,
-                    is_master=not self._me,
-                    timeout=timedelta(seconds=left),
-                    wait_for_workers=False,
-                )
+                # The store's own limit, with its reason, goes first.
+                self._store = BoundedStore(lambda left=left: self._open(left), left + _CLOSE_S, SILENT_S)
                 return
-            except (DistError, OSError, ValueError) as error:
+            except (DistError, OSError, ValueError, SilentStoreError) as error:
                 if not self._me:
                     raise NodesError(
                         f"node 0 cannot listen at {self._host}:{self._port}, --master-addr and --master-port: "
@@ -136,6 +136,10 @@ class Nodes:
                         f"{self._seconds:g} s: is its launcher started?"
                     ) from error
                 time.sleep(_POLL_S)
+
+    def _open(self, seconds: float) -> TCPStore:
+        limit = timedelta(seconds=seconds)
+        return TCPStore(self._host, self._port, is_master=not self._me, timeout=limit, wait_for_workers=False)
 
     def meet(self) -> int:
         """Wait until all launchers are there; return the port of node 0 where their ranks meet.
@@ -360,6 +364,11 @@ class Nodes:
             yield
         except DistError as error:
             raise NodesError(f"node 0 ({self._host}:{self._port}) is gone: {_first_line(error)}") from error
+        except SilentStoreError as error:
+            raise NodesError(
+                f"node 0 ({self._host}:{self._port}) gives no answer for {SILENT_S:g} s: "
+                "its machine is gone or its launcher is stopped"
+            ) from error
 
 
 def _numbers(nodes: list[int]) -> str:

@@ -14,8 +14,8 @@ import pytest
 
 from blt_titan.commands import launch
 from blt_titan.commands.launch import Restarts
-from blt_titan.commands.nodes import joint
-from blt_titan.commands.ranks import Outcome
+from blt_titan.commands.nodes import Nodes, NodesError, joint
+from blt_titan.commands.ranks import Outcome, Ranks
 
 ROOT = Path(__file__).parents[2]
 # A rank: notes that it began, and does what the file says with `rank` and `start`, its number of starts before.
@@ -180,6 +180,99 @@ def test_a_launcher_that_dies_as_its_ranks_are_done_is_named_and_not_waited_for(
     assert code == 1
     assert re.search(r"x: error: node 1 \(\S+\) gives no sign of life for 4 s", err), err
     assert time.monotonic() - began < 45
+
+
+@pytest.mark.slow
+def test_a_node_0_that_is_stopped_is_named_by_the_others(tmp_path):
+    # What each rank does until the file is there that ends it.
+    what = "while rank and not Path(folder / 'done').exists(): time.sleep(0.1)"
+    cluster = Cluster(tmp_path, what)
+    first, second = cluster.start(0), cluster.start(1)
+    try:
+        cluster.wait_for_start(1, 1)
+        first.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        code, err = end(second)
+        assert code == 1
+        said = r"x: error: node 0 \(localhost:\d+\) gives no answer for 4 s: its machine is gone or its launcher is st"
+        assert re.search(said, err), err
+        assert time.monotonic() - began < 45
+    finally:
+        first.kill()
+
+
+HOLDER = """
+import time
+from torch.distributed import TCPStore
+store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
+time.sleep(300)
+"""
+
+
+@pytest.fixture
+def holder():
+    """A process that holds a store, and its port."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    yield process, int(process.stdout.readline())
+    process.kill()
+    process.communicate()
+
+
+# Prints what `settle` and `close` of node 1 raise and take, once a line on stdin says that node 0 is stopped.
+SETTLES = """
+import os, signal, sys, threading, time
+from blt_titan.commands import nodes, ranks
+nodes.SILENT_S, nodes.BEAT_S, nodes.LOOK_S = 3.0, float(sys.argv[2]), 0.1
+here = nodes.Nodes(ranks.Ranks(1, 2, 1, "localhost", int(sys.argv[1])), 30, lambda: None)
+signal.signal(signal.SIGTERM, lambda *_: print("signal heard", flush=True))
+time.sleep(0.5)
+print("connected", flush=True)
+sys.stdin.readline()
+threading.Timer(1, os.kill, [os.getpid(), signal.SIGTERM]).start()
+began = time.monotonic()
+try:
+    here.settle(ranks.Outcome(0), None)
+except nodes.NodesError as error:
+    print(error, flush=True)
+here.close()
+print(time.monotonic() - began, flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beat_s", [0.3, 1000], ids=["the watcher asks too", "the watcher asks nothing"])
+def test_settle_and_close_end_and_signals_are_heard_while_node_0_is_stopped(holder, beat_s):
+    process, port = holder
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", SETTLES, str(port), str(beat_s)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert launcher.stdout is not None
+    try:
+        assert launcher.stdout.readline() == "connected\n"
+        process.send_signal(signal.SIGSTOP)
+        out, _ = launcher.communicate("stopped\n", timeout=60)
+    finally:
+        launcher.kill()
+    heard, said, seconds = out.splitlines()
+    assert heard == "signal heard"
+    assert re.fullmatch(rf"node 0 \(localhost:{port}\) gives no answer for 3 s: its machine is gone or .*", said)
+    assert float(seconds) < 15
+
+
+@pytest.mark.slow
+def test_a_stopped_node_0_does_not_hold_up_one_that_comes(holder):
+    process, port = holder
+    process.send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    with pytest.raises(NodesError, match=rf"node 0 does not answer at localhost:{port}, .* within 2 s"):
+        Nodes(Ranks(1, 2, 1, "localhost", port), 2, lambda: None)
+    assert time.monotonic() - began < 15
 
 
 @pytest.mark.slow
