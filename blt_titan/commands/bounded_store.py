@@ -30,12 +30,15 @@ class BoundedStore:
         open_s: seconds that may take.
         answer_s: seconds that each call may take.
 
+    Attributes:
+        answer_s: as above.
+
     Raises:
         SilentStoreError: it gave no answer in that time; from each method too. What it is asked may be done later.
     """
 
     def __init__(self, open_store: Callable[[], TCPStore], open_s: float, answer_s: float):
-        self._answer_s = answer_s
+        self.answer_s = answer_s
         self._asked: queue.SimpleQueue[tuple[Future, Callable[[], Any]] | None] = queue.SimpleQueue()
         self._caller = threading.Thread(target=self._call, name="store", daemon=True)
         self._caller.start()
@@ -52,23 +55,23 @@ class BoundedStore:
 
     def set(self, key: str, value: str) -> None:
         """Set a key."""
-        self._ask(lambda: self._store.set(key, value), self._answer_s)
+        self._ask(lambda: self._store.set(key, value), self.answer_s)
 
     def get(self, key: str) -> bytes:
         """Return the value of a key that is there."""
-        return self._ask(lambda: self._store.get(key), self._answer_s)
+        return self._ask(lambda: self._store.get(key), self.answer_s)
 
     def add(self, key: str, amount: int) -> int:
         """Add to a number, 0 at first, and return the sum."""
-        return self._ask(lambda: self._store.add(key, amount), self._answer_s)
+        return self._ask(lambda: self._store.add(key, amount), self.answer_s)
 
     def check(self, keys: list[str]) -> bool:
         """Return whether all keys are there."""
-        return self._ask(lambda: self._store.check(keys), self._answer_s)
+        return self._ask(lambda: self._store.check(keys), self.answer_s)
 
     def compare_set(self, key: str, expected: str, value: str) -> None:
         """Set a key whose value is the expected one, "" for none."""
-        self._ask(lambda: self._store.compare_set(key, expected, value), self._answer_s)
+        self._ask(lambda: self._store.compare_set(key, expected, value), self.answer_s)
 
     def _ask(self, call: Callable[[], _T], seconds: float) -> _T:
         answer: Future[_T] = Future()

@@ -94,7 +94,7 @@ def launch(
         print(f"{name}: ended by {end}", file=sys.stderr)
         return 128 + end.number
     except NodesError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        print(f"{name}: {'' if error.code == LEFT else 'error: '}{error}", file=sys.stderr)
         return error.code
 
 
@@ -120,6 +120,9 @@ def _nodes(ranks: Ranks, meeting_s: float) -> Iterator[Nodes | None]:
     nodes = Nodes(ranks, meeting_s, lambda: signal_ranks(signal.SIGKILL))
     try:
         yield nodes
+    except ToldTooEarlyError as early:
+        nodes.leave(str(early))
+        raise
     finally:
         nodes.close()
 

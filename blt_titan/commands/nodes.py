@@ -191,7 +191,13 @@ class Nodes:
         self._say_failed(Outcome(1, gone))
 
     def _call_the_roll(self, deadline: float) -> int:
-        while missing := [node for node in self._others if not self._store.check([self._key("here", node)])]:
+        while True:
+            left = [node for node in self._others if self._store.check([f"left/{node}"])]
+            if left:
+                self._send_home(self._store.get(f"left/{left[0]}").decode(), LEFT, GRACE_S)
+            missing = [node for node in self._others if not self._store.check([self._key("here", node)])]
+            if not missing:
+                break
             refused = [node for node in missing if self._store.check([f"refused/{node}"])]
             if refused:
                 self._send_home(self._store.get(f"refused/{refused[0]}").decode(), REFUSED, GRACE_S)
@@ -338,6 +344,19 @@ class Nodes:
             self._store.set("attempt", str(self._attempt))
             self._store.set(self._key("go"), json.dumps({"sentence": said, "code": REFUSED}))
             self._await_heard(len(self._others), GRACE_S)
+
+    def leave(self, signal_name: str) -> None:
+        """Have the other nodes know that this one was told to leave while no rank ran, so that they do too."""
+        if not self._me:
+            return
+        said = f"{self._name(self._me)} was told to leave by {signal_name}"
+        self._store.answer_s = _CLOSE_S
+        with contextlib.suppress(NodesError), self._answering():
+            self._store.set(f"left/{self._me}", said)
+            # Ranks may run elsewhere, and wait for those of this node.
+            if self._store.check([self._key("go")]) and not self._store.check([self._key("out", self._me)]):
+                self._store.set(self._key("out", self._me), json.dumps(asdict(Outcome(LEFT, said))))
+                self._say_failed(Outcome(LEFT, said))
 
     def _say_failed(self, outcome: Outcome) -> None:
         said = json.dumps([self._me, asdict(outcome)])

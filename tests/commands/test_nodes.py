@@ -47,6 +47,9 @@ said = json.loads(sys.argv[1])
 here = ranks.Ranks(1, said["nnodes"], said["node"], "localhost", said["port"])
 if "dies" in said:
     nodes.Nodes.settle = lambda *of_its_ranks: os.kill(os.getpid(), 9)
+if "says_here" in said:
+    pause = nodes.Nodes._pause
+    nodes.Nodes._pause = lambda *given: (print("here", flush=True), pause(*given))
 if "refuses" in said:
     launch.tell_other_nodes(here, said["refuses"], said["meeting_s"])
     sys.exit(2)
@@ -282,6 +285,23 @@ def test_a_run_that_was_told_to_leave_is_not_started_again(tmp_path):
         code, err = end(process)
         assert (code, "x: told to leave" in err) == (75, True), err
     assert [len(cluster.starts(rank)) for rank in (0, 1)] == [1, 1]
+
+
+@pytest.mark.slow
+def test_a_launcher_told_to_leave_before_its_ranks_run_has_the_others_leave(tmp_path):
+    cluster = Cluster(tmp_path, "", nnodes=3, meeting_s=80)
+    first, second = cluster.start(0), cluster.start(1, says_here=True)
+    assert second.stdout is not None
+    assert second.stdout.readline() == "here\n"
+    began = time.monotonic()
+    second.send_signal(signal.SIGTERM)
+    code, err = end(second)
+    assert (code, "x: told to leave by SIGTERM; no rank was running" in err) == (75, True), err
+    code, err = end(first)
+    assert code == 75
+    assert re.search(r"x: node 1 \(\S+\) was told to leave by SIGTERM\n", err), err
+    assert time.monotonic() - began < 45, "the one that is missing was waited for"
+    assert not cluster.starts(0)
 
 
 @pytest.mark.slow
