@@ -19,6 +19,7 @@ from blt_titan.data.store.errors import DataError, UnreachableError
 from blt_titan.monitor.record import RunRecord
 from blt_titan.patching.registry import RuleError
 from blt_titan.titan import init_logger, logger
+from blt_titan.training.error_causes import StorageLostError, lost_storage
 from blt_titan.training.exit_codes import CAME_OUT_WRONG, LEFT, REFUSED
 from blt_titan.training.exports import ExportFailedError
 from blt_titan.training.failures import LossSpikeError, NonFiniteLossError
@@ -26,7 +27,6 @@ from blt_titan.training.hang_watch import HangWatch, HungError, PeerLostError, b
 from blt_titan.training.preemption import PreemptedError, Preemption
 from blt_titan.training.row_ranks import RowsDifferError
 from blt_titan.training.run_folder import RunFolderError
-from blt_titan.training.storage_errors import StorageLostError, lost_storage
 from blt_titan.training.trainer import BLTTrainer
 
 WRONG_WORK = (NonFiniteLossError, LossSpikeError, RowsDifferError, ExportFailedError)

@@ -31,7 +31,7 @@ from blt_titan.checkpoint.storage_writer import DigestWriter
 from blt_titan.config.resume import RunStateError, newest_sound
 from blt_titan.data.store.errors import DataError
 from blt_titan.titan import MODEL, OPTIMIZER, CheckpointManager, logger
-from blt_titan.training.collective_errors import is_of_a_collective
+from blt_titan.training.error_causes import is_of_a_collective
 from blt_titan.training.failures import NonFiniteLossError
 from blt_titan.training.finite import are_finite, not_finite
 from blt_titan.training.run_folder import LOCK_NAME

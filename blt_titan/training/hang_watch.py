@@ -31,7 +31,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from blt_titan.config.run_config import RunConfig
 from blt_titan.monitor.record import RunRecord
 from blt_titan.titan import logger
-from blt_titan.training.collective_errors import is_of_a_collective
+from blt_titan.training.error_causes import is_of_a_collective
 from blt_titan.training.heartbeat import (
     LONG_PHASES,
     UNWATCHED_PHASES,

@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from blt_titan.checkpoint.read import CheckpointError
-from blt_titan.training.collective_errors import is_of_a_collective
+from blt_titan.training.error_causes import is_of_a_collective
 from blt_titan.training.heartbeat import Heartbeat, NeighbourHeartbeat, Pulse
 from blt_titan.training.laggards import laggards, named, where_ranks_stand
 

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from blt_titan.checkpoint.read import CheckpointError, DamagedError
 from blt_titan.checkpoint.rollback import NAME
 from blt_titan.training import rollbacks
+from blt_titan.training.error_causes import lost_storage
 from blt_titan.training.rollbacks import Rollbacks
-from blt_titan.training.storage_errors import lost_storage
 
 
 @pytest.fixture(scope="module", autouse=True)
