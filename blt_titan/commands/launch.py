@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blt_titan.checkpoint.steps import complete_steps
@@ -81,11 +81,14 @@ def launch(
                 port = nodes.meet() if nodes else None
                 with nodes.watched() if nodes else contextlib.nullcontext():
                     outcome = run_ranks(ranks, arguments, told, port=port, log_folder=_new_folder(log_folder, ranks))
-                judge.was_told = told.signal is not None
-                verdict = nodes.settle(outcome, judge) if nodes else judge(outcome)
-                _say(name, verdict)
-                if verdict.again_after_s is None:
-                    return verdict.outcome.code
+                with told.noted():
+                    outcome = replace(outcome, was_told=told.signal is not None)
+                    verdict = nodes.settle(outcome, judge) if nodes else judge(outcome)
+                    _say(name, verdict)
+                    if verdict.again_after_s is None:
+                        return verdict.outcome.code
+                if told.signal is not None:
+                    raise ToldTooEarlyError(signal.Signals(told.signal).name)
                 time.sleep(verdict.again_after_s)
     except ToldTooEarlyError as early:
         print(f"{name}: told to leave by {early}; no rank was running", file=sys.stderr)
@@ -134,14 +137,12 @@ class _Judge:
         self._restarts = restarts
         self._failures = 0
         self._newest = restarts.newest_step()
-        self.was_told = False
-        """Set for a run that was told to leave: there is no other attempt then."""
 
     def __call__(self, outcome: Outcome) -> Verdict:
-        if not outcome.is_worth_a_restart or self.was_told:
+        if not outcome.is_worth_a_restart:
             return Verdict(outcome)
         newest = self._restarts.newest_step()
-        if newest != self._newest:
+        if newest > self._newest:
             self._newest, self._failures = newest, 0
         self._failures += 1
         if self._failures > self._restarts.most:

@@ -20,7 +20,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -72,19 +72,16 @@ Judge = Callable[[Outcome], Verdict]
 def joint(outcomes: dict[int, Outcome], failed: tuple[int, Outcome] | None) -> Outcome:
     """Return how a job ended whose nodes ended so.
 
-    What the user must mend goes first, then that the run was told to leave, then the first failure.
+    What the user must mend goes first, then that the run was told to leave, then the first failure. If a launcher was
+    told to leave, the job was.
 
     Args:
         outcomes: of the nodes, those that said so.
         failed: the first that failed.
     """
-    for code in (REFUSED, CAME_OUT_WRONG, LEFT):
-        for outcome in outcomes.values():
-            if outcome.code == code:
-                return outcome
-    if failed is not None:
-        return failed[1]
-    return next((outcome for outcome in outcomes.values() if outcome.code), Outcome(0))
+    by_weight = (one for code in (REFUSED, CAME_OUT_WRONG, LEFT) for one in outcomes.values() if one.code == code)
+    first_failed = failed[1] if failed else next((one for one in outcomes.values() if one.code), Outcome(0))
+    return replace(next(by_weight, first_failed), was_told=any(one.was_told for one in outcomes.values()))
 
 
 class Nodes:

@@ -87,11 +87,13 @@ class Outcome:
     """0, `LEFT`, `REFUSED`, `CAME_OUT_WRONG`, or what else the first rank that failed ended with."""
     sentence: str = ""
     """What is said of it; empty where there is nothing to say."""
+    was_told: bool = False
+    """A launcher was told to leave, whatever came of it."""
 
     @property
     def is_worth_a_restart(self) -> bool:
         """Tell whether the same command may come further: a machine failed, or something that nobody foresaw."""
-        return self.code not in (0, LEFT, REFUSED, CAME_OUT_WRONG)
+        return self.code not in (0, LEFT, REFUSED, CAME_OUT_WRONG) and not self.was_told
 
 
 class ToldTooEarlyError(Exception):
@@ -115,6 +117,7 @@ class Told:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._has_result = False
 
     @contextlib.contextmanager
     def passed_on(self) -> Iterator[None]:
@@ -127,9 +130,18 @@ class Told:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note a signal and go on: ranks have ended, and what came of them is not to be lost."""
+        self._has_result = True
+        try:
+            yield
+        finally:
+            self._has_result = False
+
     def _pass_on(self, number: int, frame: Any) -> None:
         self.signal = self.signal or number
-        if not signal_ranks(number):
+        if not self._has_result and not signal_ranks(number):
             raise ToldTooEarlyError(signal.Signals(number).name)
 
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -329,8 +330,38 @@ def test_a_new_checkpoint_begins_the_count_anew_and_waits_are_bounded(tmp_path):
     assert judge(dead).said == "starting again in 5 s from step 7, restart 1 of 100"
     for code in (0, 2, 3, 75):
         assert judge(Outcome(code)).again_after_s is None
-    judge.was_told = True
-    assert judge(dead).again_after_s is None
+    assert judge(replace(dead, was_told=True)).again_after_s is None
+
+
+def test_a_rollback_to_an_earlier_step_is_no_progress(tmp_path):
+    for step in (7, 9):
+        (tmp_path / f"step-{step}").mkdir()
+        (tmp_path / f"step-{step}/.metadata").touch()
+    judge, dead = launch._Judge(Restarts(2, tmp_path)), Outcome(1, "died")
+    assert judge(dead).again_after_s == 5
+    (tmp_path / "step-9/.metadata").unlink()
+    assert [judge(dead).again_after_s for _ in range(2)] == [10, None]
+
+
+@pytest.mark.parametrize(("code", "ends_with"), [(0, 0), (3, 3), (1, 75)])
+def test_a_signal_after_the_ranks_have_ended_does_not_change_what_came_of_them(code, ends_with, monkeypatch, capsys):
+    """Where there is to be another attempt, the signal is heeded instead."""
+    begun = []
+
+    def run_ranks(*args, **options):
+        begun.append(1)
+        return Outcome(code, "as it came out")
+
+    def say(name, verdict):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+
+    monkeypatch.setattr(launch, "run_ranks", run_ranks)
+    monkeypatch.setattr(launch, "_say", say)
+    monkeypatch.setattr(launch, "_set_environment", lambda ranks: None)
+    assert launch.launch("x", Ranks(1), [], restarts=Restarts(3)) == ends_with
+    assert len(begun) == 1
+    assert ("told to leave by SIGTERM" in capsys.readouterr().err) is (ends_with == 75)
 
 
 def test_how_a_job_ended():
@@ -341,3 +372,6 @@ def test_how_a_job_ended():
     assert joint({0: dead, 1: refused}, (0, dead)) == refused
     assert joint({0: Outcome(1, "its peer is gone")}, (1, dead)) == dead
     assert joint({0: dead, 1: done}, None) == dead
+    told_and_killed = Outcome(143, "ended by SIGTERM", was_told=True)
+    found = joint({0: dead, 1: told_and_killed}, (0, dead))
+    assert (found.code, found.is_worth_a_restart) == (137, False), "who was told to leave is not to be called back"

@@ -37,6 +37,7 @@ if [[ $1 == show ]]; then printf 'host%s\\n' 7 8; else echo "$@" >> "$RECORD/ask
 """
 # Slurm has ended the job already where a file says so.
 SQUEUE = """#!/usr/bin/env bash
+if [[ -n ${SILENT:-} ]]; then exit 1; fi
 if [[ -e $RECORD/ended ]]; then echo COMPLETING; else echo RUNNING; fi
 """
 # Leaves with 75 when it is told to, else with the code that is said.
@@ -127,6 +128,16 @@ def test_what_slurm_has_ended_itself_is_not_queued_again(capsys, tmp_path):
     assert process.returncode == 0, out
     assert "was ended by Slurm; what was made is saved" in out
     assert not (tmp_path / "asked").exists()
+
+
+def test_a_controller_that_does_not_answer_is_asked_to_queue_the_job_again(capsys, tmp_path):
+    script = written(capsys, "blt_8b", "--nodes", "2").replace("sleep 10", "sleep 0.01")
+    process = start(tmp_path, script, seconds=60, SILENT="yes")
+    for node in range(2):
+        wait_for(tmp_path / f"launcher-{node}")
+    process.send_signal(signal.SIGUSR1)
+    out, _ = process.communicate(timeout=30)
+    assert (tmp_path / "asked").read_text() == "requeue 41234\n", out
 
 
 def test_launchers_that_were_told_while_they_began_are_queued_again(capsys, tmp_path):
