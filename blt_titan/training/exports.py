@@ -128,8 +128,14 @@ class HFExports:
         if self._linked:
             self._begin(self._linked.popleft())
 
-    def finish(self) -> None:
+    def finish(self, leaves: Callable[[], bool] = lambda: False) -> bool:
         """Wait for what is under way; the run has ended, so checkpoints that are not complete by now never will be.
+
+        Args:
+            leaves: asked again and again; once it is true nothing is waited for any more.
+
+        Returns:
+            Whether all are done.
 
         Raises:
             ExportFailedError: one failed, now or before.
@@ -138,12 +144,15 @@ class HFExports:
             self.poll()
             if self._process is None:
                 break
+            if leaves():
+                return False
             time.sleep(_POLL_S)
         for step in self._waiting:
             self.failed.append(f"{step_folder(self._checkpoints, step)} is not complete, so it was not exported")
         self._waiting.clear()
         if self.failed:
             raise ExportFailedError("; ".join(self.failed))
+        return True
 
     def stop(self) -> None:
         """End what is under way; that and the rest are for the run that resumes this one."""

@@ -10,6 +10,7 @@ from blt_titan.checkpoint.description import Description
 from blt_titan.config.run_config import RunConfig
 from blt_titan.job_config import Export
 from blt_titan.training.exports import HFExports
+from blt_titan.training.preemption import PreemptedError, Preemption
 
 _LONGEST_EXPORT = timedelta(hours=12)
 """All ranks wait for the last export, which may take longer than a collective of training ever should."""
@@ -83,17 +84,27 @@ class ScheduledExports:
             self._exports.add(step)
         self._exports.poll()
 
-    def finish(self) -> None:
+    def finish(self, preemption: Preemption) -> None:
         """Wait for all exports; collective.
+
+        Args:
+            preemption: of the run, which may be told to leave meanwhile.
 
         Raises:
             ExportFailedError: on rank 0, one failed.
+            PreemptedError: on all, it was; the same command goes on with them.
         """
+        leaves = [False]
         try:
             if self._exports is not None:
-                self._exports.finish()
+                leaves = [not self._exports.finish(lambda: bool(preemption.told))]
         finally:
-            dist.barrier(group=self._group)
+            dist.broadcast_object_list(leaves, group=self._group)
+        if leaves[0]:
+            raise PreemptedError(
+                f"told to leave by {preemption.name}: the run is complete, its exports are not; the same command goes "
+                "on with them"
+            )
 
     def stop(self) -> None:
         """End what is under way; the run that resumes this one does it."""

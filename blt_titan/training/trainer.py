@@ -294,7 +294,7 @@ class BLTTrainer(Trainer):
         super().train()
         if self._exports is not None:
             self.heartbeat.at("exports")
-            self._exports.finish()
+            self._exports.finish(self.preemption)
         self.heartbeat.at("end")
         if dist.get_rank() == 0:
             steps = self.job_config.training.steps

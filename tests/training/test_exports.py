@@ -114,9 +114,10 @@ def test_an_export_holds_up_nobody(checkpoints, tmp_path, monkeypatch):
             exports.add(step)
             exports.poll()  # would not return if it waited
         assert not list(out.glob("step-*/config.json"))
+        assert not exports.finish(lambda: True), "a run that is told to leave waits for none"
     finally:
         go_on.touch()
-    exports.finish()
+    assert exports.finish()
     assert sorted(path.name for path in out.iterdir()) == ["step-2", "step-4"]
 
 
