@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Iterator
+from typing import Any
 
 from blt_titan.config.rules.target import Target
 from blt_titan.job_config import Data, Export, Failure, Heartbeat, Monitor
@@ -52,8 +53,13 @@ def exports(export: Export, model: Model, checkpoint: Checkpoint) -> Iterator[st
         yield f"{key} with checkpoint.load_only = true: no checkpoint is written to export"
 
 
-def skipping(failure: Failure) -> Iterator[str]:
-    """A bound on skipped steps can be reached."""
+def skipping(failure: Failure, optimizer: Any, target: Target) -> Iterator[str]:
+    """A bound on skipped steps can be reached, and no step of a GPU waits to hear whether it is skipped."""
+    if failure.on_nonfinite == "skip" and target.device_type == "cuda" and optimizer.implementation != "fused":
+        yield (
+            f"optimizer.implementation = {optimizer.implementation!r} with failure.on_nonfinite = 'skip': must be "
+            "'fused' on a GPU, whose kernel is told whether it skips; with others each step would wait for the GPU"
+        )
     if failure.on_nonfinite == "skip" and failure.max_skipped >= failure.skip_window:
         yield (
             f"failure.max_skipped = {failure.max_skipped}: must be below failure.skip_window = {failure.skip_window}, "

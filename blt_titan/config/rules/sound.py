@@ -66,7 +66,7 @@ def _rules(config: RunConfig, world_size: int, target: Target) -> tuple[Iterator
         operation.page_locked(training.dataloader, target),
         operation.packages(config.metrics),
         operation.exports(config.export, model, checkpoint),
-        operation.skipping(config.failure),
+        operation.skipping(config.failure, config.optimizer, target),
         operation.rollback(config.failure, checkpoint, float8),
         operation.waits(config.heartbeat, data, config.comm, world_size),
         rows.text(training, data),

@@ -69,6 +69,16 @@ def test_batches_for_a_gpu_are_page_locked_whatever_a_setting_says(device, fault
     assert load_run_config([DEBUG]).training.dataloader.pin_memory, "no word about it is no fault"
 
 
+@pytest.mark.parametrize(
+    ("device", "implementation", "faults"),
+    [("cuda", "foreach", 1), ("cuda", "for-loop", 1), ("cuda", "fused", 0), ("cpu", "foreach", 0)],
+)
+def test_no_step_of_a_gpu_waits_to_hear_whether_it_is_skipped(device, implementation, faults):
+    settings = [DEBUG, "--failure.on_nonfinite=skip", f"--optimizer.implementation={implementation}"]
+    found = sound(load_run_config(settings), 1, Target(device, multiplies_float8=False))
+    assert len([sentence for sentence in found if "on_nonfinite = 'skip': must be 'fused'" in sentence]) == faults
+
+
 @pytest.mark.parametrize("key", ["heartbeat.limit_seconds", "data.wait_seconds"])
 def test_waits_are_over_before_a_collective_gives_up(key):
     settings = [DEBUG, "--comm.train_timeout_seconds=60", "--training.dataloader.num_workers=1"]
